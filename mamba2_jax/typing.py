@@ -1,0 +1,20 @@
+"""The axis legend. One letter, one axis, in every shape of the package.
+
+| letter | axis | letter | axis |
+|---|---|---|---|
+| `b` | batch | `q` `s` | target / source position inside a chunk |
+| `l` | sequence | `d` | model width (`hidden_size`) |
+| `h` | heads | `e` | inner width (`intermediate_size`) |
+| `p` | head_dim | `k` | convolution taps |
+| `g` | groups (of B and C) | `v` | vocabulary |
+| `n` | state_dim | `r` | LoRA rank |
+| `c` | chunks | | |
+
+Shapes are written in signatures as `Float[Array, "b l h p"]` (jaxtyping); the tests check them at run time.
+"""
+
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Bool, Float, Int
+
+__all__ = ["Array", "Bool", "DTypeLike", "Float", "Int"]
