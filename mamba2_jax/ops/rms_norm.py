@@ -1,0 +1,89 @@
+"""RMSNorm, plain and gated by groups. float32 inside."""
+
+import jax
+import jax.numpy as jnp
+
+from mamba2_jax.ops.checks import check_dtype, check_shape
+from mamba2_jax.typing import Array, Float
+
+
+def rms_norm(
+    x: Float[Array, "*b d"], weight: Float[Array, " d"], *, eps: float = 1e-5
+) -> Float[Array, "*b d"]:
+    r"""$x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w$ over the last axis.
+
+    Args:
+        x: `(..., d)`.
+        weight: `(d,)`.
+        eps: added to the mean square.
+
+    Returns:
+        `(..., d)` in the dtype of `x`; computed in float32 (float64 when `x` is).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, named.
+
+    Source: Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
+    _check("rms_norm", x, weight)
+    full = jnp.promote_types(x.dtype, jnp.float32)
+    return _normalize(x.astype(full), weight.astype(full), eps, num_groups=1).astype(x.dtype)
+
+
+def gated_rms_norm(
+    y: Float[Array, "*b e"],
+    z: Float[Array, "*b e"],
+    weight: Float[Array, " e"],
+    *,
+    eps: float = 1e-5,
+    num_groups: int = 1,
+    norm_before_gate: bool = False,
+) -> Float[Array, "*b e"]:
+    r"""RMSNorm of `y * silu(z)`, each of `num_groups` equal groups of channels by itself.
+
+    Args:
+        y: what the scan returned, heads folded, `(..., e)`.
+        z: the gate `(..., e)`.
+        weight: `(e,)`.
+        eps: added to the mean square of each group.
+        num_groups: groups of `e / num_groups` neighbouring channels; the model's `n_groups`.
+        norm_before_gate: norm `y` first and gate the result. False in every published model.
+
+    Returns:
+        `(..., e)` in the dtype of `y`; computed in float32 (float64 when `y` is).
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, named.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
+    """
+    _check("gated_rms_norm", y, weight)
+    if z.shape != y.shape:
+        raise ValueError(f"gated_rms_norm: z has shape {z.shape}, wants that of y, {y.shape}")
+    if num_groups < 1 or y.shape[-1] % num_groups:
+        raise ValueError(
+            f"gated_rms_norm: {y.shape[-1]} channels do not split into num_groups={num_groups}; "
+            "check n_groups in the config"
+        )
+    full = jnp.promote_types(y.dtype, jnp.float32)
+    gate, weight, value = jax.nn.silu(z.astype(full)), weight.astype(full), y.astype(full)
+    if norm_before_gate:
+        out = _normalize(value, weight, eps, num_groups) * gate
+    else:
+        out = _normalize(value * gate, weight, eps, num_groups)
+    return out.astype(y.dtype)
+
+
+def _normalize(x: Array, weight: Array, eps: float, num_groups: int) -> Array:
+    grouped = x.reshape(*x.shape[:-1], num_groups, -1)
+    mean_square = jnp.mean(jnp.square(grouped), axis=-1, keepdims=True)
+    return (grouped * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape) * weight
+
+
+def _check(op: str, x: Array, weight: Array) -> None:
+    if not hasattr(x, "ndim") or x.ndim == 0 or x.size == 0:
+        raise ValueError(
+            f"{op}: wants a non-empty array (..., channels), got shape {getattr(x, 'shape', None)}"
+        )
+    check_shape(op, "weight", weight, "d", d=x.shape[-1])
+    check_dtype(op, x=x, weight=weight)

@@ -1,0 +1,84 @@
+"""The cases every implementation of the scan must pass, and how they are drawn."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    b: int = 2
+    l: int = 37
+    h: int = 4
+    p: int = 8
+    g: int = 2
+    n: int = 16
+    D: str | None = "h"
+    initial_state: bool = True
+    segments: str | None = None
+    decay: float = 1.0  # scales dt*A
+    chunk_size: int = 16
+
+    def __str__(self) -> str:
+        return self.name
+
+
+CASES = [
+    Case("plain", D=None, initial_state=False),
+    Case("one token", l=1),
+    Case("two tokens", l=2),
+    Case("whole chunks", l=32),
+    Case("one over", l=33, g=1),
+    Case("shorter than a chunk", l=11, g=4),
+    Case("D per channel", D="hp"),
+    Case("one head, wide state", h=1, g=1, n=64, p=16),
+    Case("chunk of one", l=5, chunk_size=1),
+    Case("strong decay", decay=60.0, l=48, chunk_size=48),
+    Case("packed", segments="packed", l=50),
+    Case("packed, repeating ids", segments="repeating", l=50),
+    Case("left padding", segments="left"),
+    Case("right padding", segments="right"),
+    Case("all padding", segments="none"),
+    Case("packed, strong decay", segments="packed", decay=60.0, l=50, chunk_size=32),
+]
+
+
+def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
+    """Random inputs of a case; dt*A sums to about `-0.4 * decay` per token."""
+    keys = jax.random.split(jax.random.key(seed), 8)
+    b, l, h, p, g, n = case.b, case.l, case.h, case.p, case.g, case.n
+    inputs = {
+        "x": jax.random.normal(keys[0], (b, l, h, p), dtype),
+        "dt": jax.nn.softplus(jax.random.normal(keys[1], (b, l, h), jnp.float32) - 2.0),
+        "A": -case.decay * jax.random.uniform(keys[2], (h,), jnp.float32, 1.0, 4.0),
+        "B": jax.random.normal(keys[3], (b, l, g, n), dtype),
+        "C": jax.random.normal(keys[4], (b, l, g, n), dtype),
+    }
+    if case.D:
+        inputs["D"] = jax.random.normal(keys[5], (h,) if case.D == "h" else (h, p), jnp.float32)
+    if case.initial_state:
+        inputs["initial_state"] = jax.random.normal(keys[6], (b, h, p, n), jnp.float32)
+    if case.segments:
+        inputs["segment_ids"] = jnp.asarray(segment_ids(case.segments, b, l))
+    return inputs
+
+
+def segment_ids(kind: str, b: int, l: int) -> np.ndarray:
+    """Rows of segment ids; every row another split."""
+    ids = np.zeros((b, l), np.int32)
+    for row in range(b):
+        cut = l // 3 + 5 * row
+        if kind == "packed":  # 1 1 1 2 2 3 0 0, the first cut inside a chunk
+            ids[row, :cut], ids[row, cut : cut + 7], ids[row, cut + 7 : l - 4] = 1, 2, 3
+        elif kind == "repeating":  # the same value again after a gap is another document
+            ids[row, :cut], ids[row, cut : cut + 6], ids[row, cut + 9 :] = 5, 2, 2
+        elif kind == "left":
+            ids[row, 3 + 4 * row :] = 1
+        elif kind == "right":
+            ids[row, : l - 3 - 4 * row] = 1
+        elif kind == "none" and row:
+            ids[row, :] = 1  # row 0 is all padding
+    return ids
