@@ -1,0 +1,238 @@
+"""The published spellings of a Mamba-2 configuration, read into the fields of `Mamba2Config`.
+
+Four forms are in circulation: transformers' `config.json`, the older form of the `-av` conversions,
+the original state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and
+returns keyword arguments for `Mamba2Config`; nothing here knows that class, so that it stays one table of
+names per form.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# state-spaces ssm_cfg key -> field. The originals of these names are arguments of mamba_ssm's Mamba2 module.
+_SSM_CFG_FIELDS = {
+    "d_state": "state_size",
+    "d_conv": "conv_kernel",
+    "expand": "expand",
+    "headdim": "head_dim",
+    "d_ssm": "d_ssm",
+    "ngroups": "n_groups",
+    "D_has_hdim": "D_has_hdim",
+    "rmsnorm": "rmsnorm",
+    "norm_before_gate": "norm_before_gate",
+    "dt_limit": "time_step_limit",
+    "dt_min": "time_step_min",
+    "dt_max": "time_step_max",
+    "dt_init_floor": "time_step_floor",
+    "bias": "use_bias",
+    "conv_bias": "use_conv_bias",
+    "chunk_size": "chunk_size",
+}
+# Initialisation and kernel choices of the original that change no number of a loaded model.
+_SSM_CFG_IGNORED = {"layer", "A_init_range", "conv_init", "use_mem_eff_path", "sequence_parallel"}
+
+_STATE_SPACES_KEYS = {
+    *("d_model", "n_layer", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings", "residual_in_fp32"),
+    *("d_intermediate", "attn_layer_idx", "attn_cfg", "ssm_cfg", "rms_norm", "norm_epsilon"),
+}
+_MISTRAL_KEYS = {
+    *("dim", "n_layers", "vocab_size", "pad_vocab_size_multiple", "tie_embeddings", "residual_in_fp32"),
+    *("n_groups", "rms_norm"),
+}
+
+# In state-spaces repositories and in Codestral's tokenizer; neither config file states them.
+_GPT_NEOX_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+_CODESTRAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # it has no pad token: eos
+# What the original initialises a new model with.
+_ORIGINAL_INIT = {"initializer_range": 0.02, "rescale_prenorm_residual": True}
+
+_PRESET_SIZES = {  # name -> hidden_size, num_hidden_layers
+    "mamba2-130m": (768, 24),
+    "mamba2-370m": (1024, 48),
+    "mamba2-780m": (1536, 48),
+    "mamba2-1.3b": (2048, 48),
+    "mamba2-2.7b": (2560, 64),
+}
+PRESET_NAMES = (*_PRESET_SIZES, "codestral-7b")
+
+
+def preset_fields(name: str) -> dict[str, Any]:
+    """Give the fields of a published model by its short name; see `PRESET_NAMES`."""
+    if name == "codestral-7b":
+        return parse_fields({"dim": 4096, "n_layers": 64, "vocab_size": 32768, "n_groups": 8})
+    if name not in _PRESET_SIZES:
+        raise ValueError(f"Mamba2Config.preset: no preset {name!r}; choose one of {', '.join(PRESET_NAMES)}")
+    hidden_size, num_layers = _PRESET_SIZES[name]
+    return parse_fields(
+        {
+            "d_model": hidden_size,
+            "n_layer": num_layers,
+            "vocab_size": 50277,
+            "ssm_cfg": {"layer": "Mamba2"},
+            "pad_vocab_size_multiple": 16,
+        }
+    )
+
+
+def parse_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Read a parsed config file of any published form into keyword arguments for `Mamba2Config`.
+
+    Args:
+        config: the parsed JSON. `d_model` marks the state-spaces form, `dim` with `n_layers` Mistral's,
+            `hidden_size` transformers'.
+
+    Returns:
+        Field names and values.
+
+    Raises:
+        ValueError: the file describes something other than a Mamba-2, or no known form.
+        NotImplementedError: it asks for something this package does not have.
+    """
+    if "d_model" in config:
+        return _state_spaces_fields(config)
+    if "dim" in config and "n_layers" in config:
+        return _mistral_fields(config)
+    model_type = config.get("model_type")
+    if model_type not in (None, "mamba2"):
+        hint = " (Mamba-1: another architecture)" if model_type == "mamba" else ""
+        raise ValueError(
+            f"config: model_type is {model_type!r}{hint}, this package reads 'mamba2'; "
+            "point it at a Mamba-2 checkpoint"
+        )
+    if "hidden_size" in config:
+        return _transformers_fields(config)
+    raise ValueError(
+        "config: none of the known forms. Expected transformers' config.json (hidden_size, model_type "
+        "'mamba2'), state-spaces' config.json (d_model, n_layer, ssm_cfg) or Mistral's params.json "
+        f"(dim, n_layers); got the keys {sorted(map(str, config))}"
+    )
+
+
+def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("quantization_config"):
+        raise NotImplementedError(
+            "config: the weights are quantized (quantization_config); use the unquantized checkpoint"
+        )
+    # Every other key that is not listed is ignored, as in transformers. `norm_before_gate` is among them:
+    # Codestral's file says true, but transformers has no such field and the model was not trained that way.
+    names = [
+        *("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "num_hidden_layers"),
+        *("layer_norm_epsilon", "pad_token_id", "bos_token_id", "eos_token_id", "expand", "conv_kernel"),
+        *("n_groups", "use_bias", "use_conv_bias", "hidden_act", "initializer_range", "residual_in_fp32"),
+        *("time_step_rank", "time_step_min", "time_step_max", "time_step_floor", "time_step_limit"),
+        *("rescale_prenorm_residual", "use_cache", "chunk_size", "tie_word_embeddings"),
+        "unpadded_vocab_size",  # ours: transformers keeps it as an extra attribute
+    ]
+    fields = {name: config[name] for name in names if name in config}
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if isinstance(fields.get(name), int) and fields[name] < 0:
+            fields[name] = None  # sentencepiece writes -1 for "there is none"
+    if "time_step_limit" in fields:
+        fields["time_step_limit"] = _floats(fields["time_step_limit"])
+    fields.setdefault("num_heads", _heads(fields))
+    if "tie_embedding_weights" in config or "A_initializer_range" in config:
+        _read_av_form(config, fields)
+    return fields
+
+
+def _read_av_form(config: Mapping[str, Any], fields: dict[str, Any]) -> None:
+    """Fill in what the class of the `-av` conversions defaulted differently from transformers."""
+    fields.setdefault("n_groups", 1)  # that class knew one group only; transformers' 8 is wrong here
+    fields.setdefault("tie_word_embeddings", config.get("tie_embedding_weights", True))
+    fields.setdefault("initializer_range", config.get("emb_initializer_range", 0.02))
+    for name, value in _GPT_NEOX_IDS.items():
+        fields.setdefault(name, value)
+    fields["num_heads"] = _heads(fields)  # that class derived them; the number in the file may be stale
+
+
+def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    ssm_cfg = config.get("ssm_cfg") or {}
+    if not isinstance(ssm_cfg, Mapping):
+        raise ValueError(f"config: ssm_cfg is {ssm_cfg!r}, wants a mapping such as {{'layer': 'Mamba2'}}")
+    layer = ssm_cfg.get("layer", "Mamba1")  # the original's default
+    if layer != "Mamba2":
+        raise ValueError(
+            f"config: ssm_cfg says layer {layer!r} (a missing layer means 'Mamba1'); this package reads "
+            "'Mamba2'; point it at a Mamba-2 checkpoint"
+        )
+    unknown = sorted(set(ssm_cfg) - set(_SSM_CFG_FIELDS) - _SSM_CFG_IGNORED)
+    if unknown:
+        raise ValueError(
+            f"config: unknown ssm_cfg keys {unknown}; known are {sorted(_SSM_CFG_FIELDS)}. Remove them if "
+            "they change nothing about the model"
+        )
+    fields = {_SSM_CFG_FIELDS[key]: value for key, value in ssm_cfg.items() if key in _SSM_CFG_FIELDS}
+    if "time_step_limit" in fields:
+        fields["time_step_limit"] = _floats(fields["time_step_limit"])
+    fields.setdefault("n_groups", 1)
+    fields |= _common_fields(config, _STATE_SPACES_KEYS, hidden_size="d_model", num_layers="n_layer")
+    fields |= _GPT_NEOX_IDS
+    fields["num_heads"] = _heads(fields)
+    fields["d_intermediate"] = config.get("d_intermediate", 0)
+    fields["attn_layer_idx"] = config.get("attn_layer_idx") or ()
+    fields["attn_cfg"] = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
+    fields["layer_norm_epsilon"] = config.get("norm_epsilon", 1e-5)
+    return fields
+
+
+def _mistral_fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    fields = _common_fields(config, _MISTRAL_KEYS, hidden_size="dim", num_layers="n_layers", tied=False)
+    fields["n_groups"] = config.get("n_groups", 1)
+    fields["num_heads"] = _heads(fields)
+    return fields | _CODESTRAL_IDS
+
+
+def _common_fields(
+    config: Mapping[str, Any], keys: set[str], *, hidden_size: str, num_layers: str, tied: bool = True
+) -> dict[str, Any]:
+    """Read what the state-spaces and the Mistral form share: sizes, vocabulary padding, tying."""
+    missing = [key for key in (hidden_size, num_layers, "vocab_size") if key not in config]
+    if missing:
+        raise ValueError(f"config: {missing} missing; this form has the keys {sorted(keys)}")
+    if not config.get("rms_norm", True):
+        raise NotImplementedError("config: rms_norm is false (LayerNorm blocks); only RMSNorm is built")
+    vocab_size = config["vocab_size"]
+    multiple = config.get("pad_vocab_size_multiple", 1)
+    for name, value in (("vocab_size", vocab_size), ("pad_vocab_size_multiple", multiple)):
+        if type(value) is not int or value < 1:
+            raise ValueError(f"config: {name} is {value!r}, wants a positive integer")
+    padded = -(-vocab_size // multiple) * multiple
+    return _ORIGINAL_INIT | {
+        "hidden_size": config[hidden_size],
+        "num_hidden_layers": config[num_layers],
+        "vocab_size": padded,
+        "unpadded_vocab_size": vocab_size if vocab_size < padded else None,
+        "tie_word_embeddings": config.get("tie_embeddings", tied),
+        "residual_in_fp32": config.get("residual_in_fp32", True),
+    }
+
+
+def _heads(fields: Mapping[str, Any]) -> Any:
+    """Derive num_heads, which these two forms do not state: d_ssm / head_dim."""
+    d_ssm = fields.get("d_ssm")
+    sizes = (fields.get("expand", 2), fields["hidden_size"], fields.get("head_dim", 64))
+    if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(d_ssm, int | None):
+        return 1  # the config's own checks name what is wrong with them
+    return (sizes[0] * sizes[1] if d_ssm is None else d_ssm) // sizes[2] or 1
+
+
+def _floats(values: Any) -> Any:
+    """Decode numbers that JSON cannot write: transformers 5 spells them `{"__float__": "Infinity"}`."""
+    if not isinstance(values, list | tuple):
+        return values  # the config's own check says what it wants
+    named = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
+    return tuple(
+        named.get(str(value.get("__float__")), value) if isinstance(value, Mapping) else value
+        for value in values
+    )
+
+
+def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Write fields as a `config.json` of transformers; infinity as `{"__float__": "Infinity"}`."""
+    written = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
+    for name, value in fields.items():
+        if isinstance(value, tuple):
+            value = [{"__float__": "Infinity"} if item == math.inf else item for item in value]
+        written[name] = value
+    return written

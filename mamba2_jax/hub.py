@@ -1,0 +1,94 @@
+"""From what the user typed, a folder or a hub id, to a folder on this machine."""
+
+import pathlib
+import re
+from collections.abc import Sequence
+
+__all__ = ["EMBEDDED_MODEL", "resolve_folder"]
+
+EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
+"""The model inside the package: a small Mamba-2 trained with PyTorch on Python's standard library."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_SMALL_FILES = ["*.json", "tokenizer*"]
+# One form of the weights is enough: the first that the repository has. Codestral ships its weights twice,
+# as shards and as consolidated.safetensors, 14.6 GB each.
+_WEIGHT_FILES = (
+    ["model.safetensors", "model-*-of-*.safetensors"],
+    ["pytorch_model.bin", "pytorch_model-*-of-*.bin"],
+    ["consolidated*.safetensors"],
+)
+
+
+def resolve_folder(
+    path_or_id: str | pathlib.Path | None = None,
+    revision: str | None = None,
+    allow_patterns: Sequence[str] | None = None,
+) -> pathlib.Path:
+    """Find the folder of a checkpoint, downloading it from the Hugging Face hub when it is not local.
+
+    Args:
+        path_or_id: a folder, or a hub id such as "AntonV/mamba2-130m-hf". A folder of that name wins.
+            None: the embedded model.
+        revision: branch, tag or commit on the hub; meaningless for a folder.
+        allow_patterns: names of files to download. By default config, tokenizer and one form of the weights.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: no such folder, or the hub does not have it or cannot be reached.
+        NotADirectoryError: it is a file.
+    """
+    if path_or_id is None:
+        return EMBEDDED_MODEL
+    if not str(path_or_id):
+        raise FileNotFoundError(
+            "resolve_folder: the path is empty; pass a folder or a hub id like 'org/name'"
+        )
+    folder = pathlib.Path(path_or_id).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise NotADirectoryError(f"{path_or_id}: this is a file; pass the folder that holds the checkpoint")
+    if isinstance(path_or_id, pathlib.Path) or not _HUB_ID.fullmatch(path_or_id):
+        raise FileNotFoundError(
+            f"{path_or_id}: no such folder; pass the folder that holds config.json, "
+            "or a hub id like 'org/name'"
+        )
+    if allow_patterns is not None:
+        return _download(path_or_id, revision, list(allow_patterns))
+    folder = _download(path_or_id, revision, _SMALL_FILES)
+    for patterns in _WEIGHT_FILES:
+        # the commit, not the branch: a push between two downloads must not mix two versions
+        folder = _download(
+            path_or_id, folder.name if folder.parent.name == "snapshots" else revision, patterns
+        )
+        if any(True for pattern in patterns for _ in folder.glob(pattern)):
+            break
+    return folder
+
+
+def _download(repository: str, revision: str | None, patterns: list[str]) -> pathlib.Path:
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    # A connection that breaks halfway raises an error of the HTTP library below huggingface_hub, which one
+    # depends on its version: it is a base of HfHubHTTPError. All else is OSError or ValueError.
+    failures = (ValueError, *errors.HfHubHTTPError.__bases__)
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
+        )
+    except errors.RevisionNotFoundError as error:
+        raise FileNotFoundError(
+            f"{repository}: the hub has no revision {revision!r} of it; pass a branch, a tag or a commit"
+        ) from error
+    except failures as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise FileNotFoundError(
+            f"{repository}: no folder of that name here, and the Hugging Face hub did not give it "
+            f"({type(error).__name__}: {reason}). Check the spelling; without a network pass a downloaded "
+            "folder, or set HF_HUB_OFFLINE=1 if the model is in the hub's cache; for a private or gated "
+            "model run `hf auth login`"
+        ) from error
