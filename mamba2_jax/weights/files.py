@@ -1,0 +1,98 @@
+"""Careful access to files that somebody else wrote: what is opened, how far it is read, strict JSON."""
+
+import io
+import json
+import os
+import stat
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; the parsed form takes several times the text
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be trusted or does not fit.
+
+    `where` is the folder or file, `problems` lists everything found, a line each.
+    """
+
+    def __init__(self, where: Path | str, problems: Sequence[str]):
+        self.where = Path(where)
+        self.problems = tuple(problems)
+        if len(self.problems) == 1:
+            message = f"{where}: {self.problems[0]}"
+        else:
+            message = "\n  - ".join([f"{where}: {len(self.problems)} problems", *self.problems])
+        super().__init__(message)
+
+
+def show(name: str) -> str:
+    """Quote a name from a file for a message: printable ASCII, of bounded length."""
+    return ascii(name if len(name) <= 120 else name[:120] + "...")
+
+
+def parse_json(text: bytearray, path: Path, what: str) -> dict:
+    """Parse a JSON object strictly: UTF-8, no name twice, no NaN."""
+
+    def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for name, value in pairs:
+            if name in result:
+                raise ValueError(f"{show(name)} appears twice")
+            result[name] = value
+        return result
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        if text[:1] != b"{":
+            raise ValueError("it does not begin with '{'")
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise CheckpointError(path, [f"{what} is not readable JSON: {reason}"]) from None
+
+
+def resolve_inside(folder: Path, name: str) -> Path:
+    """Follow links from `folder/name`, and refuse a target outside the folder or its hub cache's blobs."""
+    try:
+        root, target = folder.resolve(), (folder / name).resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
+        raise CheckpointError(folder / name, [f"cannot be resolved: {error}"]) from None
+    # The hub's cache is models--org--name/{blobs,snapshots/<revision>/...}, its files links into blobs.
+    blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):
+        message = f"a link to {target}, outside the folder; put the file itself here, or open its own folder"
+        raise CheckpointError(folder / name, [message])
+    return target
+
+
+def open_regular(path: Path, target: Path) -> io.FileIO:
+    """Open `target` for reading if it is a regular file; `path` is its name in messages."""
+    try:
+        if not stat.S_ISREG(os.stat(target).st_mode):  # first: opening a pipe would wait for ever
+            raise CheckpointError(path, ["not a regular file"])
+        return io.FileIO(target, "rb")
+    except FileNotFoundError:
+        raise CheckpointError(path, ["the file is missing"]) from None
+    except OSError as error:
+        raise CheckpointError(path, [f"cannot be opened: {error.strerror}"]) from None
+
+
+def read_exactly(file: io.FileIO, path: Path, offset: int, out: bytearray | np.ndarray, what: str) -> None:
+    """Fill `out` from `offset` on, or say that the file ended early."""
+    left = out.view(np.uint8).reshape(-1).data if isinstance(out, np.ndarray) else memoryview(out)
+    try:
+        file.seek(offset)
+        while left:
+            count = file.readinto(left)
+            if not count:
+                message = f"{what}: the file ends {len(left)} bytes early; was it cut while being read?"
+                raise CheckpointError(path, [message])
+            left = left[count:]
+    except OSError as error:
+        raise CheckpointError(path, [f"{what}: cannot be read: {error.strerror}"]) from None

@@ -1,0 +1,234 @@
+"""Safe, lazy reading of safetensors checkpoints: one file, or shards named by an index.
+
+Opening reads and checks the headers only. Tensors are then read in blocks of rows, so that what is in
+memory at once is one block, whatever a header declares. The files are read, not mapped: a file that is cut
+under the reader then raises an error, where touching a mapped page would kill the process (SIGBUS).
+
+Beyond what the `safetensors` library refuses, this reader refuses duplicate names, anything that is not a
+regular file, names and links that lead out of the folder, and an index that disagrees with its shards.
+
+>>> from pathlib import Path
+>>> import mamba2_jax.weights as weights
+>>> folder = Path(weights.__file__).parents[1] / "assets" / "tiny-python"
+>>> with open_checkpoint(folder) as checkpoint:
+...     info = checkpoint.tensors["backbone.layers.0.mixer.A_log"]
+>>> info.dtype, info.shape, info.nbytes
+('BF16', (6,), 12)
+"""
+
+import io
+import math
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from mamba2_jax.weights.files import (
+    MAX_JSON_BYTES,
+    CheckpointError,
+    open_regular,
+    parse_json,
+    read_exactly,
+    resolve_inside,
+    show,
+)
+from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_BLOCK_BYTES = 4 << 20
+# Letters that mean one file of this folder on every system: no separator, no drive, no leading dot.
+_PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,250}\.safetensors")
+
+
+class Checkpoint:
+    """An open checkpoint: what it holds (`tensors`, by stored name), and its numbers block by block.
+
+    Made by `open_checkpoint`; a context manager that closes the files.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.tensors: dict[str, TensorInfo] = {}
+        self._files: dict[Path, io.FileIO] = {}
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold the tensors."""
+        return tuple(self._files)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def blocks(
+        self, name: str, first_row: int = 0, last_row: int | None = None, block_bytes: int = _BLOCK_BYTES
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Read rows `first_row` to `last_row` (exclusive) of a tensor, a few at a time.
+
+        Args:
+            name: stored name; its type must be one of `FLOAT_DTYPES`.
+            first_row: first index along the tensor's first axis.
+            last_row: one past the last index; None is the end.
+            block_bytes: the largest block, or one row where a row is larger.
+
+        Yields:
+            `(row, block)`: `block` is `(rows, ...)` in the stored type, beginning at `row`. It is a buffer
+            that the next step overwrites: copy what you keep.
+
+        Raises:
+            CheckpointError: the type is not a float's, or the file ends before the tensor does.
+        """
+        info = self.tensors[name]
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(info.file, [f"tensor {show(name)} is {info.dtype}; want a float type"])
+        dtype = FLOAT_DTYPES[info.dtype]
+        rows = info.shape[0] if info.shape else 1
+        last_row = rows if last_row is None else last_row
+        if not 0 <= first_row <= last_row <= rows:
+            raise ValueError(f"blocks: rows {first_row} to {last_row} of {show(name)}, which has {rows}")
+        row_shape = info.shape[1:]
+        row_bytes = math.prod(row_shape) * dtype.itemsize
+        if row_bytes == 0:
+            return
+        step = max(1, min(block_bytes // row_bytes, last_row - first_row))
+        buffer = np.empty((step, *row_shape), dtype)
+        for row in range(first_row, last_row, step):
+            block = buffer[: min(step, last_row - row)]
+            place = f"tensor {show(name)}"
+            read_exactly(self._files[info.file], info.file, info.start + row * row_bytes, block, place)
+            yield row, block
+
+    def read(self, name: str) -> np.ndarray:
+        """Read one whole tensor into a new array of the stored type."""
+        info = self.tensors[name]
+        whole = [block for _, block in self.blocks(name, block_bytes=max(1, info.nbytes))]
+        return whole[0].reshape(info.shape) if whole else np.empty(info.shape, FLOAT_DTYPES[info.dtype])
+
+    def close(self) -> None:
+        """Close the files; the descriptions stay."""
+        for file in self._files.values():
+            file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _add_file(self, path: Path, target: Path) -> dict[str, TensorInfo]:
+        """Open one file, keep it open under the name `path`, and return its checked header."""
+        file = open_regular(path, target)
+        try:
+            header = read_header(file, path)
+        except BaseException:
+            file.close()
+            raise
+        self._files[path] = file
+        return header
+
+
+def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
+    """Open the safetensors checkpoint in a folder and check every header; no tensor is read.
+
+    Args:
+        folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards (the index wins).
+
+    Returns:
+        A `Checkpoint`; use it in a `with` statement.
+
+    Raises:
+        CheckpointError: nothing there to read, or a file or index that is broken; lists every problem.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CheckpointError(folder, ["not a folder; give the folder that holds the checkpoint's files"])
+    checkpoint = Checkpoint(folder)
+    try:
+        if os.path.lexists(folder / INDEX_NAME):
+            _open_sharded(checkpoint)
+        elif os.path.lexists(folder / SINGLE_NAME):
+            target = resolve_inside(folder, SINGLE_NAME)
+            checkpoint.tensors = checkpoint._add_file(folder / SINGLE_NAME, target)
+        else:
+            _nothing_to_read(folder)
+    except BaseException:
+        checkpoint.close()
+        raise
+    return checkpoint
+
+
+def _open_sharded(checkpoint: Checkpoint) -> None:
+    """Read the index, then the header of every shard it names, and check that they agree."""
+    folder = checkpoint.folder
+    weight_map = _read_index(folder)
+    problems = [
+        f"{INDEX_NAME} places tensors in {show(shard)}: only a plain name, such as"
+        " 'model-00001-of-00003.safetensors', of a file in this folder is read"
+        for shard in sorted(set(weight_map.values()))
+        if not _PLAIN_SHARD_NAME.fullmatch(shard)
+    ]
+    if problems:
+        raise CheckpointError(folder, problems)
+    found: dict[str, list[str]] = {}  # tensor -> the shards whose header has it
+    for shard in sorted(set(weight_map.values())):
+        try:
+            header = checkpoint._add_file(folder / shard, resolve_inside(folder, shard))
+        except CheckpointError as error:
+            problems += [f"{shard}: {problem}" for problem in error.problems]
+            continue
+        for name, info in header.items():
+            found.setdefault(name, []).append(shard)
+            if weight_map.get(name) == shard:
+                checkpoint.tensors[name] = info
+    opened = {path.name for path in checkpoint.files}
+    for name, shard in weight_map.items():
+        if shard in opened and shard not in found.get(name, ()):
+            problems.append(f"tensor {show(name)}: {INDEX_NAME} places it in {shard}, whose header lacks it")
+    for name, shards in found.items():
+        if len(shards) > 1:
+            problems.append(f"tensor {show(name)} is in several shards: {', '.join(shards)}")
+        elif name not in weight_map:
+            problems.append(f"tensor {show(name)} is in {shards[0]} but not in {INDEX_NAME}")
+        elif weight_map[name] != shards[0]:
+            problems.append(f"tensor {show(name)} is in {shards[0]}, not in {weight_map[name]} as indexed")
+    if problems:
+        raise CheckpointError(folder, problems)
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """Return the index's map from tensor name to shard name, its types checked."""
+    path = folder / INDEX_NAME
+    with open_regular(path, resolve_inside(folder, INDEX_NAME)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > MAX_JSON_BYTES:
+            raise CheckpointError(path, [f"{size} bytes; an index of more than {MAX_JSON_BYTES} is not read"])
+        text = bytearray(size)
+        read_exactly(file, path, 0, text, "the index")
+    index = parse_json(text, path, "the index")
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(path, ["has no 'weight_map' from tensor names to file names"])
+    wrong = [name for name, shard in weight_map.items() if not isinstance(shard, str)]
+    if wrong:
+        raise CheckpointError(path, [f"tensor {show(name)}: its file name is not a string" for name in wrong])
+    return weight_map
+
+
+def _nothing_to_read(folder: Path) -> NoReturn:
+    """Say what the folder lacks, and which known form it has instead."""
+    others = {
+        "pytorch_model.bin": "a PyTorch pickle",
+        "pytorch_model.bin.index.json": "PyTorch pickles",
+        "consolidated.safetensors": "Mistral's form",
+    }
+    message = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}"
+    for name, form in others.items():
+        if (folder / name).exists():
+            message += f"; {name} ({form}) is not read yet: save the model with transformers' save_pretrained"
+            break
+    raise CheckpointError(folder, [message])
