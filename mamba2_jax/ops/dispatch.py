@@ -42,12 +42,13 @@ def choose(implementation: str | None, chunk_size: int | None) -> Callable:
 
 def _xla_tuning(chunk_size: int | None) -> dict[str, int]:
     """Chunks as measured on CPU (`benchmarks/results/cpu.md`); on accelerators all chunks at once."""
-    if _platform() == "cpu":
+    if platform() == "cpu":
         return {"chunk_size": chunk_size or 64, "chunks_per_step": 1}
     return {"chunk_size": chunk_size or 128, "chunks_per_step": 1 << 30}
 
 
-def _platform() -> str:
+def platform() -> str:
+    """Where a computation traced now will run: `"cpu"`, `"gpu"` or `"tpu"`."""
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None:
         return jax.default_backend()

@@ -1,0 +1,331 @@
+"""The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba2_jax.cache import Mamba2Cache
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
+from mamba2_jax.inputs import batch_and_length, check_ids, check_inputs, join_rows
+from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
+from mamba2_jax.ops.checks import check_choice, check_integer, check_shape
+from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
+from mamba2_jax.ops.linear import vocabulary_logits
+from mamba2_jax.ops.segments import document_index, document_starts
+from mamba2_jax.typing import Array, DTypeLike, Float, Int
+from mamba2_jax.weights import LoadReport, load_weights
+
+IGNORED_LABEL = -100  # transformers' mark for "no loss here"
+_M = TypeVar("_M", bound="_PretrainedModel")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mamba2Output:
+    """What `Mamba2Model` returns."""
+
+    last_hidden_state: Float[Array, "b l d"]
+    """After the final norm, in the compute dtype."""
+    cache: Mamba2Cache
+    """The state after the row's last token that counts."""
+    hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
+    """On request: the output of each block, then the final norm's."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mamba2CausalLMOutput:
+    """What `Mamba2ForCausalLM` returns."""
+
+    logits: Float[Array, "b l v"]
+    """float32, as wide as the padded vocabulary."""
+    cache: Mamba2Cache
+    """The state after the row's last token that counts."""
+    hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
+    """On request: the output of each block, then the final norm's."""
+    loss: Float[Array, ""] | None = None
+    """With `labels`: mean cross entropy in nats over the tokens that have a label."""
+
+
+class _PretrainedModel(nnx.Module):
+    """Loading, shared by both models."""
+
+    config: Mamba2Config
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_M],
+        path: str | os.PathLike | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        ssd_implementation: str | None = None,
+        sharding: "jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
+        revision: str | None = None,
+        allow_non_finite: bool = False,
+        report: Callable[[LoadReport], None] | None = None,
+    ) -> _M:
+        """Load a checkpoint that transformers wrote.
+
+        Args:
+            path: a folder or a hub id. None: the small Python-writing model inside the package.
+            dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
+            param_dtype: dtype of the parameters. None keeps each tensor as stored.
+            ssd_implementation: passed to `ops.ssd`.
+            sharding: where the parameters go: a sharding for all, or a function of the parameter's path.
+            revision: branch, tag or commit of a hub id.
+            allow_non_finite: take weights that hold NaN or infinity.
+            report: called with the load report; `print` prints it.
+
+        Raises:
+            FileNotFoundError: no such folder, or a hub id that cannot be reached.
+            ValueError: a checkpoint that does not fit its config: every problem is listed.
+        """
+        folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
+        config = Mamba2Config.from_pretrained(folder)
+        arrays, load_report = load_weights(
+            folder, config, param_dtype=param_dtype, sharding=sharding, allow_non_finite=allow_non_finite
+        )
+        if dtype is None:
+            stored = arrays["backbone.embeddings.weight"].dtype
+            dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
+        model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
+        if report is not None:
+            report(load_report)
+        return model
+
+    @classmethod
+    def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
+        """Build the module tree without drawing its parameters, and hang the arrays into it."""
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
+        parameters = nnx.state(model, nnx.Param)
+        paths = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(parameters)}
+        prefix = cls._checkpoint_prefix
+        for path, leaf in paths.items():
+            leaf.set_value(arrays[prefix + path])
+        nnx.update(model, parameters)
+        return model
+
+    _checkpoint_prefix = ""
+
+
+class Mamba2Model(_PretrainedModel):
+    """Embeddings, blocks and the final norm.
+
+    Args:
+        config: sizes and options.
+        dtype: compute dtype of matrix products and activations.
+        param_dtype: dtype of the parameters made here.
+        ssd_implementation: passed to `ops.ssd`.
+        rngs: source of the initial values, `nnx.Rngs(0)`.
+    """
+
+    _checkpoint_prefix = "backbone."
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        config.validate_supported()
+        check_choice(type(self).__name__, "ssd_implementation", ssd_implementation, (None, *IMPLEMENTATIONS))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embeddings = Embedding(
+            config.vocab_size, config.hidden_size, config.initializer_range, param_dtype, rngs
+        )
+        self.layers = nnx.List(
+            Mamba2Block(
+                config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
+            )
+            for _ in range(config.num_hidden_layers)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b l"] | None = None,
+        attention_mask: Int[Array, "b l"] | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
+        cache: Mamba2Cache | None = None,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        output_hidden_states: bool = False,
+    ) -> Mamba2Output:
+        """Run the blocks. Compiled at the first call of each shape; also inside your own `jit`.
+
+        Args:
+            input_ids: `(b, l)` token ids.
+            attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
+                or the right end of a row. A padded row gives the numbers of the row alone.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
+            cache: the state to go on from; any number of new tokens.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            output_hidden_states: also return every block's output.
+
+        Raises:
+            ValueError: arguments that do not fit, named.
+        """
+        inputs = check_inputs(
+            type(self).__name__, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
+        )
+        return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
+
+    def forward(
+        self, input_ids, attention_mask, segment_ids, cache, inputs_embeds, output_hidden_states=False
+    ) -> Mamba2Output:
+        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses."""
+        rows = join_rows(attention_mask, segment_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings.weight[...][input_ids]
+        hidden = inputs_embeds.astype(self.dtype)
+        batch, length = hidden.shape[:2]
+        if cache is None:
+            cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
+
+        conv, ssm, hidden_states = [], [], []
+        for block, conv_state, ssm_state in zip(self.layers, cache.conv, cache.ssm, strict=True):
+            hidden, state = _run_block(block, hidden, LayerState(conv_state, ssm_state), rows)
+            conv.append(state.conv)
+            ssm.append(state.ssm)
+            hidden_states.append(hidden)
+        hidden = self.norm_f(hidden).astype(self.dtype)
+        cache = Mamba2Cache(tuple(conv), tuple(ssm), _advance(cache.position, rows, length))
+        return Mamba2Output(
+            last_hidden_state=hidden,
+            cache=cache,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+        )
+
+
+class Mamba2ForCausalLM(_PretrainedModel):
+    """`Mamba2Model` with a head that scores the next token. Arguments as for `Mamba2Model`.
+
+    >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package
+    >>> model(jnp.array([[1, 2, 3]])).logits.shape
+    (1, 3, 2048)
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.backbone = Mamba2Model(
+            config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
+        )
+        shape = (config.vocab_size, config.hidden_size)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b l"] | None = None,
+        attention_mask: Int[Array, "b l"] | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
+        cache: Mamba2Cache | None = None,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        labels: Int[Array, "b l"] | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+    ) -> Mamba2CausalLMOutput:
+        """Score the next token after each position. Compiled at the first call of each shape.
+
+        Args:
+            input_ids: `(b, l)` token ids.
+            attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
+                or the right end of a row. A padded row gives the numbers of the row alone.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
+            cache: the state to go on from; any number of new tokens.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            labels: `(b, l)`, usually `input_ids`: position t is scored on label t + 1. A label of -100,
+                a padding token, and the first token of a document cost nothing.
+            logits_to_keep: only the last so many positions' logits; 0 keeps all.
+            output_hidden_states: also return every block's output.
+
+        Raises:
+            ValueError: arguments that do not fit, named.
+        """
+        name = type(self).__name__
+        inputs = check_inputs(name, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds)
+        batch, length = batch_and_length(input_ids, inputs_embeds)
+        if not 0 <= logits_to_keep <= length:
+            raise ValueError(f"{name}: logits_to_keep={logits_to_keep} must lie in 0..{length} (0 keeps all)")
+        if labels is not None:
+            check_shape(name, "labels", labels, "b l", b=batch, l=length)
+            check_integer(name, labels=labels)
+            if logits_to_keep:
+                raise ValueError(f"{name}: labels need all logits; leave logits_to_keep at 0")
+            check_ids(name, "labels", labels, self.config, ignored=IGNORED_LABEL)
+        return _run_causal_lm(
+            self, *inputs, labels, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states
+        )
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Score the vocabulary, float32: the head's matrix, or the embedding's when they are tied."""
+        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        return vocabulary_logits(hidden, head.weight[...], dtype=self.dtype)
+
+
+@partial(jax.jit, static_argnames="output_hidden_states")
+def _run_backbone(model: Mamba2Model, *inputs, output_hidden_states: bool) -> Mamba2Output:
+    return model.forward(*inputs, output_hidden_states=output_hidden_states)
+
+
+@partial(jax.jit, static_argnames=("logits_to_keep", "output_hidden_states"))
+def _run_causal_lm(
+    model: Mamba2ForCausalLM, *inputs, logits_to_keep: int, output_hidden_states: bool
+) -> Mamba2CausalLMOutput:
+    *inputs, labels = inputs
+    _, attention_mask, segment_ids, _, _ = inputs
+    out = model.backbone.forward(*inputs, output_hidden_states=output_hidden_states)
+    logits = model.logits(out.last_hidden_state[:, -logits_to_keep:])
+    loss = (
+        None if labels is None else _next_token_loss(logits, labels, join_rows(attention_mask, segment_ids))
+    )
+    return Mamba2CausalLMOutput(logits, out.cache, out.hidden_states, loss)
+
+
+# Layers are alike: under jit this is traced once and called per layer.
+_run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, rows))
+
+
+def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
+    """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
+    targets = labels[:, 1:]
+    counts = targets != IGNORED_LABEL
+    if rows.mask is not None:
+        counts &= rows.mask[:, 1:] & rows.mask[:, :-1]
+    if rows.segment_ids is not None:
+        counts &= ~document_starts(rows.segment_ids)[:, 1:]
+    chosen = jnp.take_along_axis(logits[:, :-1], jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen
+    return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def _advance(position: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, " b"]:
+    """Count the tokens of the row's current document."""
+    if rows.mask is None:
+        return position + length
+    if rows.segment_ids is None:
+        return position + rows.mask.sum(axis=1, dtype=jnp.int32)
+    documents = document_index(rows.segment_ids)
+    last = documents[:, -1:]
+    count = (rows.mask & (documents == last)).sum(axis=1, dtype=jnp.int32)
+    return jnp.where(last[:, 0] == 1, position + count, count)
