@@ -3,6 +3,7 @@
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import cast
 
 __all__ = ["EMBEDDED_MODEL", "resolve_folder"]
 
@@ -75,7 +76,7 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> pat
 
     # A connection that breaks halfway raises an error of the HTTP library below huggingface_hub, which one
     # depends on its version: it is a base of HfHubHTTPError. All else is OSError or ValueError.
-    failures = (ValueError, *errors.HfHubHTTPError.__bases__)
+    failures = cast("tuple[type[Exception], ...]", (ValueError, *errors.HfHubHTTPError.__bases__))
     try:
         return pathlib.Path(
             huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=patterns)
