@@ -6,16 +6,14 @@
 """
 
 import dataclasses
-import json
 import pathlib
-import shutil
-import tempfile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub
 from mamba2_jax.config import Mamba2Config
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids"]
@@ -69,12 +67,14 @@ def load_tokenizer(
     if not (has_json or has_vocabulary or sentencepiece_models):
         raise FileNotFoundError(
             f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model*). The state-spaces "
-            "checkpoints come without one and use GPT-NeoX's: load_tokenizer('EleutherAI/gpt-neox-20b'), or a folder "
-            "with its tokenizer.json"
+            "checkpoints come without one and use GPT-NeoX's: load_tokenizer('EleutherAI/gpt-neox-20b'), "
+            "or a folder with its tokenizer.json"
         )
     try:
-        if has_json or has_vocabulary:
+        if has_json:
             return _load_from_json(folder)
+        if has_vocabulary:
+            return _load_from_vocabulary(folder)
         return _load_from_sentencepiece(sentencepiece_models[-1])  # the newest of v1, v2, v3
     except Exception as error:  # the Rust library below raises plain Exception on a broken file
         raise ValueError(
@@ -83,34 +83,74 @@ def load_tokenizer(
 
 
 def _load_from_json(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
-    settings = folder / "tokenizer_config.json"
-    named = settings.is_file() and "tokenizer_class" in json.loads(settings.read_text(encoding="utf-8"))
-    if named or not (folder / "tokenizer.json").is_file():
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    # Without a named class AutoTokenizer goes by model_type and rebuilds the vocabulary with GPT-NeoX's
-    # splitting rules, whatever tokenizer.json says; so take the file as it is.
+    # The file as it is. AutoTokenizer (5.23) would go by tokenizer_class or model_type and put the splitting
+    # of that class around the vocabulary: with Codestral's LlamaTokenizer "  x" loses one of its spaces.
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
-def _load_from_sentencepiece(file: pathlib.Path) -> "PreTrainedTokenizerBase":
-    """Convert a sentencepiece model of the Llama and Mistral family."""
-    import sentencepiece
+def _load_from_vocabulary(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
     from transformers import AutoTokenizer
 
-    sentencepiece.SentencePieceProcessor(model_file=str(file))  # raises on a broken file, where the
-    # conversion below would go on to try other formats and hide the cause
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
-        # transformers recognises a sentencepiece model by its name, and `tokenizer.model.v3` is not it.
-        shutil.copyfile(file, folder / "tokenizer.model")
-        settings = file.parent / "tokenizer_config.json"
-        content = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
-        content["tokenizer_class"] = "LlamaTokenizer"
-        (folder / "tokenizer_config.json").write_text(json.dumps(content), encoding="utf-8")
-        (folder / "config.json").write_text('{"model_type": "llama"}', encoding="utf-8")
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _load_from_sentencepiece(file: pathlib.Path) -> "PreTrainedTokenizerBase":
+    """Rebuild a sentencepiece BPE model of the Llama and Mistral family; the name `.v3` is Mistral's own."""
+    import sentencepiece
+    from transformers import PreTrainedTokenizerFast
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(file))
+    backend = _sentencepiece_backend(processor)
+    probe = "  def f(x):\n\treturn x**12  # \ufb01 \u00e9\u6c49 \U0001f600 \uff21 "
+    if backend.encode(probe, add_special_tokens=False).ids != processor.encode(probe):
+        raise ValueError(
+            "not a byte-pair model with a leading space and no other normalisation, as Mistral's are; "
+            "convert it to tokenizer.json"
+        )
+    names = {
+        "bos_token": processor.bos_id(),
+        "eos_token": processor.eos_id(),
+        "unk_token": processor.unk_id(),
+    }
+    special = {name: processor.id_to_piece(index) for name, index in names.items() if index >= 0}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+
+
+def _sentencepiece_backend(processor: Any) -> "Tokenizer":
+    """Build the pipeline: a space in front, pairs merged by score, bytes for unknown characters, bos."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+    pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    plain = {
+        piece
+        for index, piece in enumerate(pieces)
+        if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index))
+    }
+    # sentencepiece merges the pair whose union scores best: all ways to cut the best piece, then of the next
+    ranked = sorted(plain, key=lambda piece: (-processor.get_score(vocabulary[piece]), vocabulary[piece]))
+    merges = [
+        (piece[:cut], piece[cut:])
+        for piece in ranked
+        for cut in range(1, len(piece))
+        if piece[:cut] in plain and piece[cut:] in plain
+    ]
+    unknown = processor.id_to_piece(processor.unk_id())
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    controls = [piece for index, piece in enumerate(pieces) if processor.is_control(index)]
+    backend.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in controls])
+    if processor.bos_id() >= 0:
+        bos = processor.id_to_piece(processor.bos_id())
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, processor.bos_id())]
+        )
+    return backend
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase", config: Mamba2Config) -> SpecialTokenIds:
@@ -148,7 +188,8 @@ def special_token_ids(tokenizer: "PreTrainedTokenizerBase", config: Mamba2Config
     if own_eos is not None and own_eos not in eos:
         if eos:
             notes.append(
-                f"eos_token_id: the config says {config.eos_token_id}, the tokenizer {own_eos}; using {own_eos}"
+                f"eos_token_id: the config says {config.eos_token_id}, the tokenizer {own_eos}; "
+                f"using {own_eos}"
             )
         eos = (own_eos,)
     if eos and _token_id(tokenizer, "pad_token_id") is None:
