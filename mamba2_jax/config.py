@@ -14,7 +14,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 from mamba2_jax import config_checks, config_forms, hub
 
@@ -172,7 +172,7 @@ class Mamba2Config:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self, **changes: Any) -> "Mamba2Config":
         """Copy with other fields; `d_ssm` and `time_step_rank` follow `hidden_size` unless set apart."""
         if self.d_ssm == self.intermediate_size:
             changes.setdefault("d_ssm", None)
@@ -219,12 +219,12 @@ class Mamba2Config:
         return total + d + vocab * d * (1 if self.tie_word_embeddings else 2)
 
     @classmethod
-    def preset(cls, name: str) -> Self:
+    def preset(cls, name: str) -> "Mamba2Config":
         """Build a published size: "mamba2-130m", "-370m", "-780m", "-1.3b", "-2.7b", or "codestral-7b"."""
         return cls(**config_forms.preset_fields(name))
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Self:
+    def from_dict(cls, config: Mapping[str, Any]) -> "Mamba2Config":
         """Read a parsed config file: transformers', the older `-av`, state-spaces' or Mistral's form.
 
         Args:
@@ -239,7 +239,7 @@ class Mamba2Config:
         return cls(**config_forms.parse_fields(config))
 
     @classmethod
-    def from_pretrained(cls, path: str | pathlib.Path | None = None, revision: str | None = None) -> Self:
+    def from_pretrained(cls, path: str | pathlib.Path | None = None, revision: str | None = None) -> "Mamba2Config":
         """Read the config of a checkpoint.
 
         When the file does not say how much of the vocabulary is padding and a `tokenizer.json` lies beside
