@@ -27,7 +27,6 @@ class Chunks(NamedTuple):
 
     x: Array  # (b, c, g, q, h*p) compute dtype; h is heads per group here
     dt: Array  # (b, c, g, h, q) float32
-    log_decay: Array  # (b, c, g, h, q) float32: sum of dt*A from the chunk's start through q, <= 0
     B: Array  # (b, c, g, q, n) compute dtype
     C: Array  # (b, c, g, q, n) compute dtype
     document: Array | None  # (b, c, q) int32, numbers the documents of the row
@@ -72,15 +71,9 @@ def ssd_chunked(
 
     grouped_dt = split(dt.reshape(batch, length, num_groups, heads))  # (steps, b, c, q, g, h)
     grouped_dt = jnp.moveaxis(grouped_dt, 3, -1)  # (steps, b, c, g, h, q)
-    # A triangular product: XLA's cumsum is quadratic in the chunk on CPU, and slower.
-    triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), dt.dtype))
-    log_decay = jnp.einsum(
-        "ibcghs,qs->ibcghq", grouped_dt * A.reshape(num_groups, heads, 1), triangle, precision="highest"
-    )
     chunks = Chunks(
         x=split(x.reshape(batch, length, num_groups, heads * head_dim)).swapaxes(3, 4),
         dt=grouped_dt,
-        log_decay=log_decay,
         B=split(B).swapaxes(3, 4),
         C=split(C).swapaxes(3, 4),
         document=None,
@@ -93,10 +86,11 @@ def ssd_chunked(
         before = jnp.moveaxis(before.reshape(batch, num_steps, chunks_per_step), 1, 0)
         chunks = chunks._replace(document=document, document_before=before)
 
-    D_heads = None if D is None else D.reshape(num_groups, heads, -1).astype(dt.dtype)  # (g, h, 1 or p)
+    A = A.reshape(num_groups, heads)
+    D = None if D is None else D.reshape(num_groups, heads, -1).astype(dt.dtype)  # (g, h, 1 or p)
     state = initial_state.reshape(batch, num_groups, heads * head_dim, state_dim).swapaxes(2, 3)
     # Recompute a step in the backward pass instead of keeping its pair matrices: memory O(l), not O(l q).
-    step = jax.checkpoint(partial(_step, D=D_heads), prevent_cse=False)
+    step = jax.checkpoint(partial(_step, A=A, D=D), prevent_cse=False)
     state, y = jax.lax.scan(step, state, chunks)  # y (steps, b, c, q, g, h, p)
 
     y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, head_dim)[:, :length]
@@ -104,18 +98,23 @@ def ssd_chunked(
 
 
 def _step(
-    state: Float[Array, "b g n hp"], chunks: Chunks, D: Float[Array, "g h _"] | None
+    state: Float[Array, "b g n hp"], chunks: Chunks, A: Float[Array, "g h"], D: Float[Array, "g h _"] | None
 ) -> tuple[Float[Array, "b g n hp"], Float[Array, "b c q g h p"]]:
     """The four steps on the chunks given."""
-    x, dt, log_decay, B, C, document, document_before = chunks
+    x, dt, B, C, document, document_before = chunks
     full, compute = dt.dtype, x.dtype
     batch, num_chunks, num_groups, chunk_size, _ = x.shape
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
     product = partial(jnp.einsum, preferred_element_type=full)
 
+    # Natural log of the decay from the chunk's start through token q, <= 0. A triangular product, because
+    # XLA's cumsum on CPU is quadratic too, and slower.
+    triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), full))
+    log_decay = product("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
+
     # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
-    pairs = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))  # (q, s)
+    pairs = triangle > 0  # (q, s)
     if document is not None and document_before is not None:
         pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
         pairs = pairs[:, :, None, None]
