@@ -239,7 +239,9 @@ class Mamba2Config:
         return cls(**config_forms.parse_fields(config))
 
     @classmethod
-    def from_pretrained(cls, path: str | pathlib.Path | None = None, revision: str | None = None) -> "Mamba2Config":
+    def from_pretrained(
+        cls, path: str | pathlib.Path | None = None, revision: str | None = None
+    ) -> "Mamba2Config":
         """Read the config of a checkpoint.
 
         When the file does not say how much of the vocabulary is padding and a `tokenizer.json` lies beside
