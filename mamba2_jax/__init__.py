@@ -9,12 +9,16 @@
 >>> text = tokenizer.decode(new.tokens[0])
 """
 
-from mamba2_jax.cache import Mamba2Cache
-from mamba2_jax.config import Mamba2Config
-from mamba2_jax.generation import GenerateOutput, generate
-from mamba2_jax.model import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output
-from mamba2_jax.streaming import stream
-from mamba2_jax.tokenizer import load_tokenizer
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mamba2_jax.cache import Mamba2Cache
+    from mamba2_jax.config import Mamba2Config
+    from mamba2_jax.generation import GenerateOutput, generate
+    from mamba2_jax.model import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output
+    from mamba2_jax.streaming import stream
+    from mamba2_jax.tokenizer import load_tokenizer
 
 __all__ = [
     "GenerateOutput",
@@ -28,3 +32,26 @@ __all__ = [
     "load_tokenizer",
     "stream",
 ]
+
+_MODULES = {
+    "cache": ("Mamba2Cache",),
+    "config": ("Mamba2Config",),
+    "generation": ("GenerateOutput", "generate"),
+    "model": ("Mamba2CausalLMOutput", "Mamba2ForCausalLM", "Mamba2Model", "Mamba2Output"),
+    "streaming": ("stream",),
+    "tokenizer": ("load_tokenizer",),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # Names are fetched when they are first used, so that `mamba2-jax --help` does not wait for JAX.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
