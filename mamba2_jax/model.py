@@ -17,7 +17,7 @@ from mamba2_jax.inputs import batch_and_length, check_ids, check_inputs, join_ro
 from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
 from mamba2_jax.ops.checks import check_choice, check_integer, check_shape
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
-from mamba2_jax.ops.linear import vocabulary_logits
+from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
 from mamba2_jax.ops.segments import document_index, document_starts
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 from mamba2_jax.weights import LoadReport, load_weights
@@ -91,7 +91,12 @@ class _PretrainedModel(nnx.Module):
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
         config = Mamba2Config.from_pretrained(folder)
         arrays, load_report = load_weights(
-            folder, config, param_dtype=param_dtype, sharding=sharding, allow_non_finite=allow_non_finite
+            folder,
+            config,
+            param_dtype=param_dtype,
+            sharding=sharding,
+            allow_non_finite=allow_non_finite,
+            head=cls._has_head,
         )
         if dtype is None:
             stored = arrays["backbone.embeddings.weight"].dtype
@@ -114,6 +119,7 @@ class _PretrainedModel(nnx.Module):
         return model
 
     _checkpoint_prefix = ""
+    _has_head = True
 
 
 class Mamba2Model(_PretrainedModel):
@@ -128,6 +134,7 @@ class Mamba2Model(_PretrainedModel):
     """
 
     _checkpoint_prefix = "backbone."
+    _has_head = False
 
     def __init__(
         self,
@@ -187,7 +194,7 @@ class Mamba2Model(_PretrainedModel):
         """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses."""
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
-            inputs_embeds = self.embeddings.weight[...][input_ids]
+            inputs_embeds = embedding_lookup(self.embeddings.weight[...], input_ids)
         hidden = inputs_embeds.astype(self.dtype)
         batch, length = hidden.shape[:2]
         if cache is None:

@@ -1,11 +1,12 @@
-"""Matrix products with weights: operands in the compute dtype, sums in float32."""
+"""Products with weights, operands in the compute dtype and sums in float32; and the embedding's rows."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.dispatch import platform
-from mamba2_jax.typing import Array, DTypeLike, Float
+from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 
 def linear(
@@ -48,11 +49,18 @@ def vocabulary_logits(
     """
     rows, count = _rows(x, dtype)
     full = jnp.promote_types(dtype, jnp.float32)
-    if rows.shape[0] <= 32:  # decoding: streaming the matrix once is all the cost
-        y = jnp.einsum("vd,rd->vr", embedding.astype(dtype), rows, preferred_element_type=full).T
-    else:
-        y = jnp.einsum("rd,vd->rv", rows, embedding.astype(dtype), preferred_element_type=full)
+    y = jnp.einsum("rd,vd->rv", rows, embedding.astype(dtype), preferred_element_type=full)
     return y[:count].reshape(*x.shape[:-1], -1)
+
+
+def embedding_lookup(embedding: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """The rows of `embedding` at `ids`, in its dtype."""
+    if embedding.dtype.itemsize != 2 or platform() != "cpu":
+        return embedding[ids]
+    # XLA on CPU looks half-precision rows up in a float32 copy of the table. Fused, that costs nothing; but it
+    # hoists the copy out of the decoding loop and keeps it. Out of a branch it cannot.
+    nothing = jnp.zeros((*ids.shape, embedding.shape[1]), embedding.dtype)
+    return jax.lax.cond(jnp.any(ids >= 0), lambda: embedding[ids], lambda: nothing)
 
 
 def _rows(x: Array, dtype: DTypeLike) -> tuple[Array, int]:
