@@ -267,3 +267,7 @@ def _write_and_time(begin: "Begin", max_new_tokens: int) -> None:
 
 def _tell(message: object) -> None:
     print(message, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

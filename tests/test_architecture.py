@@ -1,0 +1,138 @@
+"""What may import what, and what no module below the command line does."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import mamba2_jax
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+# A room is a module or a sub-package of mamba2_jax, and what it may import from the others.
+ARROWS = {
+    "typing": "",
+    "hub": "",
+    "config_checks": "",
+    "config_forms": "",
+    "config": "config_checks config_forms hub",
+    "tokenizer": "config hub",
+    "weights": "config typing",
+    "pallas": "",
+    "ops": "pallas typing",
+    "cache": "config typing",
+    "layers": "cache config ops typing",
+    "inputs": "cache config layers ops typing",
+    "model": "cache config hub inputs layers ops typing weights",
+    "sampling": "ops typing",
+    "generation": "cache inputs model ops sampling typing",
+    "streaming": "cache generation model typing",
+    "cli_info": "cache config hub weights",
+    "cli": "cli_info hub model sampling streaming tokenizer",
+    "__init__": "cache config generation model streaming tokenizer",
+}
+# What a room may import from outside, beside Python's own.
+OUTSIDE = {
+    "typing": "jax jaxtyping",
+    "hub": "huggingface_hub",
+    "config_checks": "",
+    "config_forms": "",
+    "config": "",
+    "tokenizer": "sentencepiece tokenizers transformers",
+    "weights": "jax ml_dtypes numpy rich",
+    "pallas": "jax",
+    "ops": "jax numpy",
+    "cache": "jax",
+    "layers": "flax jax",
+    "inputs": "jax numpy",
+    "model": "flax jax",
+    "sampling": "jax",
+    "generation": "jax numpy",
+    "streaming": "jax numpy",
+    "cli_info": "jax rich",
+    "cli": "jax tyro",
+    "__init__": "",
+}
+COMMAND_LINE = {"cli", "cli_info"}
+
+
+def source_files() -> list[pathlib.Path]:
+    return sorted([*(ROOT / "mamba2_jax").rglob("*.py"), *(ROOT / "pallas").rglob("*.py")])
+
+
+def room_of(file: pathlib.Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return "pallas" if parts[0] == "pallas" else parts[1]
+
+
+def imported_names(file: pathlib.Path) -> Iterator[str]:
+    """Dotted names that a file imports anywhere, also inside functions; `from m import n` gives m.n."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import; write the whole name"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def home(dotted: str) -> str:
+    """The room of `mamba2_jax.x...`, also of a public name."""
+    name = dotted.split(".")[1]
+    return mamba2_jax._HOMES.get(name, name)
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_follow_the_arrows(file):
+    room = room_of(file)
+    assert room in ARROWS, f"{room} is new: say in ARROWS and OUTSIDE what it may import"
+    inside = {home(name) for name in imported_names(file) if name.split(".")[0] == "mamba2_jax"}
+    outside = {name.split(".")[0] for name in imported_names(file)} - {"mamba2_jax"}
+    assert inside - {room} <= set(ARROWS[room].split())
+    assert outside - sys.stdlib_module_names <= set(OUTSIDE[room].split())
+
+
+def test_arrows_go_one_way():
+    order = []
+    while len(order) < len(ARROWS):
+        ready = [room for room in ARROWS if room not in order and set(ARROWS[room].split()) <= set(order)]
+        assert ready, f"a circle among {set(ARROWS) - set(order)}"
+        order += ready
+
+
+@pytest.mark.parametrize("file", source_files(), ids=lambda file: str(file.relative_to(ROOT)))
+def test_only_the_command_line_prints_and_reads_the_environment(file):
+    if room_of(file) in COMMAND_LINE:
+        return
+    for node in ast.walk(ast.parse(file.read_text())):
+        where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{where} prints"
+        if isinstance(node, ast.Attribute):
+            assert node.attr not in ("environ", "getenv", "putenv"), f"{where} uses the environment"
+            assert ast.unparse(node) not in ("sys.stdout", "sys.argv"), f"{where} uses {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize(
+    ("code", "absent"),
+    [
+        ("import mamba2_jax", "jax flax transformers torch"),
+        ("from mamba2_jax import *", "torch mamba2_jax.pallas mamba2_jax.cli orbax"),
+        ("from mamba2_jax.cli import main; main(['--version'])", "jax flax transformers torch numpy"),
+    ],
+)
+def test_what_an_import_leaves_alone(code, absent):
+    code += f"; import sys; print('found:', sorted(set({absent.split()!r}) & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "found: []"
+
+
+def test_public_names_exist():
+    for name in mamba2_jax.__all__:
+        assert getattr(mamba2_jax, name).__module__ == f"mamba2_jax.{mamba2_jax._HOMES[name]}"
+    assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        mamba2_jax.nothing  # noqa: B018

@@ -1,0 +1,239 @@
+"""The command line, in this process where possible; pipes and signals in real ones."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from mamba2_jax import Mamba2ForCausalLM, cli, load_tokenizer, stream
+from mamba2_jax.hub import EMBEDDED_MODEL
+
+PROMPT = "import os\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A copy of the embedded model to change."""
+    return shutil.copytree(EMBEDDED_MODEL, tmp_path / "model")
+
+
+def change(file, **fields):
+    """Set fields of a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def run(*arguments) -> int:
+    """The exit code, whether `main` returns it or tyro raises it."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.fixture
+def from_stdin(monkeypatch):
+    def put(data: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+    return put
+
+
+def test_generate_streams_the_library_s_text(capsys):
+    assert run("generate", PROMPT, "--max-new-tokens", "24") == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = Mamba2ForCausalLM.from_pretrained(), load_tokenizer()
+    text = "".join(stream(model, tokenizer, PROMPT, max_new_tokens=24))
+    assert out == (text if text.endswith("\n") else text + "\n")
+    assert "loaded 56 tensors" in err
+    assert "24 tokens, ended by --max-new-tokens" in err
+    assert "tokens/s" in err
+    assert "time to first token: " in err
+    assert "with compiling" in err
+
+
+def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
+    options = ["--max-new-tokens", "16", "--temperature", "0.9", "--seed", "3", "--echo"]
+    texts = []
+    for more in ([], [], ["--stop", "\n", "--stop", "e"]):
+        from_stdin(PROMPT.encode())
+        assert run("generate", "-", *options, *more) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert texts[0].startswith(PROMPT)
+    text = texts[0].removeprefix(PROMPT)
+    assert texts[2] == PROMPT + text[: min(text.find(s) for s in "\ne" if s in text)] + "\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", ""], "prompt is empty"),
+        (["generate"], "Missing from mamba2-jax generate"),
+        (["generate", "x", "--model", "/no/such"], "/no/such: no such folder"),
+        (["generate", "x", "--model", ""], "the path is empty"),
+        (["generate", "x", "--model", __file__], "this is a file"),
+        (["generate", "x", "--tempe", "1"], "Perhaps you meant"),
+        (["generate", "x", "--dtype", "float8"], "invalid choice 'float8'"),
+        (["generate", "x", "--temperature", "hot"], "--temperature"),
+        (["generate", "x", "--temperature", "-1"], "temperature=-1.0 must be at least 0"),
+        (["generate", "x", "--temperature", "nan"], "temperature=nan must be at least 0"),
+        (["generate", "x", "--temperature", "1", "--top-p", "1.5"], "top_p=1.5 must be in (0, 1]"),
+        (["generate", "x", "--temperature", "1", "--min-p", "2"], "min_p=2.0 must be in [0, 1]"),
+        (["generate", "x", "--temperature", "1", "--top-k", "-1"], "top_k=-1 must be a positive integer"),
+        (["generate", "x", "--top-p", "0.5"], "needs sampling: set temperature"),
+        (["generate", "x", "--repetition-penalty", "0"], "repetition_penalty=0.0 must be positive"),
+        (["generate", "x", "--max-new-tokens", "0"], "--max-new-tokens 0 must be at least 1"),
+        (["generate", "x", "--max-new-tokens", "1.5"], "--max-new-tokens"),
+        (["generate", "x", "--seed", "-1"], "--seed -1 must lie in"),
+        (["generate", "x", "--stop", ""], "--stop is empty"),
+        (["info", "/no/such"], "/no/such: no such folder"),
+        (["info", "a", "b"], "Unrecognized options: b"),
+        (["translate"], "Available subcommands: generate, info"),
+        ([], "Missing subcommand"),
+    ],
+)
+def test_a_mistake_gets_a_message_and_exit_code_2(arguments, words, capsys):
+    assert run(*arguments) == 2
+    out, err = capsys.readouterr()
+    assert words in " ".join(err.replace("│", " ").split())
+    assert out == ""
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("data", "words"), [(b"", "prompt on stdin is empty"), (b"\xff", "prompt on stdin is not UTF-8")]
+)
+def test_a_mistake_on_stdin(data, words, capsys, from_stdin):
+    from_stdin(data)
+    assert run("generate", "-") == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.safetensors", "junk", "model.safetensors: 4 bytes"),
+        ("config.json", "{", "config.json: cannot be read as JSON"),
+        ("config.json", '{"model_type": "llama"}', "llama"),
+        ("tokenizer.json", "{", "tokenizer"),
+        ("generation_config.json", "{", "generation_config.json: cannot be read as JSON"),
+        ("generation_config.json", "[]", "generation_config.json: wants a JSON object"),
+        ("generation_config.json", '{"top_k": "5"}', "generation_config.json: top_k='5'"),
+        ("generation_config.json", '{"do_sample": true, "top_p": 7}', "generation_config.json: top_p=7"),
+        ("generation_config.json", '{"eos_token_id": 1e9}', "eos_token_id"),
+    ],
+)
+def test_a_broken_checkpoint_gets_a_message_and_exit_code_2(name, content, words, folder, capsys):
+    (folder / name).unlink()
+    (folder / name).write_text(content)
+    assert run("generate", "x", "--model", str(folder)) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert out == ""
+
+
+def test_options_win_over_the_checkpoint_s_defaults(folder):
+    change(
+        folder / "generation_config.json",
+        do_sample=True,
+        temperature=0.7,
+        top_k=50,
+        top_p=0.9,
+        max_new_tokens=9,
+        repetition_penalty=1.2,
+    )
+    theirs = {
+        "temperature": 0.7,
+        "top_k": 50,
+        "top_p": 0.9,
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.2,
+        "eos_token_id": 0,
+    }
+    assert cli.Generate("x")._settings(folder) == theirs
+    assert cli.Generate("x", top_p=0.5, max_new_tokens=3)._settings(folder) == theirs | {
+        "top_p": 0.5,
+        "max_new_tokens": 3,
+    }
+    no_limit = {name: value for name, value in theirs.items() if name != "top_k"}
+    assert cli.Generate("x", top_k=0)._settings(folder) == no_limit
+    greedy = {
+        "temperature": 0,
+        "max_new_tokens": 9,
+        "repetition_penalty": 1.2,
+        "eos_token_id": 0,
+    }
+    assert cli.Generate("x", temperature=0)._settings(folder) == greedy
+    # transformers' rule: without do_sample the temperature and the filters beside it mean nothing
+    change(folder / "generation_config.json", do_sample=False)
+    assert "temperature" not in cli.Generate("x")._settings(folder)
+    (folder / "generation_config.json").unlink()
+    assert cli.Generate("x")._settings(folder) == {"max_new_tokens": 128}
+
+
+def test_the_tokenizer_s_special_ids_win_with_a_note(folder, capsys):
+    change(folder / "config.json", eos_token_id=5)
+    change(folder / "generation_config.json", eos_token_id=[7, 9])
+    generate = cli.Generate("x")
+    begin = generate._prepare(folder, generate._settings(folder), "x")
+    err = capsys.readouterr().err
+    assert "note: eos_token_id: the config says (7, 9), the tokenizer 0; using 0" in err
+    assert begin(1)._eos == (0,)
+
+
+def test_info_of_the_embedded_model(capsys):
+    assert run("info") == 0
+    out = capsys.readouterr().out
+    for words in ("1,893,804", "6 of 64 channels", "331,780 bytes", "56 tensors: 1,893,804 BF16", "yes"):
+        assert words in out
+
+
+def test_info_without_weights_and_of_what_is_not_built(folder, capsys):
+    original = {"d_model": 192, "n_layer": 6, "vocab_size": 2050, "ssm_cfg": {"layer": "Mamba2"}}
+    original |= {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 4}}
+    (folder / "config.json").write_text(json.dumps(original))
+    (folder / "model.safetensors").unlink()
+    assert run("info", str(folder)) == 0
+    out = capsys.readouterr().out
+    assert "attention layers" in out
+    assert "2 are padding" in out
+    assert "no weights in safetensors form here" in out
+    (folder / "model.safetensors").write_text("junk")
+    assert run("info", str(folder)) == 2
+    assert "model.safetensors: 4 bytes" in capsys.readouterr().err
+
+
+def test_help_and_version(capsys):
+    for arguments in (["--help"], ["generate", "--help"], ["info", "--help"], ["--version"]):
+        assert run(*arguments) == 0
+        assert "mamba2-jax" in capsys.readouterr().out
+
+
+def start(*arguments, **options) -> subprocess.Popen:
+    command = [sys.executable, "-m", "mamba2_jax.cli", *arguments]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **options
+    )
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
+@pytest.mark.parametrize(("leave", "code"), [("interrupt", 130), ("close the pipe", 141)])
+def test_leaving_early_is_quiet(leave, code):
+    with start("generate", PROMPT, "--max-new-tokens", "1000000", "--temperature", "1") as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(4)
+        if leave == "interrupt":
+            process.send_signal(signal.SIGINT)
+            process.stdout.read()
+        process.stdout.close()
+        err = process.stderr.read().decode()
+        assert process.wait(timeout=120) == code
+    assert err.startswith("loaded 56 tensors")
+    assert len(err.splitlines()) == 1
