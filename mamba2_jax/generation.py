@@ -139,7 +139,7 @@ def generate(
 @partial(jax.jit, static_argnames=("size", "eos", "pad", "return_logprobs"))
 def _generate(
     model, input_ids, attention_mask, cache, sampler, key, budget, *, size, eos, pad, return_logprobs
-):
+) -> tuple[Array, Array, Array | None, Mamba2Cache]:
     state = prefill(model, input_ids, attention_mask, cache, sampler)
     state, tokens, lengths, logprobs = decode(
         model, state, sampler, key, budget, size=size, eos=eos, pad=pad, return_logprobs=return_logprobs

@@ -41,7 +41,9 @@ def check_inputs(
     return input_ids, attention_mask, segment_ids, cache, inputs_embeds
 
 
-def check_mask(name: str, attention_mask: Array, batch: int, length: int) -> Array | None:
+def check_mask(
+    name: str, attention_mask: Array | np.ndarray, batch: int, length: int
+) -> Array | np.ndarray | None:
     """Check a mask of 0/1 over `(batch, length)` new tokens; None when all of them count."""
     attention_mask = _as_array(attention_mask)
     check_integer(name, attention_mask=attention_mask)
@@ -67,7 +69,9 @@ def check_mask(name: str, attention_mask: Array, batch: int, length: int) -> Arr
     return None if values.all() else attention_mask
 
 
-def check_ids(name: str, argument: str, ids: Array, config: Mamba2Config, ignored: int | None = None) -> None:
+def check_ids(
+    name: str, argument: str, ids: Array | np.ndarray, config: Mamba2Config, ignored: int | None = None
+) -> None:
     """Raise ValueError for a concrete id outside the vocabulary that is not `ignored`."""
     if not is_concrete(ids):
         return

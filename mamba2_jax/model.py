@@ -1,6 +1,6 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
-import os
+import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ class _PretrainedModel(nnx.Module):
     @classmethod
     def from_pretrained(
         cls: type[_M],
-        path: str | os.PathLike | None = None,
+        path: str | pathlib.Path | None = None,
         *,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
@@ -109,7 +109,7 @@ class _PretrainedModel(nnx.Module):
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
         """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))
+        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))  # pyright: ignore[reportCallIssue]
         parameters = nnx.state(model, nnx.Param)
         paths = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(parameters)}
         prefix = cls._checkpoint_prefix

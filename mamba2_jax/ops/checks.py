@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
-import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from mamba2_jax.typing import Array
 
 
-def check_shape(op: str, name: str, array: Array, axes: str, **sizes: int) -> None:
+def check_shape(op: str, name: str, array: Array | np.ndarray, axes: str, **sizes: int) -> None:
     """Raise ValueError unless `array` has the axes `axes` ("b l h"), of the given sizes, none empty."""
     letters = axes.split()
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
@@ -27,7 +28,7 @@ def check_shape(op: str, name: str, array: Array, axes: str, **sizes: int) -> No
             )
 
 
-def check_dtype(op: str, **arrays: Array | None) -> None:
+def check_dtype(op: str, **arrays: Array | np.ndarray | None) -> None:
     """Raise ValueError unless every given array is of a floating-point dtype."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
@@ -36,7 +37,7 @@ def check_dtype(op: str, **arrays: Array | None) -> None:
             )
 
 
-def check_integer(op: str, **arrays: Array | None) -> None:
+def check_integer(op: str, **arrays: Array | np.ndarray | None) -> None:
     """Raise ValueError unless every given array is of an integer (or boolean) dtype."""
     for name, array in arrays.items():
         if array is None:
@@ -65,4 +66,4 @@ def check_choice(op: str, name: str, value: object, choices: Iterable[object]) -
 
 def is_concrete(array: object) -> bool:
     """Whether the values of `array` can be looked at without tracing or breaking a jit."""
-    return not isinstance(array, jax.core.Tracer)
+    return not isinstance(array, Tracer)

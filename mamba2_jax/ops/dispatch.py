@@ -30,7 +30,8 @@ def choose(implementation: str | None, chunk_size: int | None) -> Callable:
         return ssd_recurrent
     if implementation == "xla":
         return partial(ssd_chunked, **_xla_tuning(chunk_size))
-    from mamba2_jax.pallas import KERNELS  # lazy: kernels want a newer jax than the rest
+    # Lazy: kernels want a newer jax than the rest. Type checkers do not follow setuptools' package-dir.
+    from mamba2_jax.pallas import KERNELS  # pyright: ignore[reportMissingImports]
 
     if implementation not in KERNELS:
         raise NotImplementedError(

@@ -57,8 +57,8 @@ def embedding_lookup(embedding: Float[Array, "v d"], ids: Int[Array, "*b"]) -> F
     """The rows of `embedding` at `ids`, in its dtype."""
     if embedding.dtype.itemsize != 2 or platform() != "cpu":
         return embedding[ids]
-    # XLA on CPU looks half-precision rows up in a float32 copy of the table. Fused, that costs nothing; but it
-    # hoists the copy out of the decoding loop and keeps it. Out of a branch it cannot.
+    # XLA on CPU looks half-precision rows up in a float32 copy of the table. Fused, that costs nothing;
+    # but it hoists the copy out of the decoding loop and keeps it. Out of a branch it cannot.
     nothing = jnp.zeros((*ids.shape, embedding.shape[1]), embedding.dtype)
     return jax.lax.cond(jnp.any(ids >= 0), lambda: embedding[ids], lambda: nothing)
 
