@@ -111,7 +111,9 @@ class TestPadding:
             mask[1] = 0
             out = model(ids[:, :length], attention_mask=mask, cache=whole.cache)
             assert np.isfinite(np.asarray(out.logits)).all()
-            for after, before in zip(jax.tree.leaves(out.cache[1]), jax.tree.leaves(whole.cache[1]), strict=True):
+            for after, before in zip(
+                jax.tree.leaves(out.cache[1]), jax.tree.leaves(whole.cache[1]), strict=True
+            ):
                 np.testing.assert_array_equal(after, before)
 
 
@@ -264,7 +266,9 @@ class TestInitialisation:
 
     def test_the_seed_decides_and_dtypes_are_kept(self):
         first, second = make(), make()
-        for one, other in zip(jax.tree.leaves(nnx.state(first)), jax.tree.leaves(nnx.state(second)), strict=True):
+        for one, other in zip(
+            jax.tree.leaves(nnx.state(first)), jax.tree.leaves(nnx.state(second)), strict=True
+        ):
             np.testing.assert_array_equal(one, other)
         half = Mamba2Model(self.config, dtype="bfloat16", param_dtype="bfloat16", rngs=nnx.Rngs(0))
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(half))} == {jnp.dtype("bfloat16")}
@@ -291,7 +295,10 @@ BAD = {
     "id too large": ({"input_ids": np.full((2, 6), 96)}, r"input_ids\[0, 0\] = 96 lies outside"),
     "negative id": ({"input_ids": np.full((2, 6), -1)}, r"input_ids\[0, 0\] = -1 lies outside"),
     "neither": ({"input_ids": None}, "either input_ids or inputs_embeds"),
-    "embeds": ({"input_ids": None, "inputs_embeds": np.ones((2, 6, 3), np.float32)}, "inputs_embeds has shape"),
+    "embeds": (
+        {"input_ids": None, "inputs_embeds": np.ones((2, 6, 3), np.float32)},
+        "inputs_embeds has shape",
+    ),
     "hole": ({"attention_mask": [[1, 0, 1, 1, 1, 1]] * 2}, "attention_mask has a hole in row 0"),
     "mask values": ({"attention_mask": np.full((2, 6), 2)}, "attention_mask holds values other"),
     "mask dtype": ({"attention_mask": np.ones((2, 6))}, "attention_mask is float64"),

@@ -11,6 +11,7 @@ from mamba2_jax import ops
 from mamba2_jax.ops.ssd_chunked import ssd_chunked
 
 IMPLEMENTATIONS = ["recurrent", "xla"]
+run = jax.jit(ops.ssd, static_argnames=("chunk_size", "implementation"))
 # float32 rounding: a sum of a few hundred products, each exact to 6e-8. With strong decay the
 # exponents are differences of sums near -1000, where one unit in the last place is 6e-5.
 TOLERANCE = {"float32": 3e-6, "strong": 2e-4, "bfloat16": 1e-2}
@@ -32,7 +33,7 @@ def valid_rows(inputs):
 def test_values_equal_the_numpy_recurrence(case, implementation):
     inputs = draw(case)
     want_y, want_state = reference.ssd(**inputs)
-    y, state = ops.ssd(**inputs, chunk_size=case.chunk_size, implementation=implementation)
+    y, state = run(**inputs, chunk_size=case.chunk_size, implementation=implementation)
     valid = valid_rows(inputs)
     tolerance = TOLERANCE["strong" if case.decay > 1 else "float32"]
     assert np.isfinite(np.asarray(y)).all()
@@ -54,10 +55,11 @@ def test_every_gradient_equals_the_float64_recurrence(case):
         )
         return (y * weights[0].astype(dtype)).sum() + jnp.square(state).sum()
 
+    gradient = jax.jit(jax.grad(loss), static_argnums=(1, 2))
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), inputs)
-        want = jax.grad(loss)(exact, "recurrent", np.float64)
-    got = jax.grad(loss)(inputs, "xla", np.float32)
+        want = gradient(exact, "recurrent", np.float64)
+    got = gradient(inputs, "xla", np.float32)
     for name in want:
         # Sums over the sequence cancel in dA and dD: allow them ten times the rounding of values.
         tolerance = TOLERANCE["strong" if case.decay > 1 else "float32"] * 10
@@ -107,11 +109,11 @@ def test_strong_decay_is_finite_and_right_with_its_gradients():
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_pieces_joined_by_the_state_equal_the_whole(implementation):
     inputs = draw(Case("whole", l=41))
-    y, state = ops.ssd(**inputs, implementation=implementation)
+    y, state = run(**inputs, implementation=implementation)
     parts, carried = [], inputs["initial_state"]
     for start, end in [(0, 1), (1, 20), (20, 41)]:
         piece = {k: v[:, start:end] if k in {"x", "dt", "B", "C"} else v for k, v in inputs.items()}
-        part, carried = ops.ssd(**{**piece, "initial_state": carried}, implementation=implementation)
+        part, carried = run(**{**piece, "initial_state": carried}, implementation=implementation)
         parts.append(part)
     assert error(jnp.concatenate(parts, 1), y) < TOLERANCE["float32"]
     assert error(carried, state) < TOLERANCE["float32"]
@@ -141,7 +143,7 @@ BAD = {
     "empty batch": ({"x": jnp.ones((0, 37, 4, 8))}, r"x has shape .* axis b is empty"),
     "integers": ({"x": jnp.ones((2, 37, 4, 8), jnp.int32)}, r"x is int32"),
     "dt shape": ({"dt": jnp.ones((2, 37, 5))}, r"dt has shape \(2, 37, 5\), wants \(b=2, l=37, h=4\)"),
-    "groups": ({"B": jnp.ones((2, 37, 3, 16)), "C": jnp.ones((2, 37, 3, 16))}, r"num_groups=3"),
+    "groups": ({"B": jnp.ones((2, 37, 3, 16)), "C": jnp.ones((2, 37, 3, 16))}, r"num_heads=4 is not a multiple of num_groups=3"),
     "C": ({"C": jnp.ones((2, 37, 2, 8))}, r"C has shape"),
     "D": ({"D": jnp.ones((4, 3))}, r"D has shape"),
     "state": ({"initial_state": jnp.ones((2, 4, 8, 15))}, r"initial_state has shape"),
