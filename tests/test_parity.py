@@ -21,6 +21,8 @@ VARIANTS = {
     "both biases, tied": {"use_bias": True, "tie_word_embeddings": True},
     "finite dt limit": {"time_step_limit": (0.01, 0.06)},
     "residual in compute dtype": {"residual_in_fp32": False},
+    # transformers 5.23 divides out_proj once more when it loads such a checkpoint; here is what it wrote.
+    "rescaled residual": {"rescale_prenorm_residual": True},
     "three taps": {"conv_kernel": 3},
     "chunk 8": {"chunk_size": 8},
     "chunk 64": {"chunk_size": 64},
