@@ -4,7 +4,6 @@ The loop carries a fixed-size state, so its cost per token does not grow. Prompt
 lengths and the token budget is an operand, so that another prompt or budget does not compile again.
 """
 
-import operator
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,7 @@ from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.inputs import check_inputs
 from mamba2_jax.model import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import is_concrete
-from mamba2_jax.sampling import Sampler, choose_token, make_sampler
+from mamba2_jax.sampling import Sampler, choose_token, make_sampler, positive_integer
 from mamba2_jax.typing import Array, Bool, Float, Int
 
 
@@ -115,7 +114,7 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     budget = request.budget
-    tokens, lengths, logprobs, cache = _generate(
+    tokens, lengths, logprobs, after = _generate(
         model,
         request.input_ids,
         request.attention_mask,
@@ -132,7 +131,7 @@ def generate(
         tokens=tokens[:, :budget],
         lengths=lengths,
         logprobs=None if logprobs is None else logprobs[:, :budget],
-        cache=cache,
+        cache=after,
     )
 
 
@@ -284,7 +283,7 @@ def check_request(
     eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
     if is_concrete(input_ids):
         input_ids, attention_mask = _pad_to_bucket(input_ids, attention_mask, pad)
-    budget = _positive(name, "max_new_tokens", max_new_tokens)
+    budget = positive_integer(name, "max_new_tokens", max_new_tokens)
     return Request(input_ids, attention_mask, cache, sampler, key, budget, eos, pad)
 
 
@@ -301,18 +300,6 @@ def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[in
                     f"{name}: {option}={value} lies outside the vocabulary 0..{model.config.vocab_size - 1}"
                 )
     return eos, pad
-
-
-def _positive(name: str, option: str, value: int) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise ValueError(
-            f"{name}: {option}={value!r} must be a positive integer known before tracing"
-        ) from None
-    if number < 1:
-        raise ValueError(f"{name}: {option}={number} must be at least 1")
-    return number
 
 
 def _bucket(length: int) -> int:

@@ -1,5 +1,7 @@
 """What a model is given: checked once at the public door, and joined into the marks the layers read."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,8 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers import Rows
 from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
 from mamba2_jax.typing import Array
+
+IGNORED_LABEL = -100  # transformers' mark for "no loss here"
 
 
 def check_inputs(
@@ -22,10 +26,10 @@ def check_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"{name}: give either input_ids or inputs_embeds, not both and not neither")
     if input_ids is not None:
-        input_ids = _as_array(input_ids)
+        input_ids = as_array(input_ids)
         check_shape(name, "input_ids", input_ids, "b l")
         check_integer(name, input_ids=input_ids)
-        check_ids(name, "input_ids", input_ids, config)
+        _check_ids(name, "input_ids", input_ids, config)
     else:
         check_shape(name, "inputs_embeds", inputs_embeds, "b l d", d=config.hidden_size)
         check_dtype(name, inputs_embeds=inputs_embeds)
@@ -33,7 +37,7 @@ def check_inputs(
     if attention_mask is not None:
         attention_mask = check_mask(name, attention_mask, batch, length)
     if segment_ids is not None:
-        segment_ids = _as_array(segment_ids)
+        segment_ids = as_array(segment_ids)
         check_shape(name, "segment_ids", segment_ids, "b l", b=batch, l=length)
         check_integer(name, segment_ids=segment_ids)
     if cache is not None:
@@ -45,7 +49,7 @@ def check_mask(
     name: str, attention_mask: Array | np.ndarray, batch: int, length: int
 ) -> Array | np.ndarray | None:
     """Check a mask of 0/1 over `(batch, length)` new tokens; None when all of them count."""
-    attention_mask = _as_array(attention_mask)
+    attention_mask = as_array(attention_mask)
     check_integer(name, attention_mask=attention_mask)
     shape = tuple(attention_mask.shape)
     if len(shape) == 2 and shape[0] == batch and shape[1] > length:
@@ -69,10 +73,16 @@ def check_mask(
     return None if values.all() else attention_mask
 
 
-def check_ids(
-    name: str, argument: str, ids: Array | np.ndarray, config: Mamba2Config, ignored: int | None = None
-) -> None:
-    """Raise ValueError for a concrete id outside the vocabulary that is not `ignored`."""
+def check_labels(name: str, config: Mamba2Config, labels, batch: int, length: int) -> Array:
+    """Check labels over `(batch, length)` tokens; `IGNORED_LABEL` is welcome."""
+    labels = as_array(labels)
+    check_shape(name, "labels", labels, "b l", b=batch, l=length)
+    check_integer(name, labels=labels)
+    _check_ids(name, "labels", labels, config, ignored=IGNORED_LABEL)
+    return labels
+
+
+def _check_ids(name: str, argument: str, ids, config: Mamba2Config, ignored: int | None = None) -> None:
     if not is_concrete(ids):
         return
     values = np.asarray(ids)
@@ -105,7 +115,7 @@ def batch_and_length(input_ids, inputs_embeds) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _as_array(array):
+def as_array(array) -> Any:
     """Lists and numpy arrays are welcome; tracers and jax arrays pass untouched."""
     return array if isinstance(array, jax.Array) else np.asarray(array)
 

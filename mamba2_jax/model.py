@@ -13,16 +13,15 @@ from flax import nnx
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
-from mamba2_jax.inputs import batch_and_length, check_ids, check_inputs, join_rows
+from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
 from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
-from mamba2_jax.ops.checks import check_choice, check_integer, check_shape
+from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
 from mamba2_jax.ops.segments import document_index, document_starts
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 from mamba2_jax.weights import LoadReport, load_weights
 
-IGNORED_LABEL = -100  # transformers' mark for "no loss here"
 _M = TypeVar("_M", bound="_PretrainedModel")
 
 
@@ -271,15 +270,13 @@ class Mamba2ForCausalLM(_PretrainedModel):
         """
         name = type(self).__name__
         inputs = check_inputs(name, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds)
-        batch, length = batch_and_length(input_ids, inputs_embeds)
+        batch, length = batch_and_length(inputs[0], inputs_embeds)
         if not 0 <= logits_to_keep <= length:
             raise ValueError(f"{name}: logits_to_keep={logits_to_keep} must lie in 0..{length} (0 keeps all)")
         if labels is not None:
-            check_shape(name, "labels", labels, "b l", b=batch, l=length)
-            check_integer(name, labels=labels)
             if logits_to_keep:
                 raise ValueError(f"{name}: labels need all logits; leave logits_to_keep at 0")
-            check_ids(name, "labels", labels, self.config, ignored=IGNORED_LABEL)
+            labels = check_labels(name, self.config, labels, batch, length)
         return _run_causal_lm(
             self, *inputs, labels, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states
         )

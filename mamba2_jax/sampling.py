@@ -4,6 +4,7 @@ Repetition penalty, temperature, top-k, top-p, min-p; each filter sees the distr
 """
 
 import math
+import operator
 from dataclasses import dataclass, field
 
 import jax
@@ -54,10 +55,16 @@ def make_sampler(
     _check_range(name, "top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
     _check_range(name, "min_p", min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
     _check_range(
-        name, "repetition_penalty", repetition_penalty, lambda r: r > 0, "positive (1 changes nothing)"
+        name,
+        "repetition_penalty",
+        repetition_penalty,
+        lambda r: 0 < r < math.inf,
+        "positive (1 changes nothing)",
     )
-    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
-        raise ValueError(f"{name}: top_k={top_k!r} must be a positive integer, or None for no limit")
+    if temperature is None:
+        raise ValueError(f"{name}: temperature=None must be a number; 0 is greedy")
+    if top_k is not None:
+        top_k = positive_integer(name, "top_k", top_k)
     greedy = is_concrete(temperature) and temperature == 0
     if greedy:
         filters = {"top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -117,6 +124,19 @@ def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array,
         least = sampler.min_p * probabilities.max(axis=-1, keepdims=True)
         logits = jnp.where(probabilities < least, -jnp.inf, logits)
     return logits
+
+
+def positive_integer(name: str, option: str, value: object) -> int:
+    """Return `value` as an int, or raise ValueError unless it is an integer of at least 1, known now."""
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise ValueError(
+            f"{name}: {option}={value!r} must be a positive integer known before tracing"
+        ) from None
+    if number < 1:
+        raise ValueError(f"{name}: {option}={number} must be at least 1")
+    return number
 
 
 def _check_range(name: str, option: str, value, is_valid, wanted: str) -> None:

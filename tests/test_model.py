@@ -214,6 +214,10 @@ class TestOptions:
         rows = jax.vmap(lambda row: model(row[None]).logits[0])(jnp.asarray(ids))
         assert relative(rows, whole.logits) < TOLERANCE
 
+    def test_lists_are_welcome(self, model, ids, whole):
+        out = model(ids.tolist(), attention_mask=[[1] * LENGTH] * 3, labels=ids.tolist())
+        np.testing.assert_array_equal(out.logits, whole.logits)
+
     def test_same_bits_every_time(self, model, ids, whole):
         np.testing.assert_array_equal(model(ids).logits, whole.logits)
 
