@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mamba2_jax.ops.checks import is_concrete
 from mamba2_jax.typing import Array, Bool, Float, Int
@@ -103,8 +104,9 @@ def choose_token(
         logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
     if sampler.temperature is None or keys is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = filter_logits(logits / jnp.maximum(sampler.temperature, 1e-6), sampler)
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    filtered = filter_logits(logits / jnp.maximum(sampler.temperature, 1e-6), sampler)
+    drawn = jax.vmap(jax.random.categorical)(keys, filtered)
+    return jnp.where(sampler.temperature > 0, drawn, jnp.argmax(logits, axis=-1)).astype(jnp.int32)
 
 
 def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array, "b v"]:
@@ -139,10 +141,27 @@ def positive_integer(name: str, option: str, value: object) -> int:
     return number
 
 
+def positive_integer(name: str, option: str, value) -> int:
+    """Return `value` as an int.
+
+    Raises:
+        ValueError: no integer, one of a trace, or below 1; `option` is named.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: {option}={value!r} must be an integer known before tracing") from None
+    if number < 1:
+        raise ValueError(f"{name}: {option}={number} must be at least 1")
+    return number
+
+
 def _check_range(name: str, option: str, value, is_valid, wanted: str) -> None:
-    if value is None or not is_concrete(value):
+    if value is None:
         return
-    if not is_valid(float(value)):
+    if np.ndim(value) or isinstance(value, str):
+        raise ValueError(f"{name}: {option}={value!r} must be one number, {wanted}")
+    if is_concrete(value) and not is_valid(float(value)):
         raise ValueError(f"{name}: {option}={value} must be {wanted}")
 
 
