@@ -25,7 +25,7 @@ demo: $(DEMO_VENV)/.installed
 
 test: $(VENV)/.installed
 	@echo "==> pytest"
-	@$(VENV)/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed
 	@echo "==> ruff, pyright"
