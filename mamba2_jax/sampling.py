@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mamba2_jax.ops.checks import is_concrete
 from mamba2_jax.typing import Array, Bool, Float, Int
@@ -128,19 +127,6 @@ def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array,
     return logits
 
 
-def positive_integer(name: str, option: str, value: object) -> int:
-    """Return `value` as an int, or raise ValueError unless it is an integer of at least 1, known now."""
-    try:
-        number = operator.index(value)  # pyright: ignore[reportArgumentType]
-    except TypeError:
-        raise ValueError(
-            f"{name}: {option}={value!r} must be a positive integer known before tracing"
-        ) from None
-    if number < 1:
-        raise ValueError(f"{name}: {option}={number} must be at least 1")
-    return number
-
-
 def positive_integer(name: str, option: str, value) -> int:
     """Return `value` as an int.
 
@@ -159,7 +145,7 @@ def positive_integer(name: str, option: str, value) -> int:
 def _check_range(name: str, option: str, value, is_valid, wanted: str) -> None:
     if value is None:
         return
-    if np.ndim(value) or isinstance(value, str):
+    if not isinstance(value, int | float) and getattr(value, "ndim", None) != 0:
         raise ValueError(f"{name}: {option}={value!r} must be one number, {wanted}")
     if is_concrete(value) and not is_valid(float(value)):
         raise ValueError(f"{name}: {option}={value} must be {wanted}")
