@@ -4,6 +4,7 @@ The loop carries a fixed-size state, so its cost per token does not grow. Prompt
 lengths and the token budget is an operand, so that another prompt or budget does not compile again.
 """
 
+import operator
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,8 +79,8 @@ def generate(
         repetition_penalty: above 1 discourages tokens of this call's prompt and text.
         eos_token_id: one id or several that end a row; None: the config's; `()`: nothing ends a row.
         pad_token_id: fills a row after its end; None: the config's.
-        vocab_size: ids at or above it are padding of the vocabulary and never chosen; None: the
-            config's `unpadded_vocab_size`, or `len(tokenizer)` if you pass it.
+        vocab_size: ids at or above it are padding of the vocabulary and never chosen, e.g.
+            `len(tokenizer)`; None: the config's `unpadded_vocab_size`.
         key: `jax.random.key(...)`; the same key gives the same text, whatever the rest of the batch.
         cache: the state to go on from; it stays usable. Its rows are those of `input_ids`.
         return_logprobs: also return each token's log-probability.
@@ -209,7 +210,7 @@ def decode(
         tokens = tokens.at[:, index].set(token)
         if logprobs is not None:
             nats = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
-            logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0))
+            logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0).astype(jnp.float32))
         seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
 
         mask = alive[:, None] if freeze_rows else None  # an ended row keeps its state
@@ -273,15 +274,15 @@ def check_request(
         if empty.size:
             raise ValueError(f"{name}: row {empty[0]} has no token: its attention_mask is all 0")
     vocab_size = config.unpadded_vocab_size if vocab_size is None else vocab_size
-    if vocab_size is not None and not 0 < vocab_size <= config.vocab_size:
-        raise ValueError(f"{name}: vocab_size={vocab_size} must lie in 1..{config.vocab_size}")
+    if vocab_size is not None and positive_integer(name, "vocab_size", vocab_size) > config.vocab_size:
+        raise ValueError(f"{name}: vocab_size={vocab_size} is above the model's {config.vocab_size}")
     sampler = make_sampler(name, vocab_size=vocab_size, **sampling)
     if sampler.temperature is None:
         key = None
-    elif key is None:
-        raise ValueError(f"{name}: sampling (temperature above 0) needs key, e.g. key=jax.random.key(0)")
+    elif not _is_key(key):
+        raise ValueError(f"{name}: sampling (temperature above 0) needs key, one like jax.random.key(0)")
     eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
-    if is_concrete(input_ids):
+    if is_concrete(input_ids) and is_concrete(attention_mask):
         input_ids, attention_mask = _pad_to_bucket(input_ids, attention_mask, pad)
     budget = positive_integer(name, "max_new_tokens", max_new_tokens)
     return Request(input_ids, attention_mask, cache, sampler, key, budget, eos, pad)
@@ -290,16 +291,31 @@ def check_request(
 def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[int, ...], int]:
     """The ids that end a row, and the one that fills it afterwards; the config's where not given."""
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = () if eos is None else tuple(int(i) for i in np.atleast_1d(eos))
+    eos = _token_ids(name, "eos_token_id", () if eos is None else eos, model.config.vocab_size)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
-    pad = (eos[0] if eos else 0) if pad is None else int(pad)
-    for option, ids in (("eos_token_id", eos), ("pad_token_id", (pad,))):
-        for value in ids:
-            if not 0 <= value < model.config.vocab_size:
-                raise ValueError(
-                    f"{name}: {option}={value} lies outside the vocabulary 0..{model.config.vocab_size - 1}"
-                )
+    if pad is None:
+        pad = eos[0] if eos else 0
+    (pad,) = _token_ids(name, "pad_token_id", (pad,), model.config.vocab_size)
     return eos, pad
+
+
+def _token_ids(name: str, option: str, ids, vocab_size: int) -> tuple[int, ...]:
+    try:
+        values = tuple(operator.index(i) for i in (ids if np.ndim(ids) else (ids,)))
+    except TypeError:
+        raise ValueError(f"{name}: {option}={ids!r} must be token ids known before tracing") from None
+    for value in values:
+        if not 0 <= value < vocab_size:
+            raise ValueError(f"{name}: {option}={value} lies outside the vocabulary 0..{vocab_size - 1}")
+    return values
+
+
+def _is_key(key) -> bool:
+    """Whether `key` is one random key: a typed one, or the older vector of words."""
+    if not hasattr(key, "dtype"):
+        return False
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32
 
 
 def _bucket(length: int) -> int:

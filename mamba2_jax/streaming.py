@@ -9,11 +9,11 @@ import jax.numpy as jnp
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.generation import DecodeState, Request, check_request, decode, prefill
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.tokenizer import special_token_ids
 from mamba2_jax.typing import Array
 
 TOKENS_PER_CALL = 4  # one call costs about a millisecond beside its tokens
 REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
-CONTEXT = 4  # tokens of the prompt kept before the text: tokenizers treat a first token differently
 
 
 def stream(
@@ -45,7 +45,7 @@ def stream(
         top_p: see `generate`.
         min_p: see `generate`.
         repetition_penalty: see `generate`.
-        eos_token_id: None: the tokenizer's end-of-text token, or else the config's.
+        eos_token_id: None: as `special_token_ids` chooses between the tokenizer and the config.
         key: see `generate`.
         cache: see `generate`.
 
@@ -62,16 +62,15 @@ def stream(
     >>> pieces.num_tokens, pieces.finish_reason
     (8, 'length')
     """
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if any(not isinstance(s, str) or not s for s in stop):
+    stops = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
         raise ValueError(f"stream: stop={stop!r} must be non-empty strings")
     if not isinstance(prompt, str):
         raise ValueError(f"stream: prompt must be a string, got {type(prompt).__name__}")
     ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise ValueError("stream: prompt is empty; give it at least one character")
-    if eos_token_id is None:
-        eos_token_id = tokenizer.eos_token_id
+    special = special_token_ids(tokenizer, model.config)
     request = check_request(
         "stream",
         model,
@@ -79,9 +78,9 @@ def stream(
         None,
         cache,
         max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        vocab_size=min(len(tokenizer), model.config.vocab_size),
+        eos_token_id=special.eos if eos_token_id is None else eos_token_id,
+        pad_token_id=special.pad,
+        vocab_size=len(tokenizer),
         key=key,
         temperature=temperature,
         top_k=top_k,
@@ -89,7 +88,7 @@ def stream(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    return TextStream(_blocks(model, request), tokenizer, ids, stop, request.eos)
+    return TextStream(_blocks(model, request), tokenizer, ids, tuple(stops), request.eos)
 
 
 def _blocks(model: Mamba2ForCausalLM, request: Request) -> Iterator[list[int]]:
@@ -155,12 +154,8 @@ class TextStream(Iterator[str]):
 
     def _run(self, blocks: Iterator[list[int]], decoder: "IncrementalDecoder") -> Iterator[str]:
         waiting = ""
-        for token in (token for block in blocks for token in block):
-            self.num_tokens += 1
-            if token in self._eos:
-                self.finish_reason = "eos"
-                break
-            waiting += decoder.push(token)
+        for text in self._texts(blocks, decoder):
+            waiting += text
             cut = _first_stop(waiting, self._stop)
             if cut is not None:
                 self.finish_reason = "stop"
@@ -170,42 +165,50 @@ class TextStream(Iterator[str]):
             if ready:
                 yield waiting[:ready]
                 waiting = waiting[ready:]
-        if self.finish_reason != "stop":
-            waiting += decoder.flush()
-        self.finish_reason = self.finish_reason or "length"
         if waiting:
             yield waiting
 
+    def _texts(self, blocks: Iterator[list[int]], decoder: "IncrementalDecoder") -> Iterator[str]:
+        for token in (token for block in blocks for token in block):
+            self.num_tokens += 1
+            if token in self._eos:
+                self.finish_reason = "eos"
+                break
+            yield decoder.push(token)
+        else:
+            self.finish_reason = "length"
+        yield decoder.flush()
+
 
 class IncrementalDecoder:
-    """Tokens in, text out. Decodes a short window again and hands out what it adds.
+    """Tokens in, text out.
+
+    Decodes the tokens of the last piece again with the new ones: tokenizers treat a first token
+    differently, and bytes mean nothing unless decoded from where a character begins.
 
     Args:
         tokenizer: with `decode`.
-        prompt_ids: the tokens before; the last few give the first new token its context.
+        prompt_ids: the tokens before, of a whole text; they give the first new token its context.
     """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._window = list(prompt_ids)[-CONTEXT:]
-        self._told = len(self._decode(self._window).rstrip(REPLACEMENT))
+        self._told: list[int] = []  # tokens of the last piece
+        self._new: list[int] = list(prompt_ids)  # tokens whose text is not handed out yet
+        self.flush()
 
     def push(self, token: int) -> str:
         """Add a token; returns the text it completes, perhaps none."""
-        self._window.append(token)
-        text = self._decode(self._window)
-        if text.endswith(REPLACEMENT):  # an unfinished character, or one that never will be
-            return ""
-        piece, self._told = text[self._told :], len(text)
-        if piece:
-            self._window = self._window[-CONTEXT:]
-            self._told = len(self._decode(self._window))
-        return piece
+        self._new.append(token)
+        if self._decode(self._told + self._new).endswith(REPLACEMENT):
+            return ""  # an unfinished character, or one that never will be
+        return self.flush()
 
     def flush(self) -> str:
         """Return what is left at the end of the text, whole characters or not."""
-        text = self._decode(self._window)
-        piece, self._told = text[self._told :], len(text)
+        piece = self._decode(self._told + self._new)[len(self._decode(self._told)) :]
+        if piece:
+            self._told, self._new = self._new, []
         return piece
 
     def _decode(self, ids: list[int]) -> str:
@@ -213,8 +216,9 @@ class IncrementalDecoder:
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    places = [place for place in (text.find(s) for s in stop) if place >= 0]
-    return min(places, default=None)
+    """Where the stop string begins that is complete first, wherever tokens begin and end."""
+    places = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+    return min(places)[1] if places else None
 
 
 def _possible_stop(text: str, stop: tuple[str, ...]) -> int:

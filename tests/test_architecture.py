@@ -29,7 +29,7 @@ ARROWS = {
     "model": "cache config hub inputs layers ops typing weights",
     "sampling": "ops typing",
     "generation": "cache inputs model ops sampling typing",
-    "streaming": "cache generation model typing",
+    "streaming": "cache generation model tokenizer typing",
     "cli_info": "cache config hub weights",
     "cli": "cli_info hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
