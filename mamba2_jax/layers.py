@@ -18,8 +18,9 @@ from flax import nnx
 
 from mamba2_jax.cache import ConvState
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.lora.adapters import Adaptable
 from mamba2_jax.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd, ssd_step
-from mamba2_jax.ops.linear import linear
+from mamba2_jax.ops.linear import embedding_lookup, linear
 from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
@@ -37,11 +38,19 @@ class LayerState(NamedTuple):
     ssm: Float[Array, "b h p n"]
 
 
-class Embedding(nnx.Module):
+class Embedding(Adaptable):
     """A table of `(v, d)`; drawn from a normal of `std`."""
 
     def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
+
+    def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
+        """Look tokens up, in `dtype`."""
+        rows = embedding_lookup(self.weight[...], ids)
+        for adapter in self.adapters_in_use():
+            low = adapter.scale * embedding_lookup(adapter.A[...], ids)
+            rows = rows + linear(low, adapter.B["weight"][...], dtype=dtype)
+        return rows.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -56,7 +65,7 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], eps=self.eps)
 
 
-class InProjection(nnx.Module):
+class InProjection(Adaptable):
     """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`."""
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -73,13 +82,13 @@ class InProjection(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
         """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
-        zx = linear(hidden, self.weight_zx[...], _value(self.bias_zx), dtype=self.dtype).astype(self.dtype)
-        BC = linear(hidden, self.weight_BC[...], _value(self.bias_BC), dtype=self.dtype).astype(self.dtype)
-        dt = linear(hidden, self.weight_dt[...], _value(self.bias_dt), dtype=self.dtype)
+        zx = self.project(hidden, "_zx").astype(self.dtype)
+        BC = self.project(hidden, "_BC").astype(self.dtype)
+        dt = self.project(hidden, "_dt")
         return zx[..., 0, :], zx[..., 1, :], BC, dt
 
 
-class CausalConv1d(nnx.Module):
+class CausalConv1d(Adaptable):
     """The depthwise convolution over x, B and C: taps `(k, e)` and `(k, 2, gn)`, then silu."""
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -98,14 +107,14 @@ class CausalConv1d(nnx.Module):
         segment_ids = rows.mask if rows.segment_ids is None else rows.segment_ids
         x, state_x = causal_conv1d(
             x,
-            self.weight_x[...],
+            self.taps("weight_x"),
             _value(self.bias_x),
             initial_state=None if state is None else state.x,
             segment_ids=segment_ids,
         )
         BC, state_BC = causal_conv1d(
             BC,
-            self.weight_BC[...],
+            self.taps("weight_BC"),
             _value(self.bias_BC),
             initial_state=None if state is None else state.BC,
             segment_ids=segment_ids,
@@ -116,12 +125,12 @@ class CausalConv1d(nnx.Module):
         self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
     ) -> tuple[Array, Array, ConvState]:
         """Convolve one token; returns x, BC and the state after it."""
-        x, state_x = causal_conv1d_step(x, self.weight_x[...], _value(self.bias_x), state.x)
-        BC, state_BC = causal_conv1d_step(BC, self.weight_BC[...], _value(self.bias_BC), state.BC)
+        x, state_x = causal_conv1d_step(x, self.taps("weight_x"), _value(self.bias_x), state.x)
+        BC, state_BC = causal_conv1d_step(BC, self.taps("weight_BC"), _value(self.bias_BC), state.BC)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
 
-class OutProjection(nnx.Module):
+class OutProjection(Adaptable):
     """`e -> d`: one matrix `(e, d)`."""
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -135,7 +144,7 @@ class OutProjection(nnx.Module):
 
     def __call__(self, y: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
         """Project back to the residual stream, float32."""
-        return linear(y, self.weight[...], _value(self.bias), dtype=self.dtype)
+        return self.project(y)
 
 
 class Mamba2Mixer(nnx.Module):

@@ -15,9 +15,9 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
 from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
 from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
+from mamba2_jax.lora.adapters import Head
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
-from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
 from mamba2_jax.ops.segments import document_index, document_starts
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 from mamba2_jax.weights import LoadReport, load_weights
@@ -193,7 +193,7 @@ class Mamba2Model(_PretrainedModel):
         """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses."""
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
-            inputs_embeds = embedding_lookup(self.embeddings.weight[...], input_ids)
+            inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
         hidden = inputs_embeds.astype(self.dtype)
         batch, length = hidden.shape[:2]
         if cache is None:
@@ -239,6 +239,7 @@ class Mamba2ForCausalLM(_PretrainedModel):
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
+        self.head = Head()  # no weights of its own
 
     def __call__(
         self,
@@ -283,8 +284,8 @@ class Mamba2ForCausalLM(_PretrainedModel):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Score the vocabulary, float32: the head's matrix, or the embedding's when they are tied."""
-        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
-        return vocabulary_logits(hidden, head.weight[...], dtype=self.dtype)
+        table = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        return self.head(hidden, table.weight[...], dtype=self.dtype)
 
 
 @partial(jax.jit, static_argnames="output_hidden_states")

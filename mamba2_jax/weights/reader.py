@@ -162,6 +162,14 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint
 
 
+def open_file(folder: str | os.PathLike[str], name: str) -> Checkpoint:
+    """Open one safetensors file of a folder, such as an adapter's, as `open_checkpoint` opens the model's."""
+    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
+    checkpoint.tensors = checkpoint._add_file(folder / name, resolve_inside(folder, name))
+    return checkpoint
+
+
 def _open_sharded(checkpoint: Checkpoint) -> None:
     """Read the index, then the header of every shard it names, and check that they agree."""
     folder = checkpoint.folder
