@@ -13,12 +13,19 @@ from flax import nnx
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
-from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
+from mamba2_jax.inputs import (
+    IGNORED_LABEL,
+    batch_and_length,
+    check_inputs,
+    check_labels,
+    join_rows,
+    next_token_targets,
+)
 from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
 from mamba2_jax.lora.adapters import Head
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
-from mamba2_jax.ops.segments import document_index, document_starts
+from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 from mamba2_jax.weights import LoadReport, load_weights
 
@@ -188,9 +195,20 @@ class Mamba2Model(_PretrainedModel):
         return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
 
     def forward(
-        self, input_ids, attention_mask, segment_ids, cache, inputs_embeds, output_hidden_states=False
+        self,
+        input_ids,
+        attention_mask,
+        segment_ids,
+        cache,
+        inputs_embeds,
+        output_hidden_states=False,
+        wrap_block: Callable[[Callable], Callable] | None = None,
     ) -> Mamba2Output:
-        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses."""
+        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses.
+
+        `wrap_block` is given the function that runs a block: training makes it one that recomputes.
+        """
+        run_block = _run_block if wrap_block is None else wrap_block(_run_block)
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
@@ -201,7 +219,7 @@ class Mamba2Model(_PretrainedModel):
 
         conv, ssm, hidden_states = [], [], []
         for block, conv_state, ssm_state in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            hidden, state = _run_block(block, hidden, LayerState(conv_state, ssm_state), rows)
+            hidden, state = run_block(block, hidden, LayerState(conv_state, ssm_state), rows)
             conv.append(state.conv)
             ssm.append(state.ssm)
             hidden_states.append(hidden)
@@ -313,14 +331,10 @@ _run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, row
 
 def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
     """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
-    targets = labels[:, 1:]
+    targets = next_token_targets(labels, rows)
     counts = targets != IGNORED_LABEL
-    if rows.mask is not None:
-        counts &= rows.mask[:, 1:] & rows.mask[:, :-1]
-    if rows.segment_ids is not None:
-        counts &= ~document_starts(rows.segment_ids)[:, 1:]
-    chosen = jnp.take_along_axis(logits[:, :-1], jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen
+    chosen = jnp.take_along_axis(logits, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
 
 
