@@ -131,6 +131,13 @@ def stored_names(name: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
+def written_name(name: str, form: str, head: bool) -> str:
+    """Return the name that a form writes a tensor under; a bare Mamba2Model's have no `backbone.`."""
+    if form == "state-spaces":
+        return name.replace("backbone.embeddings.", "backbone.embedding.")
+    return name if head else name.removeprefix(_PREFIX)
+
+
 def match_names(
     table: tuple[StoredTensor, ...], present: Collection[str], tied: bool
 ) -> tuple[dict[str, str], list[str], list[str]]:
