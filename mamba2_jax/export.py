@@ -4,7 +4,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.weights import (
@@ -15,9 +15,11 @@ from mamba2_jax.weights import (
     progress_bar,
     write_json,
     write_safetensors,
+    write_torch,
 )
 
-Format: TypeAlias = Literal["transformers"]
+Format: TypeAlias = Literal["transformers", "state-spaces"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 
 MAX_SHARD_SIZE = "5GB"
 
@@ -41,18 +43,24 @@ def write_checkpoint(
         config: of the model.
         tensors: the weights, filled while they are written.
         format: whose files these are.
-        max_shard_size: bytes per weight file, or text such as "5GB".
+        max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces has one file always.
         head: False: a bare Mamba2Model.
         beside: folder of the checkpoint that the model came from, for its generation config.
         tokenizer: folder whose tokenizer goes along; None: none.
         show_progress: draw a progress bar on stderr.
 
     Raises:
+        ImportError: the form "state-spaces" without PyTorch.
         NotImplementedError: the format has no words for this model.
         ValueError: the folder cannot be replaced, or a value is too large for its type.
     """
-    content = _transformers_config(config, tensors, head)
     limit = parse_size(max_shard_size)
+    if format == "transformers":
+        content = _transformers_config(config, tensors, head)
+    elif head:
+        content = config.to_state_spaces_dict()
+    else:
+        raise ValueError("the form 'state-spaces' has no model without a head; save a Mamba2ForCausalLM")
     with new_folder(target) as folder:
         write_json(folder / "config.json", content)
         _write_generation_config(folder, config, beside)
@@ -62,7 +70,11 @@ def write_checkpoint(
                     shutil.copyfile(file, folder / file.name)
         total = sum(tensor.nbytes for tensor in tensors)
         with progress_bar("saving weights", total, show_progress) as advance:
-            write_safetensors(folder, tensors, limit, advance)
+            if format == "transformers":
+                write_safetensors(folder, tensors, limit, advance)
+            else:
+                tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_word_embeddings else {}
+                write_torch(folder / "pytorch_model.bin", tensors, tied, advance)
 
 
 def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head: bool) -> dict[str, Any]:

@@ -44,7 +44,7 @@ OUTSIDE = {
     "config_forms": "",
     "config": "",
     "tokenizer": "sentencepiece tokenizers transformers",
-    "weights": "jax ml_dtypes numpy rich",
+    "weights": "jax ml_dtypes numpy rich torch",
     "pallas": "jax",
     "ops": "jax numpy",
     "cache": "jax",

@@ -10,9 +10,10 @@ from mamba2_jax.weights.folder import TOKENIZER_FILES, new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
 from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
-from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
+from mamba2_jax.weights.reader import Checkpoint, find_form, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
-from mamba2_jax.weights.save import outgoing_weights
+from mamba2_jax.weights.save import convertible_weights, outgoing_weights
+from mamba2_jax.weights.torch_file import write_torch
 from mamba2_jax.weights.write import Outgoing, parse_size, write_json, write_safetensors
 
 __all__ = [
@@ -25,6 +26,8 @@ __all__ = [
     "TOKENIZER_FILES",
     "TensorInfo",
     "checkpoint_table",
+    "convertible_weights",
+    "find_form",
     "load_weights",
     "new_folder",
     "open_checkpoint",
@@ -33,4 +36,5 @@ __all__ = [
     "progress_bar",
     "write_json",
     "write_safetensors",
+    "write_torch",
 ]

@@ -124,10 +124,11 @@ def checkpoint_table(config: Mamba2Config, head: bool = True) -> tuple[StoredTen
 def stored_names(name: str) -> tuple[str, ...]:
     """Every name under which a file may hold the tensor, the canonical one first.
 
-    state-spaces writes `embedding` for `embeddings`; a bare Mamba2Model has no `backbone.` prefix.
+    state-spaces writes `embedding` for `embeddings`, Mistral puts `model.` in front, and a bare Mamba2Model
+    has no `backbone.`.
     """
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [other.removeprefix(_PREFIX) for other in names]
+    names += [f"model.{other}" for other in names] + [other.removeprefix(_PREFIX) for other in names]
     return tuple(dict.fromkeys(names))
 
 

@@ -8,9 +8,12 @@ import numpy as np
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.names import StoredTensor, checkpoint_table, written_name
-from mamba2_jax.weights.values import copy_rows
+from mamba2_jax.weights.plan import label, plan_load
+from mamba2_jax.weights.reader import Checkpoint
+from mamba2_jax.weights.values import copy_rows, count_non_finite
 from mamba2_jax.weights.write import Outgoing
 
 _BLOCK_BYTES = 4 << 20
@@ -51,6 +54,45 @@ def outgoing_weights(
         blocks = _row_blocks(stored, arrays)
         name = written_name(stored.name, format, head)
         outgoing.append(Outgoing(name, stored.shape, target, blocks))
+    return outgoing
+
+
+def convertible_weights(
+    checkpoint: Checkpoint,
+    config: Mamba2Config,
+    *,
+    format: str,
+    dtype: DTypeLike | None = None,
+    allow_non_finite: bool = False,
+) -> list[Outgoing]:
+    """List the tensors of an open checkpoint under another form's names; each is read while it is written.
+
+    The files hold the same rows in both forms, so that a block of rows is all that is ever in memory.
+
+    Args:
+        checkpoint: stays open until all is written.
+        config: of the model; the checkpoint is checked against it here.
+        format: whose names the tensors get.
+        dtype: the type to write; None: each tensor's own. A_log, dt_bias and D are never narrowed by it.
+        allow_non_finite: take NaN and infinite values; else they are refused when they are met.
+
+    Raises:
+        CheckpointError: tensors that do not fit the config; lists every problem.
+    """
+    plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
+    outgoing = []
+    for stored, info in plan:
+        own = FLOAT_DTYPES[info.dtype]
+        target = own if dtype is None else target_dtype(stored, own, check_dtype(dtype))
+
+        def blocks(info=info) -> Iterator[np.ndarray]:
+            for _, block in checkpoint.blocks(info.name):
+                if not allow_non_finite and (count := count_non_finite(block)):
+                    message = f"{label(info)} has {count} or more NaN or infinite values"
+                    raise CheckpointError(checkpoint.folder, [message])
+                yield block
+
+        outgoing.append(Outgoing(written_name(stored.name, format, head=True), stored.shape, target, blocks))
     return outgoing
 
 

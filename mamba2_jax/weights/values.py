@@ -6,7 +6,7 @@ _EXPONENT = {
     8: 0x7FF0 << 48,
     4: 0x7F80 << 16,
 }  # all ones: infinite or NaN; of 2 bytes see `count_non_finite`
-_TILE_ROWS = 16  # transposing 16 rows at a time is 5x faster than a whole 4 MB block: it stays in cache
+_LINE = 64  # bytes that a cache moves at once
 
 
 def count_non_finite(block: np.ndarray) -> int:
@@ -28,6 +28,12 @@ def cast(block: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, int]:
 
 
 def copy_rows(source: np.ndarray, target: np.ndarray) -> None:
-    """Copy a matrix, either of the two possibly transposed in memory, in tiles that stay in the cache."""
-    for row in range(0, len(source), _TILE_ROWS):
-        target[row : row + _TILE_ROWS] = source[row : row + _TILE_ROWS]
+    """Copy a matrix, either of the two possibly transposed in memory.
+
+    As many rows at a time as fill a cache line of a transposed side: several times faster than all at once.
+    """
+    bits = f"u{source.itemsize}"
+    source, target = source.view(bits), target.view(bits)
+    step = max(1, _LINE // source.itemsize)
+    for row in range(0, len(source), step):
+        target[row : row + step] = source[row : row + step]

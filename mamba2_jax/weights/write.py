@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from mamba2_jax.weights.header import FLOAT_DTYPES
-from mamba2_jax.weights.reader import INDEX_NAME, SINGLE_NAME
 from mamba2_jax.weights.values import cast
 
+INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
 _NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
