@@ -32,7 +32,7 @@ from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
 from mamba2_jax.weights.plan import label, plan_load, show_shape
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
-from mamba2_jax.weights.values import cast, copy_rows, count_non_finite
+from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
 
 Placement = Sharding | jax.Device | None
 """Where an array goes; None is JAX's default device."""
@@ -125,6 +125,7 @@ class _Loader:
         self.place = place
         self.allow_non_finite = allow_non_finite
         self.pool = ThreadPoolExecutor(_THREADS, "load_weights")
+        self.scratch = Scratch()
         self.arrays: dict[str, jax.Array] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -140,7 +141,7 @@ class _Loader:
         target, bad, overflown = wide, 0, 0
         for leaf in stored.leaves:
             target = self._target(leaf, wide)
-            host, leaf_bad, leaf_overflown = _read_leaf(self.checkpoint, self.pool, info, leaf, target)
+            host, leaf_bad, leaf_overflown = self._read_leaf(info, leaf, target)
             bad, overflown = bad + leaf_bad, overflown + leaf_overflown
             self.stored_dtypes[source.name] += host.size
             self.param_dtypes[target.name] += host.size
@@ -156,6 +157,33 @@ class _Loader:
                 self.problems.append(f"{message}; allow_non_finite=True takes them as they are")
                 self.arrays.clear()
 
+    def _read_leaf(self, info: TensorInfo, leaf: Leaf, target: np.dtype) -> tuple[np.ndarray, int, int]:
+        """Read one leaf in the model's layout and type; count its non-finite values and those cast too small.
+
+        Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works.
+        """
+        host = _aligned_empty(leaf.shape, target)
+        rows = leaf.as_rows(host)
+        width = info.size // max(1, info.shape[0])
+        stored = FLOAT_DTYPES[info.dtype]
+
+        def read_block(first: int, last: int) -> tuple[int, int]:
+            out = rows[first:last]
+            direct = stored == target and out.flags.c_contiguous
+            block = out if direct else self.scratch.take("block", out.shape, stored)
+            self.checkpoint.read_rows(info.name, leaf.rows[0] + first, block)
+            converted, overflown = cast(block, target)
+            bad = count_non_finite(converted) - overflown
+            if not direct:
+                copy_rows(converted, out, self.scratch)
+            return bad, overflown
+
+        step = max(1, _BLOCK_BYTES // max(1, width * stored.itemsize))
+        starts = range(0, len(rows), step)
+        run = self.pool.map if len(starts) > 1 else map
+        counts = list(run(read_block, starts, (min(start + step, len(rows)) for start in starts)))
+        return host, sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
+
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
             return stored
@@ -166,36 +194,6 @@ class _Loader:
     def _note_once(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
-
-
-def _read_leaf(
-    checkpoint: Checkpoint, pool: ThreadPoolExecutor, info: TensorInfo, leaf: Leaf, target: np.dtype
-) -> tuple[np.ndarray, int, int]:
-    """Read one leaf in the model's layout and type; count its non-finite values and those cast too small.
-
-    Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works.
-    """
-    host = _aligned_empty(leaf.shape, target)
-    rows = leaf.as_rows(host)
-    width = info.size // max(1, info.shape[0])
-    stored = FLOAT_DTYPES[info.dtype]
-
-    def read_block(first: int, last: int) -> tuple[int, int]:
-        out = rows[first:last]
-        direct = stored == target and out.flags.c_contiguous
-        block = out if direct else np.empty((last - first, width), stored)
-        checkpoint.read_rows(info.name, leaf.rows[0] + first, block)
-        converted, overflown = cast(block, target)
-        bad = count_non_finite(converted) - overflown
-        if not direct:
-            copy_rows(converted, out)
-        return bad, overflown
-
-    step = max(1, _BLOCK_BYTES // max(1, width * stored.itemsize))
-    starts = range(0, len(rows), step)
-    run = pool.map if len(starts) > 1 else map
-    counts = list(run(read_block, starts, (min(start + step, len(rows)) for start in starts)))
-    return host, sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -13,10 +13,10 @@ from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.names import StoredTensor, checkpoint_table, written_name
 from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
-from mamba2_jax.weights.values import copy_rows, count_non_finite
+from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite
 from mamba2_jax.weights.write import Outgoing
 
-_BLOCK_BYTES = 4 << 20
+_BLOCK_BYTES = 1 << 20
 
 
 def outgoing_weights(
@@ -128,12 +128,13 @@ def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callab
     """Make the function that yields a stored tensor's rows, block by block, from its leaves."""
 
     def blocks() -> Iterator[np.ndarray]:
+        scratch = Scratch()
         for leaf in stored.leaves:
             rows = leaf.as_rows(np.ascontiguousarray(arrays[leaf.path]))  # (rows, numbers per row)
             step = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.itemsize))
             for row in range(0, len(rows), step):
-                block = np.empty(rows[row : row + step].shape, rows.dtype)
-                copy_rows(rows[row : row + step], block)
+                block = scratch.take("block", rows[row : row + step].shape, rows.dtype)
+                copy_rows(rows[row : row + step], block, scratch)
                 yield block
 
     return blocks
