@@ -1,21 +1,23 @@
-"""Make the model inside the package: a small Mamba-2 that writes Python, trained on Python's standard library.
+"""Make the model inside the package: a small Mamba-2 trained on Python's standard library.
 
-    python benchmarks/embedded_model.py train --output runs/tiny-python     # Ctrl-C stops it; again to go on
-    python benchmarks/embedded_model.py finish --output runs/tiny-python --steps 1000
-    python benchmarks/embedded_model.py export --output runs/tiny-python --folder mamba2_jax/assets/tiny-python
-    python benchmarks/embedded_model.py table --folders new=mamba2_jax/assets/tiny-python old=elsewhere
+    RUN=runs/tiny-python
+    python benchmarks/embedded_model.py train --output $RUN      # Ctrl-C stops it; again to go on
+    python benchmarks/embedded_model.py finish --output $RUN --steps 1000
+    python benchmarks/embedded_model.py export --output $RUN --folder mamba2_jax/assets/tiny-python
+    python benchmarks/embedded_model.py table --folders new mamba2_jax/assets/tiny-python old FOLDER
 
-`train` warms up and stays at the highest learning rate for as long as it is let; `finish` lets the rate fall to
-zero from wherever `train` has come. The files are those of the running Python, one in twenty held out by a hash of
-its path. Everything is seeded: the same Python, jax and machine give the same bits.
+`train` warms up and stays at the highest learning rate for as long as it is let; `finish` lets the rate
+fall to zero from wherever `train` has come. The files are those of the running Python, one in twenty held
+out by a hash of its path. All is seeded: the same Python, jax and machine give the same bits.
 """
 
 import ast
 import hashlib
-import json
 import lzma
 import pathlib
+import re
 import sysconfig
+import warnings
 from dataclasses import dataclass
 
 import jax
@@ -25,8 +27,17 @@ import tyro
 from flax import nnx
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer
-from mamba2_jax.training import CheckpointConfig, Checkpoints, DataConfig, OptimConfig, TrainConfig, Trainer
-from mamba2_jax.training import TrainState, make_optimizer, split_model
+from mamba2_jax.training import (
+    CheckpointConfig,
+    Checkpoints,
+    DataConfig,
+    OptimConfig,
+    TrainConfig,
+    Trainer,
+    TrainState,
+    make_optimizer,
+    split_model,
+)
 
 HELD_OUT = 20  # one file in so many
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -127,6 +138,7 @@ def make_model(options: Train) -> Mamba2ForCausalLM:
         vocab_size=options.vocab_size,
         chunk_size=64,
         tie_word_embeddings=True,
+        initializer_range=0.02,
         bos_token_id=0,
         eos_token_id=0,
         pad_token_id=1,
@@ -199,8 +211,8 @@ def finish(options: Finish) -> None:
     load_tokenizer(options.output / "tokenizer").save_pretrained(options.output / "model")
 
 
-def bits_per_byte(model: Mamba2ForCausalLM, tokenizer, text: str, length: int = 1024) -> float:
-    """Bits of a whole file's text, its state handed from piece to piece, over its bytes."""
+def bits_of(model: Mamba2ForCausalLM, tokenizer, text: str, length: int = 1024) -> float:
+    """Bits that a whole file costs, the state handed from piece to piece."""
     ids = [tokenizer.eos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
     count = len(ids) - 1
     width = length if count >= length else max(16, 1 << (count - 1).bit_length())
@@ -224,6 +236,71 @@ def piece_nats(model, piece, cache, counts):
     return -jnp.where(counts, chosen, 0.0).sum(), out.cache
 
 
+def export(options: Export) -> None:
+    """The weights as the package has them: bfloat16, with config, tokenizer and generation config."""
+    model = Mamba2ForCausalLM.from_pretrained(options.output / "model")
+    model.save_pretrained(options.folder, dtype=jnp.bfloat16, tokenizer=options.output / "tokenizer")
+    print(f"{options.folder}: {sum(f.stat().st_size for f in options.folder.iterdir()):,} bytes")
+
+
+def table(options: Table) -> None:
+    """Print bits per byte of the held-out files, and how many sampled functions parse."""
+    _, held_out = read_library()
+    sizes = {name: len(text.encode()) for name, text in held_out.items()}
+    tables = [name for name in held_out if name.startswith("encodings/")]  # generated, much alike
+    others = [name for name in held_out if name not in tables]
+    print(f"{len(sizes)} files held out, {sum(sizes.values()):,} bytes; of them {len(tables)} in encodings/")
+    print("| | parameters | bits per byte | without encodings/ | functions that parse |")
+    print("|---|---|---|---|---|")
+
+    def row(name: str, parameters: str, bits: dict[str, float], parsed: str) -> None:
+        shares = (sum(bits[n] for n in names) / sum(sizes[n] for n in names) for names in (held_out, others))
+        print(
+            f"| {name} | {parameters} | {' | '.join(f'{share:.3f}' for share in shares)} | {parsed} |",
+            flush=True,
+        )
+
+    xz = {name: 8.0 * len(lzma.compress(text.encode(), preset=9)) for name, text in held_out.items()}
+    row("xz -9, file by file", "", xz, "")
+    for name, folder in options.folders.items():
+        model, tokenizer = Mamba2ForCausalLM.from_pretrained(folder), load_tokenizer(folder)
+        bits = {file: bits_of(model, tokenizer, text) for file, text in held_out.items()}
+        parsed = sum(map(parses, write_functions(model, tokenizer, held_out, options.completions)))
+        row(name, f"{model.config.num_parameters():,}", bits, f"{parsed} of {options.completions}")
+
+
+def write_functions(model, tokenizer, held_out: dict[str, str], count: int) -> list[str]:
+    """Sampled continuations of the first lines of functions of the held-out files, each up to its end."""
+    heads = [
+        match[0]
+        for name, text in held_out.items()
+        if not name.startswith("encodings/")
+        for match in re.finditer(r"^def \w+\([^()\n]*\):\n", text, re.MULTILINE)
+    ]
+    heads = sorted(set(heads), key=lambda head: hashlib.sha256(head.encode()).digest())[:count]
+    functions = []
+    for index, head in enumerate(heads):
+        ids = jnp.asarray([[tokenizer.eos_token_id, *tokenizer.encode(head, add_special_tokens=False)]])
+        new = generate(model, ids, max_new_tokens=192, temperature=0.6, top_p=0.9, key=jax.random.key(index))
+        body = tokenizer.decode(new.tokens[0, : int(new.lengths[0])], skip_special_tokens=True)
+        *lines, last = body.split("\n")
+        lines += [last] if int(new.lengths[0]) < 192 else []  # the line that the budget cut is left out
+        end = next((i for i, line in enumerate(lines) if line[:1].strip()), len(lines))
+        functions.append(head + "\n".join(lines[:end]))
+    return functions
+
+
+def parses(text: str) -> bool:
+    """Whether Python accepts it."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(text)
+    except (SyntaxError, ValueError):
+        return False
+    return True
+
+
 if __name__ == "__main__":
+    commands = {Train: train, Finish: finish, Export: export, Table: table}
     chosen = tyro.cli(Train | Finish | Export | Table)
-    {Train: train, Finish: finish}[type(chosen)](chosen)
+    commands[type(chosen)](chosen)

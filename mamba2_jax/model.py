@@ -1,5 +1,6 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 

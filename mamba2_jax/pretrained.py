@@ -12,6 +12,7 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.export import MAX_SHARD_SIZE, Format, write_checkpoint
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
+from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, load_weights, outgoing_weights
 
@@ -114,7 +115,7 @@ class PretrainedModel(nnx.Module):
 
         Raises:
             NotImplementedError: transformers' Mamba-2 lacks something that this model has.
-            ValueError: parameters that have no place in a checkpoint, a value too large for its type, or a
+            ValueError: adapters in use, parameters without a place in a checkpoint, a value too large for its type, or a
                 folder that cannot be replaced as a whole.
 
         >>> import tempfile
@@ -126,6 +127,11 @@ class PretrainedModel(nnx.Module):
         >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
         True
         """
+        if adapters_in_use(self):
+            raise ValueError(
+                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes "
+                "them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+            )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:
             tokenizer = resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
@@ -161,7 +167,7 @@ class PretrainedModel(nnx.Module):
 
     def _arrays(self) -> dict[str, Array]:
         """Return the parameters by their path in a checkpoint's table."""
-        parameters = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        parameters = nnx.to_flat_state(nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
         return {self._path(path): leaf[...] for path, leaf in parameters}
 
     @classmethod

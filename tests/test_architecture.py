@@ -28,7 +28,7 @@ ARROWS = {
     "layers": "cache config lora ops typing",
     "inputs": "cache config layers ops typing",
     "export": "config weights",
-    "pretrained": "config export hub typing weights",
+    "pretrained": "config export hub lora typing weights",
     "model": "cache config inputs layers lora ops pretrained typing",
     "sampling": "ops typing",
     "generation": "cache inputs model ops sampling typing",

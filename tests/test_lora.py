@@ -240,6 +240,36 @@ def test_peft_reads_what_we_write(rslora, tmp_path):
     assert relative(want, jax_model()(IDS).logits) > 1e-2
 
 
+def test_an_adapter_in_an_older_peft_s_pickle_is_read_as_plain_tensors(peft_side, tmp_path):
+    import torch
+    from safetensors.torch import load_file
+
+    folder = Path(shutil.copytree(peft_side[1], tmp_path / "adapter"))
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    old, new = fresh(), fresh()
+    load_lora(old, folder)
+    load_lora(new, peft_side[1])
+    pairs = zip(jax.tree.leaves(lora_parameters(old)), jax.tree.leaves(lora_parameters(new)), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs)
+
+
+def test_a_merged_model_is_saved_for_transformers(tmp_path):
+    import torch
+    import transformers
+
+    model = adapted(tie_word_embeddings=True)
+    with pytest.raises(ValueError, match="adapters in use"):
+        model.save_pretrained(tmp_path / "model")
+    want = model(IDS).logits
+    merge_lora(model)
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        theirs = transformers.Mamba2ForCausalLM.from_pretrained(tmp_path / "model")
+        got = theirs(input_ids=torch.tensor(IDS)).logits
+    assert relative(got, want) < 2e-5
+
+
 def test_every_target_survives_our_own_round_trip(tmp_path):
     model = adapted()
     with pytest.warns(UserWarning, match="PEFT takes no adapter on conv1d and out_proj"):
@@ -360,7 +390,7 @@ BROKEN = {
     "other rank": (edit_config(r=5), r"has shape \(4, 32\), the model at rank 5 wants \(5, 32\)"),
     "pickle": (
         lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
-        "a pickle",
+        "adapter_model.bin",
     ),
     "tensors missing": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "missing"),
     "garbage": (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"x" * 99), "truncated"),

@@ -127,7 +127,7 @@ def merge_lora(model: nnx.Module, *, keep_base: bool = True) -> None:
     """
     sites = sites_of(model)
     _refuse_merged("merge_lora", sites)
-    if not any(module.adapters_in_use() for _, module in sites.values()):
+    if not adapters_in_use(model):
         raise ValueError("merge_lora: no adapter is in use; add_lora, load_lora or use_lora first")
     if is_tied(model) and any(
         site.module.adapters_in_use()
@@ -208,6 +208,11 @@ def set_dropout_key(model: nnx.Module, key: Array | None) -> None:
 def adapter_names(model: nnx.Module) -> list[str]:
     """The names of the model's adapters, sorted."""
     return sorted({name for _, module in sites_of(model).values() for name in module.lora or ()})
+
+
+def adapters_in_use(model: nnx.Module) -> bool:
+    """Whether the weights alone do not say what the model computes."""
+    return any(site.module.adapters_in_use() for site in sites_of(model).values())
 
 
 def sites_of(model: nnx.Module) -> dict[str, Site]:

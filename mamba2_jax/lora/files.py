@@ -34,6 +34,7 @@ from mamba2_jax.weights.reader import Checkpoint, open_file
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"  # of older versions of PEFT; read only, as plain tensors
 _BASE_KEYS = ("base_layer.weight", "weight")
 _KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", *_BASE_KEYS)
 
@@ -115,11 +116,10 @@ def load_lora(
     path = path if isinstance(path, str) else pathlib.Path(path)
     folder = resolve_folder(path, revision, [CONFIG_NAME, "adapter_model.*"])
     settings, pattern = read_peft_config(folder, CONFIG_NAME)
-    if not (folder / TENSORS_NAME).exists() and (folder / "adapter_model.bin").exists():
-        message = f"has adapter_model.bin, a pickle; only {TENSORS_NAME} is read: save it again with PEFT"
-        raise CheckpointError(folder, [message])
+    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
+    file = PICKLE_NAME if older else TENSORS_NAME
     sites = sites_of(model)
-    with open_file(folder, TENSORS_NAME) as checkpoint:
+    with open_file(folder, file) as checkpoint:
         found, problems = _group(checkpoint, sites)
         for module in sites:
             if is_targeted(module, settings, pattern) and not _factors(found.get(module, {})):
@@ -127,7 +127,7 @@ def load_lora(
         for module, tensors in found.items():
             problems += _check_shapes(checkpoint, sites[module].target, tensors, settings.rank_of(module))
         if problems:
-            raise CheckpointError(folder / TENSORS_NAME, problems)
+            raise CheckpointError(folder / file, problems)
         adapters = {}
         for module, tensors in found.items():
             problems += _check_base(checkpoint, model, sites[module], tensors)
@@ -137,7 +137,7 @@ def load_lora(
                 )
                 problems += more
     if problems:
-        raise CheckpointError(folder / TENSORS_NAME, problems)
+        raise CheckpointError(folder / file, problems)
     attach(model, name, adapters, "load_lora")
 
 
