@@ -115,8 +115,8 @@ class PretrainedModel(nnx.Module):
 
         Raises:
             NotImplementedError: transformers' Mamba-2 lacks something that this model has.
-            ValueError: adapters in use, parameters without a place in a checkpoint, a value too large for its type, or a
-                folder that cannot be replaced as a whole.
+            ValueError: adapters in use, parameters that have no place in a checkpoint, a value too large
+                for its type, or a folder that cannot be replaced as a whole.
 
         >>> import tempfile
         >>> from mamba2_jax import Mamba2ForCausalLM
@@ -129,8 +129,8 @@ class PretrainedModel(nnx.Module):
         """
         if adapters_in_use(self):
             raise ValueError(
-                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes "
-                "them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
+                " them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
             )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:
