@@ -275,7 +275,7 @@ def write_functions(model, tokenizer, held_out: dict[str, str], count: int) -> l
         match[0]
         for name, text in held_out.items()
         if not name.startswith("encodings/")
-        for match in re.finditer(r"^def \w+\([^()\n]*\):\n", text, re.MULTILINE)
+        for match in re.finditer(r"^def \w+\([^()\n]*\):$", text, re.MULTILINE)
     ]
     heads = sorted(set(heads), key=lambda head: hashlib.sha256(head.encode()).digest())[:count]
     functions = []
@@ -283,10 +283,11 @@ def write_functions(model, tokenizer, held_out: dict[str, str], count: int) -> l
         ids = jnp.asarray([[tokenizer.eos_token_id, *tokenizer.encode(head, add_special_tokens=False)]])
         new = generate(model, ids, max_new_tokens=192, temperature=0.6, top_p=0.9, key=jax.random.key(index))
         body = tokenizer.decode(new.tokens[0, : int(new.lengths[0])], skip_special_tokens=True)
-        *lines, last = body.split("\n")
-        lines += [last] if int(new.lengths[0]) < 192 else []  # the line that the budget cut is left out
+        first, *lines = body.split("\n")
+        if int(new.lengths[0]) == 192:  # the budget cut the last line
+            lines = lines[:-1]
         end = next((i for i, line in enumerate(lines) if line[:1].strip()), len(lines))
-        functions.append(head + "\n".join(lines[:end]))
+        functions.append("\n".join([head + first, *lines[:end]]))
     return functions
 
 

@@ -95,6 +95,8 @@ def test_merged_equals_unmerged_and_unmerging_restores_every_bit(tied):
     merge_lora(model, keep_base=False)
     assert relative(model(IDS).logits, want) < 2e-5
     assert not jax.tree.leaves(lora_parameters(model))
+    with pytest.raises(ValueError, match="no adapter is merged"):
+        unmerge_lora(model)
 
 
 def test_an_adapter_of_the_projections_leaves_a_tied_head_tied():

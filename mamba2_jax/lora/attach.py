@@ -140,9 +140,8 @@ def merge_lora(model: nnx.Module, *, keep_base: bool = True) -> None:
             site.module.unmerged = nnx.Dict(_merge(model, site, adapters))
     if not keep_base:
         for site in sites.values():
-            for name in ("lora", "unmerged"):
-                if getattr(site.module, name) is not None:
-                    delattr(site.module, name)
+            for name in {"lora", "unmerged", "untied_by_merge"} & vars(site.module).keys():
+                delattr(site.module, name)
 
 
 def _merge(model: nnx.Module, site: Site, adapters: list[Adapter]) -> dict[str, BaseWeight]:
