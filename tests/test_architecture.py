@@ -27,13 +27,14 @@ ARROWS = {
     "layers": "cache config ops typing",
     "inputs": "cache config layers ops typing",
     "export": "config weights",
+    "convert": "config export hub typing weights",
     "pretrained": "config export hub typing weights",
     "model": "cache config inputs layers ops pretrained typing",
     "sampling": "ops typing",
     "generation": "cache inputs model ops sampling typing",
     "streaming": "cache generation model tokenizer typing",
     "cli_info": "cache config hub weights",
-    "cli": "cli_info hub model sampling streaming tokenizer",
+    "cli": "cli_info convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -51,6 +52,7 @@ OUTSIDE = {
     "layers": "flax jax",
     "inputs": "jax numpy",
     "export": "",
+    "convert": "",
     "pretrained": "flax jax",
     "model": "flax jax",
     "sampling": "jax",
