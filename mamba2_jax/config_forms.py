@@ -273,7 +273,7 @@ def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unpadded(padded: int, real: int | None) -> tuple[int, int]:
     """Find the multiple that pads `real` tokens to `padded`; without one, all count as real."""
-    for multiple in (8, 16, 32, 64, 128, 256):
+    for multiple in (16, 8, 32, 64, 128, 256):  # 16 in every published file
         if real is not None and -(-real // multiple) * multiple == padded:
             return real, multiple
     return padded, 1

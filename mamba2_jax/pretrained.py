@@ -1,17 +1,18 @@
 """What every model can do with a checkpoint: come from one, and become one."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.export import MAX_SHARD_SIZE, Format, write_checkpoint
-from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
+from mamba2_jax.export import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
+from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, load_weights, outgoing_weights
@@ -53,7 +54,7 @@ class PretrainedModel(nnx.Module):
         allow_non_finite: bool = False,
         report: Callable[[LoadReport], None] | None = None,
     ) -> _M:
-        """Load a checkpoint that transformers wrote.
+        """Load a checkpoint of any published form: transformers', state-spaces' or Mistral's.
 
         Args:
             path: a folder or a hub id. None: the small Python-writing model inside the package.
@@ -67,6 +68,7 @@ class PretrainedModel(nnx.Module):
 
         Raises:
             FileNotFoundError: no such folder, or a hub id that cannot be reached.
+            ImportError: the weights are a PyTorch `.bin` file, and there is no PyTorch to read it.
             ValueError: a checkpoint that does not fit its config: every problem is listed.
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
@@ -98,14 +100,14 @@ class PretrainedModel(nnx.Module):
         tokenizer: str | Path | None = None,
         show_progress: bool = False,
     ) -> None:
-        """Write a checkpoint that transformers loads as it is: weights, configs, tokenizer.
+        """Write a checkpoint that transformers or mamba_ssm loads as it is: weights, configs, tokenizer.
 
         The folder appears when all is written, or not at all. One that exists is replaced at that moment;
         files in it that belong to no checkpoint are kept.
 
         Args:
             folder: where to; its parents are made.
-            format: "transformers".
+            format: "transformers", or "state-spaces" (mamba_ssm's; needs PyTorch).
             dtype: float type to store. None: each tensor's type in the checkpoint that the model came from,
                 or that of its parameter. A_log, dt_bias and D are never narrowed by it.
             max_shard_size: bytes per file, or text such as "5GB"; more than one file get an index.
@@ -114,7 +116,9 @@ class PretrainedModel(nnx.Module):
             show_progress: draw a progress bar on stderr.
 
         Raises:
-            NotImplementedError: transformers' Mamba-2 lacks something that this model has.
+            ImportError: the format "state-spaces" without PyTorch.
+            NotImplementedError: the format has no words for something in this model; the message names the
+                format that has.
             ValueError: adapters in use, parameters that have no place in a checkpoint, a value too large
                 for its type, or a folder that cannot be replaced as a whole.
 
@@ -127,6 +131,8 @@ class PretrainedModel(nnx.Module):
         >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
         True
         """
+        if format not in FORMATS:
+            raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):
             raise ValueError(
                 "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
@@ -154,6 +160,36 @@ class PretrainedModel(nnx.Module):
             tokenizer=tokenizer or origin,
             show_progress=show_progress,
         )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "Upload Mamba-2",
+        **options: Any,
+    ) -> str:
+        """Save to a temporary folder and push that to the Hugging Face hub.
+
+        Args:
+            repository: a hub id, "name" or "org/name"; made if there is none.
+            private: whether a new repository is private.
+            revision: branch; made if there is none. None: the main one.
+            message: of the commit.
+            **options: of `save_pretrained`.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            ConnectionError: the hub refuses it or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory(prefix="mamba2-jax-") as folder:
+            self.save_pretrained(Path(folder) / "model", **options)
+            return upload_folder(
+                Path(folder) / "model", repository, private=private, revision=revision, message=message
+            )
 
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:

@@ -100,10 +100,13 @@ class _Bounded:
 
     def read(self, count: int = -1) -> bytes:
         """Read up to `count` bytes, or refuse."""
-        data = self._read(count if 0 <= count <= MAX_JSON_BYTES else MAX_JSON_BYTES + 1) or b""
-        if len(data) > MAX_JSON_BYTES:
+        here = self.tell()
+        left = self.seek(0, os.SEEK_END) - here
+        self.seek(here)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_JSON_BYTES:
             raise zipfile.BadZipFile(f"a directory of more than {MAX_JSON_BYTES} bytes")
-        return data
+        return self._read(count) or b""
 
 
 def _read_records(file: io.FileIO, path: Path) -> dict[str, tuple[int, int]]:
