@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
-    from mamba2_jax.training.config import TrainConfig
+    from mamba2_jax.training.config import LoraOptions, TrainConfig
     from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
     from mamba2_jax.training.loss import loss_fn
     from mamba2_jax.training.optim import OptimConfig, make_optimizer
@@ -26,6 +26,7 @@ __all__ = [
     "DataConfig",
     "Documents",
     "Evaluation",
+    "LoraOptions",
     "OptimConfig",
     "SaveError",
     "TrainConfig",
@@ -43,7 +44,7 @@ __all__ = [
 
 _MODULES = {
     "checkpoint": ("CheckpointConfig", "Checkpoints", "SaveError"),
-    "config": ("TrainConfig",),
+    "config": ("LoraOptions", "TrainConfig"),
     "data": ("DataConfig", "Documents", "load_documents", "make_pipeline"),
     "loss": ("loss_fn",),
     "optim": ("OptimConfig", "make_optimizer"),

@@ -174,7 +174,7 @@ class Checkpoints:
         return None
 
     def _read_meta(self, step: int) -> dict[str, Any]:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
             raise ValueError("its description does not match its checksum")
         content = json.loads(meta["content"])
@@ -187,11 +187,11 @@ class Checkpoints:
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
         )
-        found = jax.device_get(_checksums(restored.arrays))
+        found = jax.device_get(_checksums(restored["arrays"]))
         wrong = [name for name, value in content["checksums"].items() if int(found[name]) != value]
         if wrong:
             raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
-        return restored.arrays
+        return restored["arrays"]
 
     def _put_aside(self, step: int) -> None:
         aside = self._folder.with_name(f"{self._folder.name}-damaged")
@@ -215,30 +215,23 @@ def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str
             )
 
 
+_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
+
+
 def _flatten(state: TrainState) -> dict[str, Array]:
     """A flat dict by dotted path; the key as plain integers."""
-    plain = {
-        name: getattr(state, name) for name in ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
-    }
-    plain["key"] = jax.random.key_data(state.key)
-    leaves, _ = jax.tree.flatten_with_path(plain)
+    leaves, _ = jax.tree.flatten_with_path(_plain(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 def _unflatten(arrays: dict[str, Array], like: TrainState) -> TrainState:
-    plain = {
-        "step": like.step,
-        "params": like.params,
-        "opt_state": like.opt_state,
-        "skipped": like.skipped,
-        "skipped_in_a_row": like.skipped_in_a_row,
-        "key": jax.random.key_data(like.key),
-    }
-    leaves, treedef = jax.tree.flatten_with_path(plain)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    plain = jax.tree.unflatten(treedef, [arrays[name] for name in names])
+    plain = jax.tree.unflatten(jax.tree.structure(_plain(like)), [arrays[name] for name in _flatten(like)])
     plain["key"] = jax.random.wrap_key_data(plain["key"], impl=jax.random.key_impl(like.key))
     return TrainState(**plain)
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _PARTS} | {"key": jax.random.key_data(state.key)}
 
 
 @jax.jit

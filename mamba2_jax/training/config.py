@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from mamba2_jax.lora import LoraConfig
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.training.checkpoint import CheckpointConfig
 from mamba2_jax.training.data import DataConfig
@@ -15,6 +16,36 @@ from mamba2_jax.training.loss import REMAT, TOKENS_PER_SLICE
 from mamba2_jax.training.optim import OptimConfig
 
 _T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class LoraOptions:
+    """Adapters to train instead of the weights; none without a rank. The names are those of `LoraConfig`.
+
+    Raises:
+        ValueError: a value that makes no sense, named.
+    """
+
+    rank: int | None = None
+    """Inner size of the adapters (None: train all weights)."""
+    alpha: float | None = None
+    """They are multiplied by alpha / rank (None: alpha = rank)."""
+    targets: tuple[str, ...] = ("in_proj", "out_proj")
+    """Of embeddings, in_proj, conv1d, out_proj, lm_head, or longer ends of paths."""
+    dropout: float = 0.0
+    use_rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead."""
+    merge: bool = False
+    """Beside the adapter, also save the model with the adapter merged into it."""
+
+    def __post_init__(self):
+        self.config()
+
+    def config(self) -> LoraConfig | None:
+        """What `add_lora` takes."""
+        if self.rank is None:
+            return None
+        return LoraConfig(self.rank, self.alpha, self.targets, self.dropout, self.use_rslora)
 
 
 @dataclass(frozen=True)
@@ -54,6 +85,7 @@ class TrainConfig:
     progress: bool = True
     """Show a progress bar on stderr."""
     data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 

@@ -1,9 +1,9 @@
 """The optimizer: AdamW with a schedule, decay only where it makes sense, and clipping, as one Optax chain."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import optax
@@ -59,7 +59,7 @@ class OptimConfig:
                 raise ValueError(f"OptimConfig: {name}={getattr(self, name)} is out of range")
 
 
-def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
+def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
     """Build the schedule: update number (from 0) -> learning rate.
 
     Args:
@@ -78,7 +78,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
             f"OptimConfig: warmup={config.warmup} leaves nothing of {steps} steps; make it shorter"
         )
 
-    def rate(count: Array | int) -> Array:
+    def rate(count: Any) -> Array:
         after = jnp.asarray(count, jnp.float32) - config.warmup
         rise = jnp.minimum(1.0, (after + config.warmup + 1) / max(config.warmup, 1))
         past = jnp.clip(after / max(steps - config.warmup, 1), 0.0, 1.0)  # of what follows the warm-up

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
+from mamba2_jax.lora import set_dropout_key
 from mamba2_jax.model import Mamba2ForCausalLM
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
 from mamba2_jax.typing import Array, Bool, Float, Int
@@ -150,9 +151,11 @@ def train_step(
         The state after the step, and its numbers. With a loss or a gradient that is not finite, parameters
         and moments stay as they were.
     """
+    key = jax.random.fold_in(state.key, state.step)
 
-    def summed_loss(params: Params, part: Mapping[str, Array]):
+    def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int):
         model = structure.merge(params, frozen)
+        set_dropout_key(model, jax.random.fold_in(key, index))
         return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
 
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
@@ -181,15 +184,17 @@ def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
     """Nats, tokens and gradients, summed over the parts of a batch `(a, b, l)`, or of one `(b, l)`."""
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
     if batch["input_ids"].ndim == 2:
-        (nats, tokens), grads = gradient(params, batch)
+        (nats, tokens), grads = gradient(params, batch, 0)
         return nats, tokens, grads
 
-    def add(total, part):
-        (nats, tokens), grads = gradient(params, part)
+    def add(total, numbered):
+        index, part = numbered
+        (nats, tokens), grads = gradient(params, part, index)
         return jax.tree.map(jnp.add, total, (nats, tokens, grads)), None
 
     zeros = (jnp.zeros((), jnp.float32), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zeros, batch)[0]
+    numbers = jnp.arange(batch["input_ids"].shape[0])
+    return jax.lax.scan(add, zeros, (numbers, batch))[0]
 
 
 @partial(jax.jit, static_argnames=("structure", "tokens_per_slice"))
@@ -206,7 +211,7 @@ def eval_step(
 
 
 def first_not_finite(
-    params: Params, frozen: Params, batch: Mapping[str, Array], structure: Structure
+    params: Params, frozen: Params, batch: Mapping[str, Any], structure: Structure
 ) -> str | None:
     """Find where a step that is not finite went wrong, in the order of the computation.
 
@@ -239,7 +244,7 @@ def _finite_by_name(params: Params, frozen: Params, batch, *, structure: Structu
             inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("segment_ids"), None, None)
             return model.backbone.forward(*inputs, output_hidden_states=True).hidden_states
 
-        blocks = outputs(params)
+        blocks = list(outputs(params) or [])
         gradient = jax.value_and_grad(lambda params: loss_fn(structure.merge(params, frozen), batch)[0])
         loss, grads = gradient(params)
         found = [(f"parameter {name}", a) for name, a in [*params.items(), *frozen.items()]]

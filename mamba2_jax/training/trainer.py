@@ -12,10 +12,13 @@ import jax
 import numpy as np
 from flax import nnx
 
+from mamba2_jax.lora import add_lora
+from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.model import Mamba2ForCausalLM
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
+from mamba2_jax.training.export import save_result
 from mamba2_jax.training.metrics import Metrics, draw_curve, peak_memory
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.progress import training_bar
@@ -68,10 +71,10 @@ class _Pending(NamedTuple):
 class Trainer:
     """Trains a model on texts.
 
-    The model is left as it is until `fit` has ended; then it has the trained weights.
+    The model's weights are left as they are until `fit` has ended; then it has the trained ones.
 
     Args:
-        model: all its parameters are trained, or its adapters if it has any.
+        model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some.
         config: the options.
         data: files, folders, a hub dataset's id, records, or `Documents`.
         tokenizer: of the model; not needed for `Documents`.
@@ -107,6 +110,9 @@ class Trainer:
         self._held_out = None if eval_data is None else self._load("evaluation data", eval_data)
         if self._held_out is None and config.data.eval_share:
             self._documents, self._held_out = self._documents.hold_out(config.data.eval_share, config.seed)
+        settings = config.lora.config()
+        if settings is not None and not adapter_names(model):
+            add_lora(model, settings, rngs=nnx.Rngs(config.seed))
         self.steps = config.steps or self._count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
@@ -141,6 +147,7 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
+            save_result(self.model, self._output, self.tokenizer, self.config.lora.merge, self._report)
             draw_curve(self._output)
         return TrainResult(
             self._output, int(state.step), run.loss, run.evaluation, int(state.skipped), stop.received
@@ -286,7 +293,7 @@ class _Run:
             return
         (step, metrics, batch), self._pending = self._pending, None
         trainer = self._trainer
-        numbers = jax.device_get(metrics)
+        numbers: Any = jax.device_get(metrics)
         now = time.perf_counter()
         values: dict[str, float | int] = {
             "loss": float(numbers.loss),
