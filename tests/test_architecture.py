@@ -36,7 +36,8 @@ ARROWS = {
     "streaming": "cache generation model tokenizer typing",
     "training": "inputs lora model ops typing",
     "cli_info": "cache config hub weights",
-    "cli": "cli_info convert hub model sampling streaming tokenizer",
+    "cli_finetune": "hub model tokenizer training",
+    "cli": "cli_finetune cli_info convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -63,10 +64,11 @@ OUTSIDE = {
     "streaming": "jax numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli_info": "jax rich",
+    "cli_finetune": "tyro",
     "cli": "jax tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_info"}
+COMMAND_LINE = {"cli", "cli_finetune", "cli_info"}
 
 
 def source_files() -> list[pathlib.Path]:
