@@ -125,7 +125,7 @@ def _where(rows, x):
 
 
 def check_arguments(op, x, weight, bias, initial_state, segment_ids, activation) -> tuple[int, int, int]:
-    """Raise ValueError unless the arguments of `causal_conv1d` fit together; return batch, length and taps."""
+    """Raise ValueError unless the arguments of `causal_conv1d` fit; return batch, length, taps."""
     batch, length, num_taps = _check(op, x, weight, bias, activation)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, x, num_taps - 1)

@@ -34,7 +34,7 @@ def causal_conv1d_sharded(
     mesh: Mesh,
     channel_axis: int | None = -1,
 ) -> tuple[Float[Array, "b l *c"], Float[Array, "b k-1 *c"]]:
-    """`ops.causal_conv1d` on arrays split over a mesh: the same numbers, differentiable; call it inside `jit`.
+    """`ops.causal_conv1d` on arrays split over a mesh: the same numbers and gradients; call it inside `jit`.
 
     Each device convolves its own tokens after the last `k - 1` inputs of the device to its left, and the
     gradient sends as many back: `b (k - 1) c` numbers of a device's own rows and channels, whatever the
@@ -80,8 +80,8 @@ def causal_conv1d_sharded(
     tokens = (length + padding) // num_pieces
     if num_pieces > 1 and tokens < num_taps - 1:
         raise ValueError(
-            f"{op}: length={length} over the mesh's {SEQUENCE} = {num_pieces} leaves {tokens} tokens a device, "
-            f"and {num_taps} taps reach {num_taps - 1} back; make that axis smaller"
+            f"{op}: length={length} over the mesh's {SEQUENCE} = {num_pieces} leaves {tokens} tokens a "
+            f"device, and {num_taps} taps reach {num_taps - 1} back; make that axis smaller"
         )
     if padding and segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)  # so that what is added at the end is padding
@@ -139,7 +139,8 @@ def _channel_spec(op: str, mesh: Mesh, channels: tuple[int, ...], axis: int | No
         return spec
     if isinstance(axis, bool) or not -len(channels) <= axis < len(channels):
         raise ValueError(
-            f"{op}: channel_axis={axis!r} is not among the {len(channels)} axes of channels {channels}, or None"
+            f"{op}: channel_axis={axis!r} is neither None nor among the {len(channels)} axes of channels, "
+            f"{channels}"
         )
     check_divides(op, mesh, f"channels[{axis}]", channels[axis], TENSOR)
     spec[axis] = TENSOR

@@ -1,22 +1,22 @@
 r"""SSD over a mesh of devices: rows, tokens, and heads split.
 
-Rows and heads have nothing to say to each other. Along the tokens a piece of a row is to the row what a chunk
-is to the piece, and the algorithm is that of `ssd_chunked`, one level up. To a state that enters it, a piece
-does `state -> kept * state + left`, with
+Rows and heads have nothing to say to each other. Along the tokens, a piece of a row is to the row what a
+chunk is to the piece, and the algorithm is that of `ssd_chunked`, one level up. To a state that enters it, a
+piece does `state -> kept * state + left`, with
 
-$$kept = \exp\Big(\sum_t dt_t A\Big), \qquad left = \sum_t \exp\Big(\sum_{s>t} dt_s A\Big)\, dt_t\, x_t B_t^\top$$
+$$kept = e^{\sum_t dt_t A}, \qquad left = \sum_t e^{\sum_{s>t} dt_s A}\, dt_t\, x_t B_t^\top$$
 
 1. each device computes `kept` and `left` of its piece: one matrix product;
 2. the devices combine these maps of all pieces to their left: the state that enters;
 3. each device scans its piece from that state, with whatever implementation runs there.
 
-The scan runs once, from the true state. To scan from zero and add `C h` of the entering state afterwards costs
-as many products, but reads and writes `y` once more, and rounds it twice when it is narrow.
+The scan runs once, from the true state. To scan from zero and add `C h` of the entering state afterwards
+costs as many products, but reads and writes `y` once more, and rounds it twice where it is narrow.
 
-What travels over the sequence axis, in messages of one float32 state `(b, h, p, n)` of a device's own rows and
-heads, for `s` devices: ceil(log2 s) there, as many back for the gradient, and one sum more for the final state
-or for the gradient of `initial_state`, where these are used. With `segment_ids`, two integers a row besides.
-The length of the row is in none of them.
+What travels over a sequence axis of `s` devices, in messages of one float32 state `(b, h, p, n)` of a
+device's own rows and heads: `ceil(log2 s)` on the way forward and as many back; and one sum each for the
+final state, for its gradient and for that of `initial_state`, where these are used. `segment_ids` adds two
+integers a row. The length of the row is in none of them.
 
 Source: Dao & Gu 2024, arXiv:2405.21060, sections 6 and 8.
 """
@@ -141,13 +141,13 @@ def ssd_sharded(
 
 
 def _ssd_of_a_piece(
-    x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group, chunk_size, implementation
+    x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group, **options
 ):
     """Run one device's part: its rows, its tokens, its heads. Arguments as in `ssd_sharded`."""
     if devices_per_group > 1:
         group = jax.lax.axis_index(TENSOR) // devices_per_group
         B, C = (jax.lax.dynamic_slice_in_dim(array, group, 1, axis=2) for array in (B, C))
-    scan = partial(ssd, D=D, segment_ids=segment_ids, chunk_size=chunk_size, implementation=implementation)
+    scan = partial(ssd, D=D, segment_ids=segment_ids, **options)
     if num_pieces == 1:
         return scan(x, dt, A, B, C, initial_state=initial_state)
 
