@@ -38,8 +38,8 @@ def causal_conv1d_sharded(
 
     Each device convolves its own tokens after the last `k - 1` inputs of the device to its left, and the
     gradient sends as many back: `b (k - 1) c` numbers of a device's own rows and channels, whatever the
-    length. One sum of that size more for the final state or for the gradient of `initial_state`, where these
-    are used; with `segment_ids`, two integers a row.
+    length. The final state, its gradient and that of `initial_state` are one sum of that size each, where
+    they are used; `segment_ids` adds two integers a row.
 
     Args:
         x: `(b, l, *channels)`; rows over the mesh axes `data` and `fsdp`, tokens over `sequence`, one axis of
