@@ -18,11 +18,12 @@ from mamba2_jax.inputs import (
     join_rows,
     next_token_targets,
 )
-from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
+from mamba2_jax.layers import Mamba2Block
 from mamba2_jax.lora.adapters import Head
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
-from mamba2_jax.ops.segments import document_index
+from mamba2_jax.ops.segments import document_index, document_positions
+from mamba2_jax.parts import Embedding, LayerState, RMSNorm, Rows
 from mamba2_jax.pretrained import PretrainedModel
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
@@ -78,7 +79,6 @@ class Mamba2Model(PretrainedModel):
         ssd_implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        config.validate_supported()
         check_choice(type(self).__name__, "ssd_implementation", ssd_implementation, (None, *IMPLEMENTATIONS))
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -87,9 +87,14 @@ class Mamba2Model(PretrainedModel):
         )
         self.layers = nnx.List(
             Mamba2Block(
-                config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
+                config,
+                use_attention=index in config.attn_layer_idx,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                ssd_implementation=ssd_implementation,
+                rngs=rngs,
             )
-            for _ in range(config.num_hidden_layers)
+            for index in range(config.num_hidden_layers)
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
 
@@ -144,14 +149,17 @@ class Mamba2Model(PretrainedModel):
         if cache is None:
             cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
 
-        conv, ssm, hidden_states = [], [], []
-        for block, conv_state, ssm_state in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            hidden, state = run_block(block, hidden, LayerState(conv_state, ssm_state), rows)
-            conv.append(state.conv)
-            ssm.append(state.ssm)
+        if self.config.attn_layer_idx:
+            rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
+
+        states, hidden_states = [], []
+        for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
+            hidden, state = run_block(block, hidden, LayerState._make(before), rows)
+            states.append(state)
             hidden_states.append(hidden)
         hidden = self.norm_f(hidden).astype(self.dtype)
-        cache = Mamba2Cache(tuple(conv), tuple(ssm), _advance(cache.position, rows, length))
+        conv, ssm, attention = zip(*states, strict=True)
+        cache = Mamba2Cache(conv, ssm, _advance(cache.position, rows, length), attention)
         return Mamba2Output(
             last_hidden_state=hidden,
             cache=cache,
@@ -263,6 +271,13 @@ def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, "
     chosen = jnp.take_along_axis(logits, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def _positions(past: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, "b l"]:
+    """Each token's place in its document."""
+    if rows.marks is None:
+        return past[:, None] + jnp.arange(length)
+    return document_positions(rows.marks.astype(jnp.int32), past)
 
 
 def _advance(position: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, " b"]:

@@ -73,7 +73,6 @@ def load_weights(
     Raises:
         CheckpointError: a broken file, or tensors that do not fit the config; lists every problem.
         ValueError: `param_dtype` is not a float type that JAX can hold, or a sharding does not fit a shape.
-        NotImplementedError: the config needs a variant that is not built yet.
     """
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
