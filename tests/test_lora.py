@@ -12,7 +12,7 @@ from checkpoint_files import pack, unpack
 from flax import nnx
 from models import checkpoint, jax_model, random_ids, relative
 
-from mamba2_jax import Mamba2ForCausalLM, Mamba2Model, generate
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, generate
 from mamba2_jax.lora import (
     LoraConfig,
     add_lora,
@@ -60,10 +60,23 @@ def leaves(model: nnx.Module) -> dict[str, np.ndarray]:
     return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat}
 
 
-def test_a_new_adapter_changes_nothing_but_every_one_counts_once_it_is_trained():
-    model, base = fresh(), jax_model()
+def everything() -> Mamba2ForCausalLM:
+    """A model with every kind of projection: MLPs after and beside, attention with a convolution."""
+    ssm = {"layer": "Mamba2", "headdim": 8, "d_state": 8, "ngroups": 2, "d_ssm": 48, "bias": True}
+    heads = {"causal": True, "num_heads": 4, "head_dim": 8, "d_conv": 4, "rotary_emb_dim": 4, "mlp_dim": 9}
+    shape = {"d_model": 32, "n_layer": 2, "vocab_size": 96, "d_intermediate": 8}
+    config = Mamba2Config.from_dict(shape | {"ssm_cfg": ssm, "attn_cfg": heads, "attn_layer_idx": [1]})
+    return Mamba2ForCausalLM(config.replace(initializer_range=0.1), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("make", [jax_model, everything])
+def test_a_new_adapter_changes_nothing_but_every_one_counts_once_it_is_trained(make):
+    base = make()
+    model = nnx.clone(base)
     want = base(IDS).logits
-    add_lora(model, LoraConfig(targets=ALL), rngs=nnx.Rngs(0))
+    kinds = {path.rpartition(".")[2] for path in sites_of(model)}
+    assert kinds == set(ALL) | ({"fc1", "fc2"} if make is everything else set())
+    add_lora(model, LoraConfig(targets=tuple(kinds)), rngs=nnx.Rngs(0))
     assert leaves(model).keys() == leaves(base).keys()
     assert relative(model(IDS).logits, want) < 1e-6  # adds zeros, but XLA fuses, so rounds, otherwise
     for path, site in sites_of(model).items():  # also modules that come to the table later
@@ -72,6 +85,10 @@ def test_a_new_adapter_changes_nothing_but_every_one_counts_once_it_is_trained()
         nnx.update(adapter, jax.tree.map(lambda x: 0.3 * jnp.ones_like(x) + x, before))
         assert relative(model(IDS).logits, want) > 1e-4, path
         nnx.update(adapter, before)
+    randomise(model)
+    want = model(IDS).logits
+    merge_lora(model)
+    assert relative(model(IDS).logits, want) < 2e-5
 
 
 @pytest.mark.parametrize("tied", [True, False])
