@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
+from matplotlib.figure import Figure
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer
 from mamba2_jax.training import (
@@ -38,6 +39,7 @@ from mamba2_jax.training import (
     make_optimizer,
     split_model,
 )
+from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
 HELD_OUT = 20  # one file in so many
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -50,7 +52,7 @@ class Train:
 
     output: pathlib.Path
     hidden_size: int = 256
-    num_hidden_layers: int = 8
+    num_hidden_layers: int = 6
     state_size: int = 64
     vocab_size: int = 4096
     max_length: int = 1024
@@ -241,6 +243,28 @@ def export(options: Export) -> None:
     model = Mamba2ForCausalLM.from_pretrained(options.output / "model")
     model.save_pretrained(options.folder, dtype=jnp.bfloat16, tokenizer=options.output / "tokenizer")
     print(f"{options.folder}: {sum(f.stat().st_size for f in options.folder.iterdir()):,} bytes")
+    print(f"{draw(options.output)}: the loss of both stages")
+
+
+def draw(output: pathlib.Path) -> pathlib.Path:
+    """Draw the losses of `train` and, behind them, of `finish`."""
+    stages = [read_metrics(output / stage / METRICS_FILE) for stage in ("stable", "finish")]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis, tokens = figure.subplots(), 0
+    for lines, name, color in zip(stages, ("constant rate", "falling rate"), ("C0", "C2"), strict=True):
+        losses = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
+        seen = tokens + np.cumsum([count for count, _ in losses])
+        window = max(1, len(losses) // 50)
+        means = np.convolve([loss for _, loss in losses], np.ones(window) / window, "valid")
+        axis.plot(seen[len(seen) - len(means) :] / 1e6, means, color, label=f"training, {name}")
+        points = [(seen[line["step"] - 1] / 1e6, line["eval_loss"]) for line in lines if "eval_loss" in line]
+        axis.plot(*zip(*points, strict=True) if points else ((), ()), f"{color}o", label="held out")
+        tokens = seen[-1]
+    axis.set(xlabel="million tokens", ylabel="nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend()
+    figure.savefig(output / "loss.png", dpi=120)
+    return output / "loss.png"
 
 
 def table(options: Table) -> None:
