@@ -209,8 +209,6 @@ def finish(options: Finish) -> None:
     model = stable_weights(options)
     trainer = make_trainer(options, model, "finish", optimizer_of(options, "linear", 20))
     print(trainer.fit())
-    trainer.model.save_pretrained(options.output / "model")
-    load_tokenizer(options.output / "tokenizer").save_pretrained(options.output / "model")
 
 
 def bits_of(model: Mamba2ForCausalLM, tokenizer, text: str, length: int = 1024) -> float:
@@ -240,7 +238,7 @@ def piece_nats(model, piece, cache, counts):
 
 def export(options: Export) -> None:
     """The weights as the package has them: bfloat16, with config, tokenizer and generation config."""
-    model = Mamba2ForCausalLM.from_pretrained(options.output / "model")
+    model = Mamba2ForCausalLM.from_pretrained(options.output / "finish" / "model")
     model.save_pretrained(options.folder, dtype=jnp.bfloat16, tokenizer=options.output / "tokenizer")
     print(f"{options.folder}: {sum(f.stat().st_size for f in options.folder.iterdir()):,} bytes")
     print(f"{draw(options.output)}: the loss of both stages")

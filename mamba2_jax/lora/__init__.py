@@ -23,6 +23,7 @@ Source: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (
 """
 
 from mamba2_jax.lora.attach import (
+    adapter_names,
     add_lora,
     lora_filter,
     lora_parameters,
@@ -37,6 +38,7 @@ from mamba2_jax.lora.settings import LoraConfig
 
 __all__ = [
     "LoraConfig",
+    "adapter_names",
     "add_lora",
     "load_lora",
     "lora_filter",
