@@ -152,3 +152,10 @@ def test_public_names_exist():
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
+
+
+def test_one_module_imports_pytorch():
+    users = [
+        file.name for file in source_files() if "torch" in {n.split(".")[0] for n in imported_names(file)}
+    ]
+    assert users == ["torch_file.py"]

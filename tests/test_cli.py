@@ -93,7 +93,7 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
         (["generate", "x", "--stop", ""], "--stop is empty"),
         (["info", "/no/such"], "/no/such: no such folder"),
         (["info", "a", "b"], "Unrecognized options: b"),
-        (["translate"], "Available subcommands: convert, generate, info"),
+        (["translate"], "Available subcommands: generate, info, convert"),
         ([], "Missing subcommand"),
     ],
 )
