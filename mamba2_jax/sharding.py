@@ -38,10 +38,11 @@ BATCH = ("data", "fsdp")
 # listed (norms of the residual stream, biases of width d) is repeated everywhere.
 _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(embeddings|lm_head)\.weight", ("vocabulary", "width")),
-    (r"in_proj\.weight_zx", ("width", None, "heads")),
+    # A Mamba-2 mixer.
+    (r"in_proj\.weight_(zx|z0x0)", ("width", None, "heads")),
     (r"in_proj\.weight_BC", ("width", None, "groups")),
     (r"in_proj\.weight_dt", ("width", "heads")),
-    (r"in_proj\.bias_zx", (None, "heads")),
+    (r"in_proj\.bias_(zx|z0x0)", (None, "heads")),
     (r"in_proj\.bias_BC", (None, "groups")),
     (r"in_proj\.bias_dt", ("heads",)),
     (r"conv1d\.weight_x", (None, "heads")),
@@ -49,9 +50,23 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"conv1d\.bias_x", ("heads",)),
     (r"conv1d\.bias_BC", (None, "groups")),
     (r"mixer\.(dt_bias|A_log|D|norm\.weight)", ("heads",)),
-    (r"out_proj\.weight", ("heads", "width")),
+    (r"out_proj\.weight", ("mixed", "width")),
+    # An attention mixer, and the MLPs.
+    (r"in_proj\.weight_q", ("width", "query heads")),
+    (r"in_proj\.weight_[kv]", ("width", "key heads")),
+    (r"in_proj\.bias_q", ("query heads",)),
+    (r"in_proj\.bias_[kv]", ("key heads",)),
+    (r"conv1d\.weight_q", (None, "query heads")),
+    (r"conv1d\.weight_[kv]", (None, "key heads")),
+    (r"conv1d\.bias_q", ("query heads",)),
+    (r"conv1d\.bias_[kv]", ("key heads",)),
+    (r"in_proj\.weight_mlp", ("width", None, "attention MLP")),
+    (r"in_proj\.bias_mlp", (None, "attention MLP")),
+    (r"mlp\.fc1\.weight", ("width", None, "MLP")),
+    (r"mlp\.fc2\.weight", ("MLP", "width")),
 )
-_MESH_AXIS = {"vocabulary": "tensor", "heads": "tensor", "groups": "tensor", "width": "fsdp"}
+# An adapter's B is the weight with its input axis replaced by the rank; its A is that axis, then the rank.
+_ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
 
 def make_mesh(
@@ -156,16 +171,10 @@ _BY_DESIGN = "fewer groups than devices"
 
 def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None, str]]:
     """Per axis of the leaf: the mesh axis it wants, and why it cannot have it ("": it can)."""
-    meaning = next((axes for pattern, axes in _TABLE if re.search(rf"(^|\.){pattern}$", path)), ())
-    count = {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "heads": config.num_heads,
-        "groups": config.n_groups,
-    }
+    count = _counts(config)
     result = []
-    for what in meaning:
-        axis = None if what is None else _MESH_AXIS[what]
+    for what in _meaning(path):
+        axis = None if what is None else "fsdp" if what == "width" else "tensor"
         size = 1 if axis is None else axis_size(mesh, axis)
         why = ""
         if what is not None and count[what] % size:
@@ -174,3 +183,38 @@ def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None,
             why = _BY_DESIGN if shared else f"{axis}={size} does not divide {what}={count[what]}"
         result.append((axis, why))
     return result
+
+
+def _meaning(path: str) -> tuple[str | None, ...]:
+    """What each axis of the leaf at `path` counts."""
+    adapter = _ADAPTER.fullmatch(path)
+    if adapter is None:
+        return next((axes for end, axes in _TABLE if re.search(rf"(^|\.){end}$", path)), ())
+    module = "lm_head" if adapter["module"] == "head" else adapter["module"]
+    input_axis = 1 if module == "lm_head" else 0
+    if adapter["weight"]:
+        axes = _meaning(f"{module}.{adapter['weight']}")
+        return (*axes[:input_axis], None, *axes[input_axis + 1 :]) if axes else ()
+    leaves = ("weight", "weight_zx", "weight_x", "weight_q")
+    axes = next(axes for leaf in leaves if (axes := _meaning(f"{module}.{leaf}")))
+    return (axes[input_axis],)
+
+
+def _counts(config: Mamba2Config) -> dict[str, int]:
+    """How many pieces an axis may be cut into: heads and groups stay whole."""
+    attention = config.attn_cfg
+    heads = math.gcd(config.num_heads, config.parallel_mlp_width)  # gcd(n, 0) is n
+    query_heads = 0 if attention is None else attention.num_heads
+    # Where an MLP runs beside the heads, its rows come first, and a cut would not fall between the two.
+    beside = config.parallel_mlp_width or (attention and attention.mlp_width)
+    return {
+        "vocabulary": config.vocab_size,
+        "width": config.hidden_size,
+        "heads": heads,
+        "groups": config.n_groups,
+        "mixed": 1 if beside else math.gcd(heads, query_heads),
+        "query heads": query_heads,
+        "key heads": 1 if attention is None else attention.num_heads_kv or 1,
+        "attention MLP": 1 if attention is None else attention.mlp_width,
+        "MLP": config.mlp_width,
+    }
