@@ -95,6 +95,17 @@ def load_from_hbm(ref: Any, layout: Any = MATRIX) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def store_to_hbm(ref: Any, values: jax.Array) -> None:
+    """Write registers straight to HBM. Uncoalesced: for what is written once in a long while.
+
+    jax 0.12 refuses a plain store whose threads do not fill whole sectors of 32 bytes; 0.11.2 has no other.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
+
+
 def zeros(rows: int, columns: int) -> jax.Array:
     """A float32 matrix of zeros in registers."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)

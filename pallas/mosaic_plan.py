@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def compute_registers(self) -> int:
-        """Registers of a thread that computes. Together with the others': 3 * 168, what a block starts with."""
+        """Registers of a thread that computes; with the other two, 3 * 168, what a block starts with."""
         return 240 if self.state_dim == 256 else 232
 
     @property
