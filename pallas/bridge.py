@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from mamba2_jax.pallas.mosaic_plan import OLDEST_JAX  # pyright: ignore[reportMissingImports]
 
-if jax.__version_info__ < OLDEST_JAX:
+if jax.__version_info__ < (0, 11, 2):  # the first that has what the kernels use
     raise ImportError(f"the Mosaic GPU kernels need jax >= 0.11.2, and this is jax {jax.__version__}")
 
 from jax.experimental import pallas as pl
