@@ -167,14 +167,14 @@ def _scratch(plan: Plan, dtype: Any, documents: bool, interpreted: bool) -> dict
         "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
-        "row_logs": plgpu.SMEM((stages, pair, 2, CHUNK), jnp.float32),
-        "column_logs": plgpu.SMEM((stages, pair, CHUNK), jnp.float32),
+        "row_logs": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
+        "column_logs": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
         # One for each compute warpgroup.
         "from_start": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "to_end": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "weights": gpu.tiles(pair, CHUNK, CHUNK, dtype=dtype),
         "y": gpu.tiles(pair, CHUNK, STRIP, dtype=dtype),
-        "full": plgpu.Barrier(num_arrivals=2 + 3 * pair + documents, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=4 + pair + documents, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=pair, num_barriers=stages),
     }
     if documents:
