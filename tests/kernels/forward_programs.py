@@ -105,6 +105,12 @@ def build(abstract, b, l, h, g, p, n, dtype, D, documents, save_states, pieces):
     return forward, arguments
 
 
+def build_starved(abstract, **kwargs):
+    """Build the forward with too few registers to compute in: what the checks of a compile must find."""
+    mosaic_plan.Plan.compute_registers = property(lambda _: 168)
+    return build(abstract, **kwargs)
+
+
 def traced(program):
     """The forward as a function of arrays only, followed by their shapes."""
     function, arguments = build(jax.ShapeDtypeStruct, **program.kwargs)
