@@ -9,6 +9,8 @@ A thread block walks two heads of one group, a warpgroup each, which share the B
 fetches. Everything is transposed, as in the forward: `G` is `(head_dim, state_dim)`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -19,7 +21,7 @@ from mamba2_jax.pallas.bridge import ONE_PER_COLUMN, ONE_PER_ROW, load, per_colu
 BLOCK = 64  # tokens
 WIDTH = 64  # channels of a head; wider heads are folded into several
 EVERY = 4  # blocks between two saved states
-PIECE = 128  # of state_dim, as much as goes through shared memory at once
+PIECE = 64  # of state_dim
 
 
 def walk(dy, B, C, steps, boundaries, D, final, *, interpret=None):
@@ -47,8 +49,9 @@ def walk(dy, B, C, steps, boundaries, D, final, *, interpret=None):
     num_blocks = -(-length // BLOCK)
     dtype = dy.dtype
     pieces = [pl.ds(start, min(PIECE, state_dim)) for start in range(0, state_dim, PIECE)]
-    stages = min(3 if state_dim <= PIECE else 2, num_blocks)
+    stages = min(3 if state_dim <= 128 else 2, num_blocks)
     pairs = -(-heads // 2)
+    accumulate = functools.partial(product, interpreted=interpret is not None)
 
     def body(*refs, dy_s, b_s, c_s, rows_s, columns_s, ends_s, weights_s, state_s, out_s, full, empty):
         dy_g, B_g, C_g, steps_g, *ends_g, D_g, final_g, dx_g, saved_g, initial_g = refs
@@ -71,26 +74,30 @@ def walk(dy, B, C, steps, boundaries, D, final, *, interpret=None):
                 block, slot = num_blocks - 1 - number, lax.rem(number, stages)
                 plgpu.barrier_wait(full.at[slot])
                 dy_w, B_w, C_w = dy_s.at[slot, warpgroup], b_s.at[slot], c_s.at[slot]
-                target = load(rows_s.at[slot, warpgroup, 0], ONE_PER_ROW)
-                source = load(columns_s.at[slot, warpgroup, 0], ONE_PER_COLUMN)
-                dt = load(columns_s.at[slot, warpgroup, 1], ONE_PER_COLUMN)
                 total = rows_s[slot, warpgroup, 0, BLOCK - 1]
-                from_start, to_end, kept = jnp.exp2(source), jnp.exp2(total - source), jnp.exp2(total)
-                pairs_seen = i >= j
-                if ends_g:
-                    end, first = load(ends_s.at[slot, pl.ds(0, BLOCK)], ONE_PER_COLUMN), ends_s[slot, BLOCK]
-                    position = bridge.positions(BLOCK, ONE_PER_COLUMN)
-                    from_start = jnp.where(position < first, from_start, 0.0)
-                    to_end = jnp.where(end >= BLOCK - 1, to_end, 0.0)
-                    kept = jnp.where(first >= BLOCK, kept, 0.0)
-                    pairs_seen = pairs_seen & (i <= per_column(end, BLOCK))
+
+                # Vectors over columns take 16 registers each: loaded anew at each use, not kept.
+                def column(k):
+                    return load(columns_s.at[slot, warpgroup, k], ONE_PER_COLUMN)
+
+                def end():
+                    return load(ends_s.at[slot, pl.ds(0, BLOCK)], ONE_PER_COLUMN)
 
                 # Mask before exp: above the diagonal the difference is positive and overflows.
-                between = per_row(target, BLOCK) - per_column(source, BLOCK)
-                between = jnp.exp2(jnp.where(pairs_seen, between, -jnp.inf)) * per_column(dt, BLOCK)
+                seen = i >= j
+                if ends_g:
+                    seen = seen & (i <= per_column(end(), BLOCK))
+                between = per_row(load(rows_s.at[slot, warpgroup, 0], ONE_PER_ROW), BLOCK)
+                between = jnp.where(seen, between - per_column(column(0), BLOCK), -jnp.inf)
                 scores = product(C_w, bridge.transposed(B_w))  # [i, j]
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what went out of out_s and state_s is read
-                weights_w[...] = (scores * between).astype(dtype)
+                weights = scores * jnp.exp2(between) * per_column(column(1), BLOCK)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what left from out_s and state_s is read
+                weights_w[...] = weights.astype(dtype)
+
+                from_start = jnp.exp2(column(0))
+                if ends_g:
+                    first = ends_s[slot, BLOCK]
+                    from_start = jnp.where(bridge.positions(BLOCK, ONE_PER_COLUMN) < first, from_start, 0.0)
                 dy_t = load(bridge.transposed(dy_w)).astype(jnp.float32)  # [p, i]
                 out_w[...] = (dy_t * per_column(from_start, WIDTH)).astype(dtype)
 
@@ -106,12 +113,19 @@ def walk(dy, B, C, steps, boundaries, D, final, *, interpret=None):
                         place = saved_g.at[row, head, lax.div(block, EVERY), :, piece]
                         plgpu.copy_smem_to_gmem(state_w, place)
 
-                    read = product(state_w, bridge.transposed(B_w.at[:, piece]))
+                    read = product(state_w, bridge.transposed(B_w.at[:, piece]))  # [p, j]
                     entering = read if entering is None else entering + read
-                dx = entering * per_column(to_end * dt, WIDTH) + per_row(skip, BLOCK) * dy_t
-                dx = dx + product(bridge.transposed(dy_w), weights_w)
+                to_end = jnp.exp2(total - column(0)) * column(1)
+                if ends_g:
+                    to_end = jnp.where(end() >= BLOCK - 1, to_end, 0.0)
+                dx = entering * per_column(to_end, WIDTH)
+                dx = dx + per_row(skip, BLOCK) * load(bridge.transposed(dy_w)).astype(jnp.float32)
+                dx = accumulate(bridge.transposed(dy_w), weights_w, dx)
+                kept = jnp.exp2(total)
+                if ends_g:
+                    kept = jnp.where(first >= BLOCK, kept, 0.0)
                 state = tuple(
-                    kept * part + product(out_w, C_w.at[:, piece])
+                    accumulate(out_w, C_w.at[:, piece], kept * part)
                     for part, piece in zip(state, pieces, strict=True)
                 )
                 plgpu.commit_smem()  # plain loads of this slot end before TMA fills it again

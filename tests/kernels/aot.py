@@ -128,8 +128,8 @@ def compile_kernels(target: str, timeout: float = 180, **kwargs) -> list[Kernel]
 
 def _read(program: str, smem_bytes: int) -> Kernel:
     """Read one PTX program, what ptxas said about it, and the instructions it becomes."""
-    ptx, _, said = program.partition("ptxas info")
-    said = "ptxas info" + said
+    ptx, found, said = re.split(r"^(ptxas )", program, maxsplit=1, flags=re.M)  # an info or a warning
+    said = found + said
 
     def number(pattern, text):
         return int(re.search(pattern, text).group(1))
