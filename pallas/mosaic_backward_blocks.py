@@ -120,12 +120,12 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 return state
 
             plgpu.barrier_wait(resident)
-            scores = None  # [j, i], once for all heads
+            scores = bridge.zeros(BLOCK, HALF)  # [j, i], once for all heads
             for k in range(2):
-                scores = accumulate(B_of(own, k), bridge.transposed(C_of(own, k).at[mine]), scores)
+                scores = scores + product(B_of(own, k), bridge.transposed(C_of(own, k).at[mine]))
             for k in range(tiles_elsewhere):
                 B_tile, C_tile = tile(2 * k), tile(2 * k + 1)
-                scores = accumulate(B_tile, bridge.transposed(C_tile.at[mine]), scores)
+                scores = scores + product(B_tile, bridge.transposed(C_tile.at[mine]))
                 release(2 * k)
                 release(2 * k + 1)
 
@@ -226,8 +226,8 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
             bridge.transposed(moved_s.at[0, mine])[...] = d_scores.astype(dtype)
             plgpu.commit_smem()
             meeting()
-            dB = accumulate(bridge.transposed(moved_s.at[0]), C_of(own), dB)
-            dC = accumulate(moved_s.at[0], B_of(own), dC)
+            dB = dB + product(bridge.transposed(moved_s.at[0]), C_of(own))
+            dC = dC + product(moved_s.at[0], B_of(own))
             columns = pl.ds(part * 2 * half + warpgroup * half, half)
             for total, out_g in ((dB, dB_g), (dC, dC_g)):
                 out = out_g.at[split, row, pl.ds(block * BLOCK, BLOCK), group, columns]
