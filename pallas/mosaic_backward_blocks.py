@@ -34,7 +34,7 @@ from mamba2_jax.pallas.mosaic_backward_walk import BLOCK, EVERY, WIDTH
 
 HALF = BLOCK // 2
 VECTORS = 5  # direct, across, into, out, over
-RING = 11  # tiles in shared memory, fetched ahead; a head takes at most 9
+RING = 10  # tiles in shared memory, fetched ahead; a head takes at most 9
 
 
 def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, interpret=None):
@@ -71,7 +71,7 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
     tiles_elsewhere = state_dim // WIDTH - tiles_of_state
     accumulate = functools.partial(product, interpreted=interpret is not None)
 
-    def body(*refs, bc_s, ring_s, rows_s, columns_s, ends_s, moved_s, state_s, pairs_s, before_s, **barriers):
+    def body(*refs, bc_s, ring_s, rows_s, columns_s, ends_s, moved_s, state_s, pairs_s, scores_s, before_s, **barriers):
         x_g, dy_g, states_g, gradients_g, B_g, C_g, steps_g, *ends_g, dB_g, dC_g, vectors_g, x_dy_g = refs
         resident, full, empty = barriers["resident"], barriers["full"], barriers["empty"]
         steps_full, steps_empty, meet = barriers["steps_full"], barriers["steps_empty"], barriers["meet"]
@@ -128,6 +128,8 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 scores = scores + product(B_tile, bridge.transposed(C_tile.at[mine]))
                 release(2 * k)
                 release(2 * k + 1)
+            scores_w = scores_s.at[warpgroup]
+            scores_w[...] = scores.astype(dtype)
 
             @pl.when(warpgroup == 0)
             def _():
@@ -144,8 +146,7 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 first = first_tile + number * tiles_per_head
                 plgpu.barrier_wait(steps_full.at[buffer])
                 total_of = lambda block: rows_s[buffer, block, 0, BLOCK - 1]
-                row_of = lambda k: load(rows_s.at[buffer, own, k], ONE_PER_ROW)
-                column_of = lambda block, k: load(columns_s.at[buffer, block, k], ONE_PER_COLUMN)
+                row_of = lambda k, block=own: load(rows_s.at[buffer, block, k], ONE_PER_ROW)
 
                 def write(k, vector):
                     vectors_g.at[part * 2 + warpgroup, row, head, block, k][...] = vector
@@ -155,11 +156,11 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 # 1. The state that enters the block.
                 def forward(before, state):
                     x_tile = tile(first + tiles_of_state + before)
-                    to_end = jnp.exp2(total_of(before) - column_of(before, 0)) * column_of(before, 1)
-                    moved = load(bridge.transposed(x_tile)).astype(jnp.float32) * per_column(to_end, WIDTH)
+                    to_end = jnp.exp2(total_of(before) - row_of(0, before)) * row_of(1, before)
+                    moved = load(x_tile).astype(jnp.float32) * per_row(to_end, WIDTH)
                     moved_w[...] = moved.astype(dtype)
                     release(first + tiles_of_state + before)
-                    return accumulate(moved_w, B_of(before), kept(before) * state)
+                    return accumulate(bridge.transposed(moved_w), B_of(before), kept(before) * state)
 
                 state = lax.fori_loop(0, own, forward, half_state(first))
                 state_w[...] = state.astype(dtype)
@@ -174,10 +175,11 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 dC = dC + per_row(from_start, half) * read
 
                 # 3. The pairs inside the block.
-                between = per_column(load(columns_s.at[buffer, own, 0, mine], ONE_PER_COLUMN), BLOCK)
+                between = per_column(load(columns_s.at[buffer, mine], ONE_PER_COLUMN), BLOCK)
                 between = jnp.where(i >= j, between - per_row(row_of(0), HALF), -jnp.inf)
                 pairs = product(x_tile, bridge.transposed(dy_tile.at[mine])) * jnp.exp2(between)
-                direct = (pairs * scores).sum(1)
+                scores = load(scores_w).astype(jnp.float32)
+                write(0, (pairs * scores).sum(1))
                 pairs = pairs * per_row(row_of(1), HALF)
                 d_scores = d_scores + pairs
                 pairs_w[...] = (pairs * scores).astype(dtype)
@@ -197,11 +199,11 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 def backward(step, gradient):
                     after = own + behind - step
                     number = at + 2 + tiles_of_state + step
-                    moved = load(bridge.transposed(tile(number))).astype(jnp.float32)
-                    moved = moved * per_column(jnp.exp2(column_of(after, 0)), WIDTH)
+                    moved = load(tile(number)).astype(jnp.float32)
+                    moved = moved * per_row(jnp.exp2(row_of(0, after)), WIDTH)
                     moved_w[...] = moved.astype(dtype)
                     release(number)
-                    return accumulate(moved_w, C_of(after), kept(after) * gradient)
+                    return accumulate(bridge.transposed(moved_w), C_of(after), kept(after) * gradient)
 
                 gradient = lax.fori_loop(0, behind, backward, half_state(at + 2))
                 write(4, (load(state_w).astype(jnp.float32) * gradient).sum(1) * kept(own))
@@ -213,7 +215,6 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 added = product(x_tile, state_w)
                 out = (load(B_of(own)).astype(jnp.float32) * added).sum(1) * to_end
                 write(3, out)
-                write(0, direct)
                 dB = dB + per_row(to_end * row_of(1), half) * added
                 release(at + 1)
                 plgpu.barrier_arrive(steps_empty.at[buffer])
@@ -280,9 +281,9 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
                 def _():
                     plgpu.barrier_wait(steps_empty.at[buffer])
 
-                for vectors_s in (rows_s, columns_s):
-                    source = steps_g.at[row, head, pl.ds(span * EVERY, EVERY)]
-                    plgpu.copy_gmem_to_smem(source, vectors_s.at[buffer], steps_full.at[buffer])
+                source = steps_g.at[row, head, pl.ds(span * EVERY, EVERY)]
+                plgpu.copy_gmem_to_smem(source, rows_s.at[buffer], steps_full.at[buffer])
+                plgpu.copy_gmem_to_smem(steps_g.at[row, head, block, 0], columns_s.at[buffer], steps_full.at[buffer])
                 at = first + tiles_of_state + own
                 for k in range(tiles_of_state):
                     columns = pl.ds((part * tiles_of_state + k) * WIDTH, WIDTH)
@@ -312,7 +313,6 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
             def _(number):
                 plgpu.barrier_wait(steps_empty.at[lax.rem(number, 2)])
 
-    vectors = plgpu.SMEM((2, EVERY, 2, BLOCK), jnp.float32)
     tiles = functools.partial(bridge.tiles, dtype=dtype)
     run = bridge.kernel(
         body,
@@ -325,12 +325,13 @@ def gradients(x, dy, states, gradients, B, C, steps, boundaries, *, splits=1, in
         scratch={
             "bc_s": tiles(2, (EVERY + 1) * BLOCK, half),
             "ring_s": tiles(RING, BLOCK, WIDTH),
-            "rows_s": vectors,
-            "columns_s": vectors,
+            "rows_s": plgpu.SMEM((2, EVERY, 2, BLOCK), jnp.float32),
+            "columns_s": plgpu.SMEM((2, BLOCK), jnp.float32),
             "ends_s": None if boundaries is None else plgpu.SMEM((EVERY, 128), jnp.int32),
             "moved_s": tiles(2, WIDTH, BLOCK),
             "state_s": tiles(2, WIDTH, half),
             "pairs_s": tiles(2, BLOCK, HALF),
+            "scores_s": tiles(2, BLOCK, HALF),
             "before_s": bridge.tiles(BLOCK, BLOCK, dtype=dtype, width=HALF),
             "resident": plgpu.Barrier(num_arrivals=2 * (EVERY + 1)),
             "full": plgpu.Barrier(num_arrivals=1, num_barriers=RING),
