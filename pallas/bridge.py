@@ -137,14 +137,14 @@ def product(
         a: (m, k) in shared memory, or in registers if the compute dtype has 16 bits.
         b: (k, n) in shared memory.
         start: (m, n) float32 in registers.
-        spill: shared memory (m, k) for the interpreter's copy of an `a` in registers.
+        spill: shared memory (m, k) or wider for the interpreter's copy of an `a` in registers.
         interpreted: whether the interpreter runs this kernel.
     """
     in_registers = isinstance(a, jax.Array)
     if in_registers and interpreted:
-        spill[...] = a
+        a, values = spill.at[:, pl.ds(0, a.shape[1])], a
+        a[...] = values
         plgpu.commit_smem()
-        a = spill
     if start is not None and not interpreted:
         return pl.run_state(lambda accumulator: plgpu.wgmma(accumulator, a, b))(plgpu.ACC.init(start))
 

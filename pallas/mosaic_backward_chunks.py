@@ -50,7 +50,7 @@ from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: i
 
 SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 HALF = CHUNK // 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
+COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240
 VECTORS = 6  # inside, across, read, left, over, and x * dy
 RING = 13  # tiles of shared memory; a strip takes 5 to 9 of them
 

@@ -26,7 +26,9 @@ block first walks the chunks before its piece, updating the state only.
 Precision: products take 16-bit operands and accumulate in float32; decays and the carried state are float32.
 """
 
+import dataclasses
 import functools
+import itertools
 import types
 from typing import Any
 
@@ -34,7 +36,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.chunks import document_ends, log_weights  # pyright: ignore[reportMissingImports]
@@ -47,7 +48,7 @@ from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImpo
     make_plan,
 )
 
-COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232  # per thread: 128 * (40 + 2 * 232) of the SM's 65536
+COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread: 128 * (40 + 2 * 232) of the SM's 65536
 
 
 def forward(
@@ -122,7 +123,17 @@ def forward(
 
     def ssd_forward(*refs, **smem):
         hbm = types.SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
-        _block(plan, hbm, types.SimpleNamespace(**smem), interpret is not None)
+        smem, place, warpgroup = types.SimpleNamespace(**smem), _place(plan), lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup < STRIPS_PER_BLOCK)
+        def _():
+            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            _Walk(plan, hbm, smem, place, warpgroup, interpret is not None).run()
+
+        @pl.when(warpgroup == STRIPS_PER_BLOCK)
+        def _():
+            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            _copy(plan, hbm, smem, place)
 
     run = gpu.kernel(
         ssd_forward,
@@ -169,46 +180,51 @@ def _scratch(plan: Plan, dtype: Any, documents: bool, interpreted: bool) -> dict
     }
     if documents:
         scratch["documents"] = plgpu.SMEM((stages, 2, CHUNK), jnp.int32)
-    if interpreted:  # left operands that are in registers on a GPU
-        width = plan.state_blocks[0][1]
-        scratch["state_operand"] = gpu.tiles(pair, STRIP, width, dtype=dtype)
-        scratch["x_operand"] = gpu.tiles(pair, STRIP, CHUNK, dtype=dtype)
+    if interpreted:  # for left operands that are in registers on a GPU
+        scratch["operand"] = gpu.tiles(pair, STRIP, max(CHUNK, plan.state_blocks[0][1]), dtype=dtype)
     return scratch
 
 
-def _block(plan: Plan, hbm: Any, smem: Any, interpreted: bool) -> None:
-    """What every warpgroup of a block runs: find its place, then copy or compute."""
-    block = lax.axis_index("block")
-    group = lax.div(block, jnp.int32(plan.blocks_per_group))
-    past_group = (group + 1) * plan.strips_per_group
-    first = group * plan.strips_per_group + lax.rem(block, jnp.int32(plan.blocks_per_group)) * STRIPS_PER_BLOCK
-    piece = lax.axis_index("piece")
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a block stands: its row, its group, its two strips, and the chunks it writes y for."""
+
+    batch: Any
+    group: Any
+    first_strip: Any
+    last_strip: Any
+    start: Any
+    end: Any
+
+    def strip(self, i: Any) -> Any:
+        """The strip of warpgroup `i`; a group with an odd number of strips has its last one walked twice."""
+        return jnp.minimum(self.first_strip + i, self.last_strip)
+
+    def owns(self, i: Any) -> Any:
+        """Whether warpgroup `i` is the one that stores what it computes."""
+        return self.first_strip + i <= self.last_strip
+
+
+def _place(plan: Plan) -> _Place:
+    block, piece = lax.axis_index("block"), lax.axis_index("piece")
+    per_group = jnp.int32(plan.blocks_per_group)
+    group = lax.div(block, per_group)
+    first_of_group = group * plan.strips_per_group
     start, end = jnp.int32(0), jnp.int32(plan.piece_ends[0])
-    for i, (left, right) in enumerate(zip(plan.piece_ends, plan.piece_ends[1:], strict=False)):
-        start = jnp.where(piece == i + 1, jnp.int32(left), start)
-        end = jnp.where(piece == i + 1, jnp.int32(right), end)
-    place = types.SimpleNamespace(
+    for i, (left, right) in enumerate(itertools.pairwise(plan.piece_ends), 1):
+        start = jnp.where(piece == i, jnp.int32(left), start)
+        end = jnp.where(piece == i, jnp.int32(right), end)
+    return _Place(
         batch=lax.axis_index("batch"),
         group=group,
-        strip=lambda i: jnp.minimum(first + i, past_group - 1),
-        exists=lambda i: first + i < past_group,
+        first_strip=first_of_group + lax.rem(block, per_group) * STRIPS_PER_BLOCK,
+        last_strip=first_of_group + (plan.strips_per_group - 1),
         start=start,
         end=end,
     )
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < STRIPS_PER_BLOCK)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute(plan, hbm, smem, place, warpgroup, interpreted)
-
-    @pl.when(warpgroup == STRIPS_PER_BLOCK)
-    def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _copy(plan, hbm, smem, place)
 
 
-def _copy(plan: Plan, hbm: Any, smem: Any, place: Any) -> None:
+def _copy(plan: Plan, hbm: Any, smem: Any, place: _Place) -> None:
     """The copying warpgroup: keep every slot full."""
 
     def fetch(chunk, slot):
@@ -245,112 +261,149 @@ def _copy(plan: Plan, hbm: Any, smem: Any, place: Any) -> None:
         pl.when(chunk + plan.stages < place.end)(lambda: fetch(chunk + plan.stages, slot))
 
 
-def _compute(plan: Plan, hbm: Any, smem: Any, place: Any, me: Any, interpreted: bool) -> None:
-    """A computing warpgroup: walk one strip through the chunks, to the end of the block's piece."""
-    strip, stores = place.strip(me), place.exists(me)
-    dtype, float32 = hbm.x.dtype, jnp.float32
-    product = functools.partial(gpu.product, interpreted=interpreted)
-    spill_x, spill_state = (smem.x_operand.at[me], smem.state_operand.at[me]) if interpreted else (None, None)
-    blocks = [pl.ds(start, width) for start, width in plan.state_blocks]
-    D = gpu.load_from_hbm(hbm.D.at[strip], gpu.ONE_PER_ROW) if hasattr(hbm, "D") else None
+@dataclasses.dataclass(frozen=True)
+class _Walk:
+    """A computing warpgroup on its walk over one strip. Matrices are [channel or source token, ...]."""
 
-    def decays(slot):
-        """Per token: its decay from the chunk's start and to the chunk's end, into shared memory for turning.
+    plan: Plan
+    hbm: Any
+    smem: Any
+    place: _Place
+    me: Any  # 0 or 1
+    interpreted: bool
 
-        Returns its source, the last token of its document, and the decay of the state over the chunk.
+    def run(self) -> None:
+        """Walk the chunks up to the end of the block's piece, the state in registers."""
+        strip = self.place.strip(self.me)
+        initial, final = (ref.at[self.place.batch, strip] for ref in (self.hbm.initial, self.hbm.final))
+        state = tuple(gpu.load_from_hbm(initial.at[:, columns]) for columns in self.state_columns)
+        D = gpu.load_from_hbm(self.hbm.D.at[strip], gpu.ONE_PER_ROW) if hasattr(self.hbm, "D") else None
+        pl.when(self.place.start == 0)(lambda: self.save(self.place.start, state))
+        if len(self.plan.piece_ends) > 1:
+            state = lax.fori_loop(jnp.int32(0), self.place.start, self.pass_by, state)
+        state = lax.fori_loop(self.place.start, self.place.end, functools.partial(self.step, D), state)
+        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(self.owns & (self.place.end == self.plan.chunks))
+        def _():
+            for part, columns in zip(state, self.state_columns, strict=True):
+                final.at[:, columns][...] = part
+
+    def step(self, D: Any, chunk: Any, state: Any) -> Any:
+        """One chunk: y, and the state after it."""
+        slot = lax.rem(chunk, jnp.int32(self.plan.stages))
+        plgpu.barrier_wait(self.smem.full.at[slot])
+        B, C = self.smem.B.at[slot], gpu.transposed(self.smem.C.at[slot])
+        source, last, kept = self.decays(slot)
+        target = gpu.load(self.smem.column_logs.at[slot, self.me], gpu.ONE_PER_COLUMN)
+        log_weights = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
+        # Mask before exp2: below the diagonal the difference is positive and overflows.
+        weights = jnp.exp2(jnp.where(seen(last), log_weights, -jnp.inf))
+        self.smem.weights.at[self.me][...] = (self.product(B, C) * weights).astype(self.dtype)
+        plgpu.commit_smem()
+
+        x = gpu.load(gpu.transposed(self.smem.x.at[slot, self.me]))  # [channel, token], and so is y
+        y = None
+        for part, columns in zip(state, self.state_columns, strict=True):
+            y = self.product(part.astype(self.dtype), C.at[columns], y)
+        y = y * self.turned(self.smem.from_start)
+        if D is not None:
+            y = y + gpu.per_row(D, CHUNK) * x.astype(jnp.float32)
+        y = self.product(x, self.smem.weights.at[self.me], y)
+        state = self.updated(state, slot, kept, x)
+        plgpu.barrier_arrive(self.smem.empty.at[slot])
+        self.send(chunk, y)
+        self.save(chunk + 1, state)
+        return state
+
+    def pass_by(self, chunk: Any, state: Any) -> Any:
+        """A chunk before the block's piece: the state after it."""
+        slot = lax.rem(chunk, jnp.int32(self.plan.stages))
+        plgpu.barrier_wait(self.smem.full.at[slot])
+        _, _, kept = self.decays(slot)
+        state = self.updated(state, slot, kept, gpu.load(gpu.transposed(self.smem.x.at[slot, self.me])))
+        plgpu.barrier_arrive(self.smem.empty.at[slot])
+        return state
+
+    def decays(self, slot: Any) -> tuple[Any, Any, Any]:
+        """Put each token's decay from the chunk's start, and to its end, into shared memory to be `turned`.
+
+        Returns:
+            source: one per token, as in `chunks`.
+            last: the last token of its document in this chunk, or None without documents.
+            kept: what stays of the state over the chunk, a number.
         """
-        target, source = (gpu.load(smem.row_logs.at[slot, me, i], gpu.ONE_PER_ROW) for i in (0, 1))
-        end = smem.row_logs[slot, me, 0, CHUNK - 1]
+        target, source = (gpu.load(self.smem.row_logs.at[slot, self.me, i], gpu.ONE_PER_ROW) for i in (0, 1))
+        end = self.smem.row_logs[slot, self.me, 0, CHUNK - 1]
         from_start, to_end, kept, last = jnp.exp2(target), jnp.exp2(end - source), jnp.exp2(end), None
-        if hasattr(smem, "documents"):
-            last, first_start = gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW), smem.documents[slot, 1, 0]
-            from_start = jnp.where(gpu.positions(CHUNK, gpu.ONE_PER_ROW) < first_start, from_start, 0.0)
-            to_end = jnp.where(last >= CHUNK - 1, to_end, 0.0)
-            kept = jnp.where(first_start >= CHUNK, kept, 0.0)
-        smem.from_start.at[me][...] = from_start
-        smem.to_end.at[me][...] = to_end
+        if hasattr(self.smem, "documents"):
+            last = gpu.load(self.smem.documents.at[slot, 0], gpu.ONE_PER_ROW)
+            first_start = self.smem.documents[slot, 1, 0]
+            token = gpu.positions(CHUNK, gpu.ONE_PER_ROW)
+            from_start = jnp.where(token < first_start, from_start, 0.0)
+            to_end = jnp.where(last == CHUNK - 1, to_end, 0.0)
+            kept = jnp.where(first_start == CHUNK, kept, 0.0)
+        self.smem.from_start.at[self.me][...] = from_start
+        self.smem.to_end.at[self.me][...] = to_end
         return source, last, kept
 
-    def turned(vector):
-        """A vector over rows, stored before, as one over columns."""
-        return gpu.per_column(gpu.load(vector.at[me], gpu.ONE_PER_COLUMN), STRIP)
+    def turned(self, vector: Any) -> jax.Array:
+        """A vector over the rows, stored before, as one over the columns of `[channel, token]`."""
+        return gpu.per_column(gpu.load(vector.at[self.me], gpu.ONE_PER_COLUMN), STRIP)
 
-    def updated(state, slot, kept, x):
-        x_to_end = (x.astype(float32) * turned(smem.to_end)).astype(dtype)
+    def updated(self, state: Any, slot: Any, kept: Any, x: jax.Array) -> Any:
+        """`state * kept + (x * to_end) B`."""
+        x_to_end = (x.astype(jnp.float32) * self.turned(self.smem.to_end)).astype(self.dtype)
         return tuple(
-            product(x_to_end, smem.B.at[slot, :, block], part * kept, spill=spill_x)
-            for part, block in zip(state, blocks, strict=True)
+            self.product(x_to_end, self.smem.B.at[slot, :, columns], part * kept)
+            for part, columns in zip(state, self.state_columns, strict=True)
         )
 
-    def pass_by(chunk, state):
-        """A chunk before the block's piece: the state only."""
-        slot = lax.rem(chunk, jnp.int32(plan.stages))
-        plgpu.barrier_wait(smem.full.at[slot])
-        _, _, kept = decays(slot)
-        state = updated(state, slot, kept, gpu.load(gpu.transposed(smem.x.at[slot, me])))
-        plgpu.barrier_arrive(smem.empty.at[slot])
-        return state
-
-    def step(chunk, state):
-        """A chunk of the block's piece: the state, y, and every so often the state to HBM."""
-        _save(hbm, place, strip, blocks, stores, chunk, state)
-        slot = lax.rem(chunk, jnp.int32(plan.stages))
-        plgpu.barrier_wait(smem.full.at[slot])
-        B, C = smem.B.at[slot], gpu.transposed(smem.C.at[slot])
-        source, last, kept = decays(slot)
-        target = gpu.load(smem.column_logs.at[slot, me], gpu.ONE_PER_COLUMN)
-        log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
-        # Mask before exp2: below the diagonal the difference is positive and overflows.
-        log = jnp.where(_sees(last), log, -jnp.inf)
-        smem.weights.at[me][...] = (product(B, C) * jnp.exp2(log)).astype(dtype)
+    def send(self, chunk: Any, y: jax.Array) -> None:
+        """Send y off to HBM; the y before it must have left shared memory."""
+        mine, tokens = self.smem.y.at[self.me], pl.ds(chunk * CHUNK, CHUNK)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        gpu.transposed(mine)[...] = y.astype(self.dtype)
         plgpu.commit_smem()
+        target = self.hbm.y.at[self.place.batch, tokens, self.place.strip(self.me)]
+        pl.when(self.owns)(lambda: plgpu.copy_smem_to_gmem(mine, target))
 
-        x = gpu.load(gpu.transposed(smem.x.at[slot, me]))  # [channel, token], as y is
-        y = None
-        for part, block in zip(state, blocks, strict=True):
-            y = product(part.astype(dtype), C.at[block], y, spill=spill_state)
-        y = y * turned(smem.from_start)
-        if D is not None:
-            y = y + gpu.per_row(D, CHUNK) * x.astype(float32)
-        y = product(x, smem.weights.at[me], y, spill=spill_x)
-        state = updated(state, slot, kept, x)
-        plgpu.barrier_arrive(smem.empty.at[slot])
+    def save(self, chunk: Any, state: Any) -> None:
+        """Write the state before every 256th token straight to HBM, if asked to.
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the y of the chunk before has left
-        gpu.transposed(smem.y.at[me])[...] = y.astype(dtype)
-        plgpu.commit_smem()
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        pl.when(stores)(lambda: plgpu.copy_smem_to_gmem(smem.y.at[me], hbm.y.at[place.batch, tokens, strip]))
-        return state
+        Called after a step, not before the next: there the compiler would keep the state in 16 bits, which the
+        step needs later, in registers from here on, and spill.
+        """
+        if not hasattr(self.hbm, "saved"):
+            return
+        every = jnp.int32(SAVE_EVERY // CHUNK)
+        place = self.hbm.saved.at[self.place.batch, lax.div(chunk, every), self.place.strip(self.me)]
 
-    initial = hbm.initial.at[place.batch, strip]
-    state = tuple(gpu.load_from_hbm(initial.at[:, block]) for block in blocks)
-    if len(plan.piece_ends) > 1:
-        state = lax.fori_loop(jnp.int32(0), place.start, pass_by, state)
-    state = lax.fori_loop(place.start, place.end, step, state)
-    plgpu.wait_smem_to_gmem(0)
+        @pl.when(self.owns & (lax.rem(chunk, every) == 0) & (chunk < self.plan.chunks))
+        def _():
+            for part, columns in zip(state, self.state_columns, strict=True):
+                place.at[:, columns][...] = part.astype(self.dtype)
 
-    @pl.when(stores & (place.end == plan.chunks))
-    def _():
-        for part, block in zip(state, blocks, strict=True):
-            hbm.final.at[place.batch, strip, :, block][...] = part
+    def product(self, a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
+        """`start + a @ b`, whichever way this kernel runs."""
+        spill = self.smem.operand.at[self.me] if self.interpreted else None
+        return gpu.product(a, b, start, spill=spill, interpreted=self.interpreted)
+
+    @property
+    def dtype(self) -> Any:
+        return self.hbm.x.dtype
+
+    @property
+    def owns(self) -> Any:
+        return self.place.owns(self.me)
+
+    @property
+    def state_columns(self) -> list[Any]:
+        return [pl.ds(start, width) for start, width in self.plan.state_blocks]
 
 
-def _sees(last: jax.Array | None) -> jax.Array:
-    """Which token (in columns) sees which (in rows): itself and those before it, in the same document."""
+def seen(last: jax.Array | None) -> jax.Array:
+    """Which token, in columns, sees which, in rows: itself and what came before in the same document."""
     source, target = gpu.row_and_column(CHUNK, CHUNK)
     sees = target >= source
     return sees if last is None else sees & (target <= gpu.per_row(last, CHUNK))
-
-
-def _save(hbm: Any, place: Any, strip: Any, blocks: Any, stores: Any, chunk: Any, state: Any) -> None:
-    """Write the state before every 256th token, if it is asked for."""
-    if not hasattr(hbm, "saved"):
-        return
-    every = jnp.int32(SAVE_EVERY // CHUNK)
-
-    @pl.when(stores & (lax.rem(chunk, every) == 0))
-    def _():
-        for part, block in zip(state, blocks, strict=True):
-            save = hbm.saved.at[place.batch, lax.div(chunk, every), strip, :, block]
-            save[...] = part.astype(hbm.saved.dtype)

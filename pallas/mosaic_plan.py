@@ -55,7 +55,7 @@ class Plan:
     @property
     def state_blocks(self) -> list[tuple[int, int]]:
         """Start and width of the column blocks in which a warpgroup holds and multiplies the state."""
-        width = min(self.state_dim, 128)
+        width = 64 if self.state_dim == 256 else self.state_dim
         return [(start, width) for start in range(0, self.state_dim, width)]
 
 

@@ -128,8 +128,7 @@ def compile_kernels(target: str, timeout: float = 180, **kwargs) -> list[Kernel]
 
 def _read(program: str, smem_bytes: int) -> Kernel:
     """Read one PTX program, what ptxas said about it, and the instructions it becomes."""
-    ptx, found, said = re.split(r"^(ptxas )", program, maxsplit=1, flags=re.M)  # an info or a warning
-    said = found + said
+    ptx, said = re.split(r"(?=^ptxas )", program, maxsplit=1, flags=re.M)
 
     def number(pattern, text):
         return int(re.search(pattern, text).group(1))
@@ -159,7 +158,9 @@ def _disassemble(ptx: str) -> str | None:
         source, binary = pathlib.Path(folder, "kernel.ptx"), pathlib.Path(folder, "kernel.cubin")
         source.write_text(ptx)
         assemble = [_tool("ptxas"), "-arch=sm_90a", "-O3", "-o", binary, source]
-        subprocess.run(assemble, check=True, capture_output=True, timeout=120)
+        done = subprocess.run(assemble, capture_output=True, text=True, timeout=120)
+        if done.returncode != 0:
+            raise RuntimeError(f"ptxas: {(done.stderr or done.stdout)[-3000:]}")
         shown = subprocess.run([nvdisasm, binary], check=True, capture_output=True, text=True, timeout=120)
     return shown.stdout
 
