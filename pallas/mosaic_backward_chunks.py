@@ -50,7 +50,7 @@ from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: i
 
 SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 HALF = CHUNK // 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240
+COPY_REGISTERS, COMPUTE_REGISTERS = 56, 224
 VECTORS = 6  # inside, across, read, left, over, and x * dy
 RING = 13  # tiles of shared memory; a strip takes 5 to 9 of them
 
@@ -156,9 +156,11 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
         strip=group * plan.strips_per_group + past,
         strips=jnp.minimum(plan.strips_per_split, plan.strips_per_group - past),
     )
-    # The order in the ring: twice the others; for each strip the state, x of the chunks before, the own dy and
-    # x, the state's gradient, dy of the chunks behind from the last one down.
-    place.tiles_per_strip = 2 * plan.tiles + own + 2 + place.behind
+    # The order in the ring: twice the others; for each strip the state, x of the chunks before, the state's
+    # gradient, dy of the chunks behind from the last one down, and the own dy and x.
+    place.gradient_tile = plan.tiles + own
+    place.own_tile = place.gradient_tile + plan.tiles + place.behind
+    place.tiles_per_strip = place.own_tile + 2
     place.first_tile = lambda strip: 2 * plan.others + strip * place.tiles_per_strip
     warpgroup = lax.axis_index("warpgroup")
 
@@ -221,25 +223,25 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
         plgpu.copy_gmem_to_smem(head.at[pl.ds(place.span * SPAN, SPAN)], smem.decays.at[buffer], full)
         plgpu.copy_gmem_to_smem(head.at[place.chunk, 0], smem.column_decays.at[buffer], full)
 
-        own_tile = first + plan.tiles + place.own
+        wide = [columns(place.part * plan.tiles + i) for i in range(plan.tiles)]
         for i in range(plan.tiles):
-            wide = columns(place.part * plan.tiles + i)
-            put(first + i, hbm.states.at[place.batch, place.span, strip, :, wide])
+            put(first + i, hbm.states.at[place.batch, place.span, strip, :, wide[i]])
 
         @pl.loop(jnp.int32(0), place.own)
         def _(chunk):
             put(first + plan.tiles + chunk, hbm.x.at[place.batch, tokens(chunk), strip])
 
-        put(own_tile, hbm.dy.at[place.batch, tokens(place.own), strip])
-        put(own_tile + 1, hbm.x.at[place.batch, tokens(place.own), strip])
         for i in range(plan.tiles):
-            wide = columns(place.part * plan.tiles + i)
-            put(own_tile + 2 + i, hbm.state_gradients.at[place.batch, place.span, strip, :, wide])
+            source = hbm.state_gradients.at[place.batch, place.span, strip, :, wide[i]]
+            put(first + place.gradient_tile + i, source)
 
         @pl.loop(jnp.int32(0), place.behind)
         def _(i):
             source = hbm.dy.at[place.batch, tokens(place.own + place.behind - i), strip]
-            put(own_tile + 2 + plan.tiles + i, source)
+            put(first + place.gradient_tile + plan.tiles + i, source)
+
+        put(first + place.own_tile, hbm.dy.at[place.batch, tokens(place.own), strip])
+        put(first + place.own_tile + 1, hbm.x.at[place.batch, tokens(place.own), strip])
 
     end = place.first_tile(place.strips)
 
@@ -308,7 +310,7 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
     vectors, buffer = smem.vectors.at[me], lax.rem(index, jnp.int32(2))
     first = place.first_tile(index)
-    own_tile = first + plan.tiles + place.own
+    gradient_tile, own_tile = first + place.gradient_tile, first + place.own_tile
 
     def from_start(chunk):
         return jnp.exp2(gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW))
@@ -334,7 +336,7 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     plgpu.barrier_wait(smem.decays_full.at[buffer])
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the vectors of the strip before have left
 
-    # 1. The state that enters the chunk.
+    # 1. The state that enters the chunk, and the gradient of the state that leaves it.
     def forward(chunk, state):
         number = first + plan.tiles + chunk
         tile = scaled(number, to_end(chunk) * dt(chunk))
@@ -342,20 +344,27 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
         ring.release(number)
         return state
 
+    def backward(i, gradient):
+        chunk, number = place.own + place.behind - i, gradient_tile + plan.tiles + i
+        tile = scaled(number, from_start(chunk))
+        gradient = accumulate(tile, C(chunk), kept(chunk) * gradient)
+        ring.release(number)
+        return gradient
+
     ring.wait(first, plan.tiles)
     entering = ring.state(first)
     state = lax.fori_loop(jnp.int32(0), place.own, forward, gpu.load(entering).astype(float32))
     entering[...] = state.astype(dtype)
     plgpu.commit_smem()
+    ring.wait(gradient_tile, plan.tiles)
+    leaving = ring.state(gradient_tile)
+    gradient = lax.fori_loop(jnp.int32(0), place.behind, backward, gpu.load(leaving).astype(float32))
+    vectors.at[4][...] = (gpu.load(entering).astype(float32) * gradient).sum(1) * kept(place.own)
+    leaving[...] = gradient.astype(dtype)
+    plgpu.commit_smem()
 
-    # 2. What the chunk reads of it.
+    # 2. The pairs inside the chunk: sources in rows, targets in columns.
     dy, x = ring.tile(own_tile), ring.tile(own_tile + 1)
-    a = from_start(place.own)
-    read = product(dy, entering)
-    vectors.at[2][...] = (gpu.load(C(place.own)).astype(float32) * read).sum(1) * a
-    dC = dC + gpu.per_row(a, plan.half) * read
-
-    # 3. The pairs inside the chunk: sources in rows, targets in columns.
     source, target = gpu.row_and_column(CHUNK, HALF)
     seen = target + me * HALF >= source
     log = gpu.per_column(gpu.load(smem.column_decays.at[buffer, mine], gpu.ONE_PER_COLUMN), CHUNK)
@@ -372,30 +381,19 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     vectors.at[1][...] = jnp.where(seen, across, 0.0).sum(1)
     x_t, dy_t = (gpu.load(transposed(tile.at[mine])).astype(float32) for tile in (x, dy))
     vectors.at[5][...] = (x_t * dy_t).sum(1)
-    ring.release(own_tile)
 
-    # 4. The gradient of the state that leaves it.
-    def backward(i, gradient):
-        chunk, number = place.own + place.behind - i, own_tile + 2 + plan.tiles + i
-        tile = scaled(number, from_start(chunk))
-        gradient = accumulate(tile, C(chunk), kept(chunk) * gradient)
-        ring.release(number)
-        return gradient
-
-    ring.wait(own_tile + 2, plan.tiles)
-    leaving = ring.state(own_tile + 2)
-    gradient = lax.fori_loop(jnp.int32(0), place.behind, backward, gpu.load(leaving).astype(float32))
-    vectors.at[4][...] = (gpu.load(entering).astype(float32) * gradient).sum(1) * kept(place.own)
-    ring.release(first, plan.tiles)
-    leaving[...] = gradient.astype(dtype)
-    plgpu.commit_smem()
-
-    # 5. What the chunk leaves in it.
-    w = to_end(place.own)
+    # 3. What the chunk reads of the one, and leaves in the other. At the end, because the compiler moves
+    # additions down as far as it can, and products wait in registers for them.
+    a, w = from_start(place.own), to_end(place.own)
+    read = product(dy, entering)
+    vectors.at[2][...] = (gpu.load(C(place.own)).astype(float32) * read).sum(1) * a
+    dC = dC + gpu.per_row(a, plan.half) * read
     left = product(x, leaving)
     vectors.at[3][...] = (gpu.load(B(place.own)).astype(float32) * left).sum(1) * w
     dB = dB + gpu.per_row(w * dt(place.own), plan.half) * left
-    ring.release(own_tile + 1, 1 + plan.tiles)
+    ring.release(first, plan.tiles)
+    ring.release(gradient_tile, plan.tiles)
+    ring.release(own_tile, 2)
     plgpu.barrier_arrive(smem.decays_empty.at[buffer])
     strip = place.strip + index
     part = place.part * 2 + me
