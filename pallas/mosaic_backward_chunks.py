@@ -50,7 +50,7 @@ from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: i
 
 SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 HALF = CHUNK // 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 56, 224
+COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 VECTORS = 6  # inside, across, read, left, over, and x * dy
 RING = 13  # tiles of shared memory; a strip takes 5 to 9 of them
 
@@ -139,7 +139,22 @@ def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
 
 
 def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
-    """What every warpgroup of a block runs: find its place, then copy or compute."""
+    """What every warpgroup of a block runs: copy or compute."""
+    warpgroup = lax.axis_index("warpgroup")
+
+    @pl.when(warpgroup < 2)
+    def _():
+        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        _compute(plan, hbm, smem, _place(plan), warpgroup, interpreted)
+
+    @pl.when(warpgroup == 2)
+    def _():
+        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        _copy(plan, hbm, smem, _place(plan))
+
+
+def _place(plan: Any) -> Any:
+    """Find the block's chunk in its span, its strips, and the order of the tiles in its ring."""
     chunk, group, part = lax.axis_index("chunk"), lax.axis_index("group"), lax.axis_index("part")
     split = lax.div(part, jnp.int32(plan.parts))
     span, own = lax.div(chunk, jnp.int32(SPAN)), lax.rem(chunk, jnp.int32(SPAN))
@@ -156,23 +171,13 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
         strip=group * plan.strips_per_group + past,
         strips=jnp.minimum(plan.strips_per_split, plan.strips_per_group - past),
     )
-    # The order in the ring: twice the others; for each strip the state, x of the chunks before, the state's
-    # gradient, dy of the chunks behind from the last one down, and the own dy and x.
+    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from the
+    # last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
     place.gradient_tile = plan.tiles + own
     place.own_tile = place.gradient_tile + plan.tiles + place.behind
     place.tiles_per_strip = place.own_tile + 2
     place.first_tile = lambda strip: 2 * plan.others + strip * place.tiles_per_strip
-    warpgroup = lax.axis_index("warpgroup")
-
-    @pl.when(warpgroup < 2)
-    def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute(plan, hbm, smem, place, warpgroup, interpreted)
-
-    @pl.when(warpgroup == 2)
-    def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
-        _copy(plan, hbm, smem, place)
+    return place
 
 
 def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
@@ -307,23 +312,35 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     dB, dC, d_scores = sums
     dtype, float32 = hbm.x.dtype, jnp.float32
     accumulate = functools.partial(product, interpreted=interpreted)
+    documents = hasattr(smem, "documents")
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
     vectors, buffer = smem.vectors.at[me], lax.rem(index, jnp.int32(2))
     first = place.first_tile(index)
     gradient_tile, own_tile = first + place.gradient_tile, first + place.own_tile
 
-    def from_start(chunk):
-        return jnp.exp2(gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW))
-
-    def to_end(chunk):
-        log = gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
-        return jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1] - log)
+    def log_decay(chunk):
+        return gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
 
     def dt(chunk):
         return gpu.load(smem.decays.at[buffer, chunk, 1], gpu.ONE_PER_ROW)
 
+    def from_start(chunk):
+        decay = jnp.exp2(log_decay(chunk))
+        if not documents:
+            return decay
+        entered = gpu.positions(CHUNK, gpu.ONE_PER_ROW) < smem.documents[chunk, 1, 0]
+        return jnp.where(entered, decay, 0.0)
+
+    def to_end(chunk):
+        decay = jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1] - log_decay(chunk))
+        return jnp.where(last(chunk) >= CHUNK - 1, decay, 0.0) if documents else decay
+
     def kept(chunk):
-        return jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1])
+        decay = jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1])
+        return jnp.where(smem.documents[chunk, 1, 0] >= CHUNK, decay, 0.0) if documents else decay
+
+    def last(chunk):
+        return gpu.load(smem.documents.at[chunk, 0], gpu.ONE_PER_ROW)
 
     def scaled(number, weights):
         """Scale the rows of a tile where it is, one half of its columns by each warpgroup."""
@@ -366,9 +383,12 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     # 2. The pairs inside the chunk: sources in rows, targets in columns.
     dy, x = ring.tile(own_tile), ring.tile(own_tile + 1)
     source, target = gpu.row_and_column(CHUNK, HALF)
-    seen = target + me * HALF >= source
+    target = target + me * HALF
+    seen = target >= source
+    if documents:
+        seen = seen & (target <= gpu.per_row(last(place.own), HALF))
     log = gpu.per_column(gpu.load(smem.column_decays.at[buffer, mine], gpu.ONE_PER_COLUMN), CHUNK)
-    log = log - gpu.per_row(gpu.load(smem.decays.at[buffer, place.own, 0], gpu.ONE_PER_ROW), HALF)
+    log = log - gpu.per_row(log_decay(place.own), HALF)
     # Mask before exp2: below the diagonal the difference is positive and overflows.
     pairs = product(x, transposed(dy.at[mine])) * jnp.exp2(jnp.where(seen, log, -jnp.inf))
     scores = gpu.load(smem.scores.at[me]).astype(float32)
