@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from mamba2_jax.pallas.mosaic_plan import OLDEST_JAX  # pyright: ignore[reportMissingImports]
 
-OLDEST_JAX = (0, 11, 2)
 if jax.__version_info__ < OLDEST_JAX:
     raise ImportError(f"the Mosaic GPU kernels need jax >= 0.11.2, and this is jax {jax.__version__}")
 
-from jax.experimental import pallas as pl  # noqa: E402
-from jax.experimental.pallas import mosaic_gpu  # noqa: E402
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu
 
 plgpu: Any = mosaic_gpu  # its names move from release to release, and a type checker sees only one
 

@@ -5,7 +5,7 @@ Computed by XLA before a kernel starts. In a chunk, token `s` enters the output 
     dt[s] * exp(A * (dt[s+1] + ... + dt[q])) = exp2(target[q] - source[s])
 
 so `target` is the base-2 logarithm of the decay from the chunk's start through a token, and `source` the same
-less `log2(dt)`. A token with dt = 0 has source = +inf and weight 0, whatever its x holds.
+less `log2(dt)`. A token with dt = 0 has source = +inf and weight 0.
 """
 
 import math
@@ -23,10 +23,12 @@ def log_weights(dt: jax.Array, A: jax.Array, chunk: int) -> jax.Array:
 
 
 def document_ends(segment_ids: jax.Array, chunk: int) -> jax.Array:
-    """Return `(b, c, 2, chunk)` int32: where in the chunk each token's document ends, and where a first one starts.
+    """Return where in the chunk each token's document ends, and where the first one starts.
 
-    The first row holds the position of the last token of this chunk in the same document. The second holds, at
-    every token alike, the position of the first token that starts a document, `chunk` when there is none.
+    Returns:
+        `(b, c, 2, chunk)` int32. The first row holds the position of the last token in the chunk of the same
+        document. The second holds, at every token alike, the position of the first token in the chunk that
+        starts a document, or `chunk` when none does.
     """
     starts = split(document_starts(segment_ids), chunk)  # (b, c, chunk); what is added starts nothing
     here = jnp.where(starts, jnp.arange(chunk, dtype=jnp.int32), chunk)

@@ -1,4 +1,4 @@
-"""How the Mosaic GPU forward cuts a problem into blocks, pieces and stages: plain numbers, no jax.
+"""How the Mosaic GPU forward cuts a problem into blocks, pieces and stages: plain numbers.
 
 A head's channels never mix, so the work is cut into strips of 64 channels of one head. A block walks two
 strips of one group, which share B and C. Where a group has an odd number of strips, the second warpgroup of
@@ -6,9 +6,11 @@ its last block repeats the first one's walk and stores nothing.
 """
 
 import dataclasses
-import itertools
 from typing import Any
 
+import jax
+
+OLDEST_JAX = (0, 11, 2)  # the first whose interpreter runs these kernels
 CHUNK = 64  # tokens a step; four steps between two saved states
 SAVE_EVERY = 256  # tokens
 STRIP = 64  # channels, one warpgroup
@@ -38,18 +40,22 @@ class Plan:
 
     @property
     def strips_per_head(self) -> int:
+        """Strips in a head: 1 or 2."""
         return self.head_dim // STRIP
 
     @property
     def strips(self) -> int:
+        """Strips in a row of the batch."""
         return self.heads * self.strips_per_head
 
     @property
     def strips_per_group(self) -> int:
+        """Strips that share B and C."""
         return self.strips // self.groups
 
     @property
     def blocks_per_group(self) -> int:
+        """Blocks for the strips of a group, the last one perhaps with one strip only."""
         return -(-self.strips_per_group // STRIPS_PER_BLOCK)
 
     @property
@@ -89,20 +95,23 @@ def make_plan(
 def choose_pieces(blocks: int, chunks: int) -> int:
     """Return into how many pieces to cut the sequence, so that few heads keep a whole GPU busy.
 
-    The walk is sequential, and each block fills an SM. A later piece therefore walks the chunks before it too,
-    updating the state only, which is work done twice: worth it while an SM stands idle, and only then. So, as
-    many pieces as leave every block an SM of its own, at most 8, each of at least two chunks.
+    A block fills an SM, and a walk takes its chunks one after the other. So a later piece walks the chunks
+    before it too, updating the state only: work done twice, and worth it while an SM stands idle. The rule:
+    as many pieces as leave every block an SM of its own, at most 8, of at least two chunks on average.
     """
     return max(1, min(MULTIPROCESSORS // blocks, MOST_PIECES, chunks // 2))
 
 
 def cut(chunks: int, pieces: int) -> tuple[int, ...]:
     """Return where each piece ends, in chunks, all pieces at the same cost: later ones are shorter."""
-    ends = [0.0]
+    costs = [0.0]  # where each piece would end, in units of the first
     for _ in range(pieces):
-        ends.append(ends[-1] + 1 - SKIP_COST * ends[-1])  # in units of the first piece
-    scaled = [round(chunks * end / ends[-1]) for end in ends[1:]]
-    return tuple(itertools.accumulate(scaled, lambda left, end: max(left + 1, end)))
+        costs.append(costs[-1] + 1 - SKIP_COST * costs[-1])
+    ends = [0]
+    for left, cost in zip(reversed(range(pieces)), costs[1:], strict=True):
+        wanted = round(chunks * cost / costs[-1])
+        ends.append(min(max(wanted, ends[-1] + 1), chunks - left))  # a chunk for each piece, at least
+    return tuple(ends[1:])
 
 
 def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool) -> int:
@@ -129,6 +138,8 @@ def unsupported(problem: Any) -> str | None:
             `num_groups` and `state_dim`.
     """
     other = "implementation='xla' can"
+    if jax.__version_info__ < OLDEST_JAX:
+        return f"it needs jax >= 0.11.2, and this is jax {jax.__version__}; {other}, or upgrade jax"
     if problem.platform != "gpu":
         return f"it needs an NVIDIA GPU, and this is {problem.platform}; {other}"
     if tuple(problem.compute_capability or ())[:1] != (9,):

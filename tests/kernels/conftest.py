@@ -2,6 +2,11 @@
 
 import os
 
+import jax
+
 # The interpreter runs each warpgroup on a thread of XLA's pool, and they wait for each other. On a machine
 # with two cores the pool is too small for a kernel's three warpgroups. Read when the CPU backend starts.
 os.environ.setdefault("NPROC", "16")
+
+if jax.__version_info__ < (0, 11, 2):  # what runs the kernels; the tests skip themselves and say why
+    collect_ignore = ["interpreter.py"]
