@@ -17,9 +17,10 @@ decayed) comes from registers, and shared memory is read the least. Counted for 
 head_dim 64 and state_dim 128: tensor cores 896 clocks, shared memory 1020 to 1150, HBM about 1400 at
 3.0 TB/s. So HBM should be the bound. Nothing here has been measured on a GPU yet.
 
-The budget of a block: 65536 registers, of which a computing thread has 240 (the state takes 64 of them at
-state_dim 128, and 128 at 256, where a few loop constants spill) and a copying thread 24; 227 KB of shared
-memory, which holds 4, 3 or 2 stages at state_dim 64, 128 or 256. One block fills an SM.
+The budget of a block: 504 registers for three threads, of which a computing one has 232 (the state takes 64
+at state_dim 128) and the copying one 40; at state_dim 256, where the state takes 128, it is 240 and 24, and a
+few constants spill. 227 KB of shared memory hold 4, 3 or 2 stages at state_dim 64, 128 or 256. One block
+fills an SM.
 
 Precision: products take 16-bit operands and accumulate in float32; decays and the carried state are float32.
 """
@@ -43,9 +44,6 @@ from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImpo
     make_plan,
 )
 from mamba2_jax.pallas.mosaic_walk import Walk, copy, place_of_block  # pyright: ignore[reportMissingImports]
-
-# Per thread. A block starts with 168 for each of its 384 threads, and the warpgroups then trade.
-COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240
 
 
 def forward(
@@ -128,12 +126,12 @@ def forward(
 
         @pl.when(warpgroup < STRIPS_PER_BLOCK)
         def _():
-            plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+            plgpu.set_max_registers(plan.compute_registers, action="increase")
             Walk(plan, hbm, smem, place, warpgroup, interpret is not None).run()
 
         @pl.when(warpgroup == STRIPS_PER_BLOCK)
         def _():
-            plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+            plgpu.set_max_registers(plan.copy_registers, action="decrease")
             copy(plan, hbm, smem, place)
 
     run = gpu.kernel(

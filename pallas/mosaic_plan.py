@@ -59,6 +59,16 @@ class Plan:
         return -(-self.strips_per_group // STRIPS_PER_BLOCK)
 
     @property
+    def compute_registers(self) -> int:
+        """Registers of a thread that computes. Together with the others': 3 * 168, what a block starts with."""
+        return 240 if self.state_dim == 256 else 232
+
+    @property
+    def copy_registers(self) -> int:
+        """Registers of a thread that copies."""
+        return 3 * 168 - STRIPS_PER_BLOCK * self.compute_registers
+
+    @property
     def state_blocks(self) -> list[tuple[int, int]]:
         """Start and width of the column blocks in which a warpgroup holds and multiplies the state."""
         width = 64 if self.state_dim == 256 else self.state_dim

@@ -83,7 +83,7 @@ class Kernel:
         }
 
 
-def available() -> str | None:
+def missing() -> str | None:
     """Return what is missing to compile ahead of time here, or None."""
     if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
         return "the CUDA plugin of jax (jax-cuda13-plugin and jax-cuda13-pjrt) is not installed"

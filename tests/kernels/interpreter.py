@@ -9,7 +9,7 @@ from mamba2_jax.pallas import bridge
 
 
 class Found(AssertionError):
-    """What a checker found: "a race" or "unwritten"."""
+    """What a checker found: "a race", "a barrier" or "unwritten"."""
 
 
 @contextlib.contextmanager
@@ -38,10 +38,17 @@ def run(function, *args, **kwargs):
     Memory is NaN until written, so an output that a kernel left out is not finite.
 
     Raises:
-        Found: two warpgroups or a TMA copy raced, or an output element was not written.
+        Found: warpgroups or copies raced, a barrier was completed that nobody waited for or waited for out of
+            turn, or an output element was not written.
     """
     with _recorded_races() as races:
-        outputs = jax.block_until_ready(function(*args, **kwargs, interpret=bridge.interpreter()))
+        try:
+            outputs = jax.block_until_ready(function(*args, **kwargs, interpret=bridge.interpreter()))
+        except jax.errors.JaxRuntimeError as error:
+            said = str(error).strip().splitlines()[-1]
+            if "barrier" not in said.lower():
+                raise
+            raise Found(f"a barrier out of step: {said}") from error
     if races:
         raise Found("a race: what the interpreter printed says where")
     for path, leaf in jax.tree_util.tree_leaves_with_path(outputs):
