@@ -50,7 +50,7 @@ from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: i
 
 SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 HALF = CHUNK // 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
+COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240
 VECTORS = 6  # inside, across, read, left, over, and x * dy
 RING = 13  # tiles of shared memory; a strip takes 5 to 9 of them
 
@@ -261,7 +261,7 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
 
 def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: bool) -> None:
     """A computing warpgroup: its half of the state's columns, and of the targets of the pairs."""
-    ring = _Ring(plan, smem, me)
+    ring = _Ring(plan, smem, me, jnp.int32(0))
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
 
     def B(chunk, half=me):
@@ -287,11 +287,15 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
     plgpu.commit_smem()
     _meet(smem)
 
-    def strip(index, sums):
-        return _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums)
+    def strip(index, carried):
+        first, sums = carried
+        ring = _Ring(plan, smem, me, first)
+        sums = _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums)
+        return ring.slot(place.tiles_per_strip), sums
 
-    start = gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, HALF)
-    dB, dC, d_scores = lax.fori_loop(jnp.int32(0), place.strips, strip, start)
+    sums = gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, HALF)
+    first = jnp.int32(2 * plan.others)
+    _, (dB, dC, d_scores) = lax.fori_loop(jnp.int32(0), place.strips, strip, (first, sums))
     plgpu.wait_smem_to_gmem(0)
 
     _meet(smem)  # the ring is empty
@@ -315,9 +319,6 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     documents = hasattr(smem, "documents")
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
     vectors, buffer = smem.vectors.at[me], lax.rem(index, jnp.int32(2))
-    first = place.first_tile(index)
-    gradient_tile, own_tile = first + place.gradient_tile, first + place.own_tile
-
     def log_decay(chunk):
         return gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
 
@@ -355,33 +356,33 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
 
     # 1. The state that enters the chunk, and the gradient of the state that leaves it.
     def forward(chunk, state):
-        number = first + plan.tiles + chunk
+        number = plan.tiles + chunk
         tile = scaled(number, to_end(chunk) * dt(chunk))
         state = accumulate(tile, B(chunk), kept(chunk) * state)
         ring.release(number)
         return state
 
     def backward(i, gradient):
-        chunk, number = place.own + place.behind - i, gradient_tile + plan.tiles + i
+        chunk, number = place.own + place.behind - i, place.gradient_tile + plan.tiles + i
         tile = scaled(number, from_start(chunk))
         gradient = accumulate(tile, C(chunk), kept(chunk) * gradient)
         ring.release(number)
         return gradient
 
-    ring.wait(first, plan.tiles)
-    entering = ring.state(first)
+    ring.wait(0, plan.tiles)
+    entering = ring.state(0)
     state = lax.fori_loop(jnp.int32(0), place.own, forward, gpu.load(entering).astype(float32))
     entering[...] = state.astype(dtype)
     plgpu.commit_smem()
-    ring.wait(gradient_tile, plan.tiles)
-    leaving = ring.state(gradient_tile)
+    ring.wait(place.gradient_tile, plan.tiles)
+    leaving = ring.state(place.gradient_tile)
     gradient = lax.fori_loop(jnp.int32(0), place.behind, backward, gpu.load(leaving).astype(float32))
     vectors.at[4][...] = (gpu.load(entering).astype(float32) * gradient).sum(1) * kept(place.own)
     leaving[...] = gradient.astype(dtype)
     plgpu.commit_smem()
 
     # 2. The pairs inside the chunk: sources in rows, targets in columns.
-    dy, x = ring.tile(own_tile), ring.tile(own_tile + 1)
+    dy, x = ring.tile(place.own_tile), ring.tile(place.own_tile + 1)
     source, target = gpu.row_and_column(CHUNK, HALF)
     target = target + me * HALF
     seen = target >= source
@@ -411,9 +412,9 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     left = product(x, leaving)
     vectors.at[3][...] = (gpu.load(B(place.own)).astype(float32) * left).sum(1) * w
     dB = dB + gpu.per_row(w * dt(place.own), plan.half) * left
-    ring.release(first, plan.tiles)
-    ring.release(gradient_tile, plan.tiles)
-    ring.release(own_tile, 2)
+    ring.release(0, plan.tiles)
+    ring.release(place.gradient_tile, plan.tiles)
+    ring.release(place.own_tile, 2)
     plgpu.barrier_arrive(smem.decays_empty.at[buffer])
     strip = place.strip + index
     part = place.part * 2 + me
@@ -422,32 +423,33 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
 
 
 class _Ring:
-    """The ring of tiles, as a computing warpgroup sees it."""
+    """The ring of tiles as a computing warpgroup sees it: tiles are counted from slot `first`."""
 
-    def __init__(self, plan, smem, me):
-        self.plan, self.smem, self.me = plan, smem, me
+    def __init__(self, plan: Any, smem: Any, me: Any, first: Any):
+        self.plan, self.smem, self.me, self.first = plan, smem, me, first
 
-    def slot(self, number):
-        return lax.rem(number, jnp.int32(RING))
+    def slot(self, tile):
+        slot = self.first + tile  # less than twice around
+        return jnp.where(slot >= RING, slot - RING, slot)
 
-    def wait(self, number, count=1):
+    def wait(self, tile, count=1):
         for i in range(count):
-            plgpu.barrier_wait(self.smem.full.at[self.slot(number + i)])
+            plgpu.barrier_wait(self.smem.full.at[self.slot(tile + i)])
 
-    def tile(self, number):
-        self.wait(number)
-        return self.smem.ring.at[self.slot(number)]
+    def tile(self, tile):
+        self.wait(tile)
+        return self.smem.ring.at[self.slot(tile)]
 
-    def state(self, number):
+    def state(self, tile):
         """Return this warpgroup's half of a state: a tile of its own, or half the columns of one."""
         if self.plan.tiles == 2:
-            return self.smem.ring.at[self.slot(number + self.me)]
-        return self.smem.ring.at[self.slot(number), :, pl.ds(pl.multiple_of(self.me * HALF, HALF), HALF)]
+            return self.smem.ring.at[self.slot(tile + self.me)]
+        return self.smem.ring.at[self.slot(tile), :, pl.ds(pl.multiple_of(self.me * HALF, HALF), HALF)]
 
-    def release(self, number, count=1):
+    def release(self, tile, count=1):
         plgpu.commit_smem()  # plain loads and stores end before TMA fills the slot again
         for i in range(count):
-            plgpu.barrier_arrive(self.smem.empty.at[self.slot(number + i)])
+            plgpu.barrier_arrive(self.smem.empty.at[self.slot(tile + i)])
 
 
 def _meet(smem: Any) -> None:

@@ -32,7 +32,6 @@ from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImpo
 
 SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 COLUMNS = 64  # of the state, multiplied at a time
-COPY_REGISTERS, COMPUTE_REGISTERS = 40, 232
 
 
 def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpret=None):
@@ -69,6 +68,8 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
         blocks_per_group=blocks_per_group,
         stages=min(3 if state_dim <= 128 else 2, ends[0]),
         columns=[pl.ds(start, COLUMNS) for start in range(0, state_dim, COLUMNS)],
+        # Of a thread that computes, and of one that copies; together 3 * 168, what a block starts with.
+        registers=(240, 24) if state_dim > 128 or documents is not None else (232, 40),
     )
     inputs = {"dy": dy, "B": B, "C": C, "decays": decays, "final": final_gradient}
     inputs |= {name: array for name, array in (("documents", documents), ("D", D)) if array is not None}
@@ -123,12 +124,12 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
+        plgpu.set_max_registers(plan.registers[0], action="increase")
         _compute(plan, hbm, smem, _place(plan), warpgroup, interpreted)
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+        plgpu.set_max_registers(plan.registers[1], action="decrease")
         _copy(plan, hbm, smem, _place(plan))
 
 
