@@ -87,7 +87,9 @@ def _foldable(run: Callable) -> Callable:
     @run_with_rule.def_vmap
     def rule(axis_size, mapped, *arrays):
         if any(jax.tree.leaves([mapped[i] for i in SHARED])):
-            everywhere = jax.tree.map(lambda array, is_mapped: _spread(array, is_mapped, axis_size), arrays, mapped)
+            everywhere = jax.tree.map(
+                lambda array, is_mapped: _spread(array, is_mapped, axis_size), arrays, tuple(mapped)
+            )
             outputs = jax.lax.map(lambda each: run(*each), everywhere)
             return outputs, jax.tree.map(lambda _: True, outputs)
 
