@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from mamba2_jax.pallas.mosaic_plan import OLDEST_JAX  # pyright: ignore[reportMissingImports]
 
-if jax.__version_info__ < OLDEST_JAX:
+if jax.__version_info__ < (0, 11, 2):  # the first that has what the kernels use
     raise ImportError(f"the Mosaic GPU kernels need jax >= 0.11.2, and this is jax {jax.__version__}")
 
 from jax.experimental import pallas as pl
@@ -97,6 +96,17 @@ def load(ref: Any, layout: Any = MATRIX) -> jax.Array:
 def load_from_hbm(ref: Any, layout: Any = MATRIX) -> jax.Array:
     """Bring an array straight from HBM into registers. Uncoalesced: for what is read once per block."""
     return plgpu.load(ref, layout=layout, optimized=False)
+
+
+def store_to_hbm(ref: Any, values: jax.Array) -> None:
+    """Write registers straight to HBM. Uncoalesced: for what is written once in a long while.
+
+    jax 0.12 refuses a plain store whose threads do not fill whole sectors of 32 bytes; 0.11.2 has no other.
+    """
+    if hasattr(plgpu, "store"):
+        plgpu.store(ref, values, optimized=False)
+    else:
+        ref[...] = values
 
 
 def zeros(rows: int, columns: int) -> jax.Array:

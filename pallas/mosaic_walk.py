@@ -133,7 +133,7 @@ class Walk:
         @pl.when(self.owns & (self.place.end == self.plan.chunks))
         def _():
             for part, columns in zip(state, self.state_columns, strict=True):
-                final.at[:, columns][...] = part
+                gpu.store_to_hbm(final.at[:, columns], part)
 
     def step(self, D: Any, chunk: Any, state: Any) -> Any:
         """One chunk: y, and the state after it."""
@@ -232,7 +232,7 @@ class Walk:
         @pl.when(self.owns & (lax.rem(chunk, every) == 0) & (chunk < self.plan.chunks))
         def _():
             for part, columns in zip(state, self.state_columns, strict=True):
-                place.at[:, columns][...] = part.astype(self.dtype)
+                gpu.store_to_hbm(place.at[:, columns], part.astype(self.dtype))
 
     def product(self, a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
         """`start + a @ b`, whichever way this kernel runs."""

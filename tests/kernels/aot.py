@@ -72,7 +72,7 @@ class Kernel:
     @property
     def bound(self) -> str:
         """What keeps one more block off an SM."""
-        return min(self._fit, key=lambda resource: self._fit[resource])
+        return " and ".join(what for what, blocks in self._fit.items() if blocks == self.blocks_per_sm)
 
     @property
     def _fit(self) -> dict[str, int]:

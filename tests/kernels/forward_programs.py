@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from mamba2_jax.pallas import mosaic_forward
 
@@ -39,7 +40,7 @@ class Program:
     def described(self) -> str:
         """The shape and options in one line."""
         options = [self.dtype, "documents" * self.documents, "saved states" * self.save_states]
-        options += [f"{self.pieces} pieces" if self.pieces else ""]
+        options += ["one piece" * (self.pieces == 1)]
         shape = f"b{self.b} l{self.l} h{self.h} g{self.g} p{self.p} n{self.n}"
         return ", ".join(filter(None, [shape, *options]))
 
@@ -50,8 +51,8 @@ SHAPES = {
     "C": {"b": 1, "l": 131072, "h": 80, "g": 1},
 }
 # At state_dim 256 the state alone takes 128 of a thread's 240 registers. What spills are constants, stored
-# before the walk and loaded once a chunk, 64 tokens: at most 16 words.
-WIDE = 160
+# before the walk and loaded once a chunk of 64 tokens: at most 16 words each way.
+WIDE = 128
 PROGRAMS = [
     Program("A", **SHAPES["A"], smoke=True),
     Program("A, one piece", **SHAPES["A"], pieces=1),
@@ -64,8 +65,18 @@ PROGRAMS = [
     Program("head_dim 128, state_dim 64", p=128, n=64, h=64, D="hp", save_states=True),
     Program("state_dim 64", n=64, D=None),
     Program("state_dim 256", n=256, h=32, g=1, pieces=1, spill_budget=WIDE),
-    Program("state_dim 256, pieces", n=256, h=32, g=1, spill_budget=WIDE),
     Program("state_dim 256, training", n=256, h=32, g=1, documents=True, save_states=True, spill_budget=WIDE),
+    Program(
+        "state_dim 256, training, one piece",
+        n=256,
+        h=32,
+        g=1,
+        documents=True,
+        save_states=True,
+        pieces=1,
+        spill_budget=WIDE,
+        slow=True,
+    ),
     Program("float16, odd heads, any length", l=4001, h=24, g=8, dtype="float16"),
     Program("one head, one token", l=1, h=1, g=1, slow=True),
 ]
@@ -90,3 +101,14 @@ def build(abstract, b, l, h, g, p, n, dtype, D, documents, save_states, pieces):
         return mosaic_forward.forward(*arrays, save_states=save_states, pieces=pieces)
 
     return forward, arguments
+
+
+def traced(program):
+    """The forward as a function of arrays only, followed by their shapes."""
+    function, arguments = build(jax.ShapeDtypeStruct, **program.kwargs)
+
+    def call(*arrays):
+        arrays = iter(arrays)
+        return function(*(None if argument is None else next(arrays) for argument in arguments))
+
+    return call, *(argument for argument in arguments if argument is not None)

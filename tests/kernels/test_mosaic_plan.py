@@ -3,6 +3,7 @@
 import types
 
 import jax
+import jax.numpy as jnp
 import pytest
 from mamba2_jax.pallas import mosaic_plan as plan
 from mamba2_jax.pallas.mosaic_plan import SKIP_COST, choose_pieces, cut, make_plan, unsupported
@@ -74,27 +75,22 @@ def problem(**changes):
     return types.SimpleNamespace(**{**hopper, **shape, "D_per_channel": False, **changes})
 
 
-@pytest.mark.skipif(jax.__version_info__ < plan.OLDEST_JAX, reason="this jax is too old for the kernels")
 def test_what_it_cannot_run_it_says():
     assert unsupported(problem()) is None
     assert unsupported(problem(dtype="float16", head_dim=128, state_dim=256)) is None
+    assert unsupported(problem(dtype=jnp.bfloat16, num_heads=3, length=1)) is None
     for change, words in [
-        ({"platform": "cpu"}, "NVIDIA GPU, and this is cpu"),
-        ({"compute_capability": (8, 0)}, "compute capability 9.0.*has 8.0"),
-        ({"compute_capability": None}, "has unknown"),
+        ({"compute_capability": (8, 0)}, "compute capability 9.0), and this device has 8.0"),
+        ({"compute_capability": None}, "has an unknown one"),
         ({"dtype": "float32"}, "bfloat16 or float16, and x is float32"),
         ({"head_dim": 96}, "head_dim of 64 or 128, not 96"),
         ({"state_dim": 16}, "state_dim of 64, 128 or 256, not 16"),
     ]:
-        reason = unsupported(problem(**change))
-        assert reason is not None
-        with pytest.raises(NotImplementedError, match=words):
-            raise NotImplementedError(reason)
-        assert "implementation='xla' can" in reason
+        assert words in unsupported(problem(**change))
 
 
-@pytest.mark.skipif(jax.__version_info__ >= plan.OLDEST_JAX, reason="this jax is new enough for the kernels")
 def test_an_old_jax_is_named():
-    assert "needs jax >= 0.11.2" in unsupported(problem())
+    if jax.__version_info__ >= (0, 11, 2):
+        pytest.skip("this jax is new enough for the kernels")
     with pytest.raises(ImportError, match=r"need jax >= 0\.11\.2"):
         import mamba2_jax.pallas.bridge  # noqa: F401
