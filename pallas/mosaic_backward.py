@@ -161,7 +161,7 @@ def _sum_vectors(
     """
     batch, heads, chunks, _ = dt.shape
     # Blocks that share the columns of a wide state have each summed all of what does not depend on them.
-    inside, across, x_dy = (vectors[:2, ..., i, :].sum(0) for i in (0, 1, 5))
+    inside, across, x_dy = (vectors[0, ..., i, :] for i in (0, 1, 5))
     read, left, over = (vectors[..., i, :].sum(0) for i in (2, 3, 4))  # (b, strips, c, 64)
     inside, across, read, left, over = (
         vector.reshape(batch, heads, -1, chunks, CHUNK).sum(2) for vector in (inside, across, read, left, over)

@@ -95,7 +95,7 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
         inputs["documents"] = documents
     sums = (splits, batch, plan.chunks * CHUNK, groups, state_dim)
     sums = jax.ShapeDtypeStruct(sums, x.dtype if splits == 1 else jnp.float32)
-    vectors = (2 * plan.parts, batch, strips, plan.chunks, VECTORS, CHUNK)
+    vectors = (plan.parts, batch, strips, plan.chunks, VECTORS, CHUNK)
     outputs = {"dB": sums, "dC": sums, "vectors": jax.ShapeDtypeStruct(vectors, jnp.float32)}
 
     def ssd_backward_chunks(*refs, **smem):
@@ -125,7 +125,8 @@ def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
         "decays": plgpu.SMEM((2, SPAN, 2, CHUNK), jnp.float32),
         "column_decays": plgpu.SMEM((2, CHUNK), jnp.float32),
-        "vectors": plgpu.SMEM((2, VECTORS, CHUNK), jnp.float32),
+        "vectors": plgpu.SMEM((2, 2, VECTORS, CHUNK), jnp.float32),
+        "summed": plgpu.SMEM((2, VECTORS // 2, CHUNK), jnp.float32),
         "resident": plgpu.Barrier(num_arrivals=2 * (SPAN + 1) + documents),
         "full": plgpu.Barrier(num_arrivals=1, num_barriers=RING),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=RING),
@@ -318,7 +319,8 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     accumulate = functools.partial(product, interpreted=interpreted)
     documents = hasattr(smem, "documents")
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
-    vectors, buffer = smem.vectors.at[me], lax.rem(index, jnp.int32(2))
+    buffer = lax.rem(index, jnp.int32(2))
+    vectors = smem.vectors.at[buffer, me]
     def log_decay(chunk):
         return gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
 
@@ -352,7 +354,6 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
         return transposed(tile)
 
     plgpu.barrier_wait(smem.decays_full.at[buffer])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the vectors of the strip before have left
 
     # 1. The state that enters the chunk, and the gradient of the state that leaves it.
     def forward(chunk, state):
@@ -416,9 +417,17 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     ring.release(place.gradient_tile, plan.tiles)
     ring.release(place.own_tile, 2)
     plgpu.barrier_arrive(smem.decays_empty.at[buffer])
-    strip = place.strip + index
-    part = place.part * 2 + me
-    plgpu.copy_smem_to_gmem(vectors, hbm.vectors.at[part, place.batch, strip, place.chunk])
+
+    # 4. The vectors, of both warpgroups together: each sums half of them, and writes them out.
+    _meet(smem)
+    summed, some = smem.summed.at[me], pl.ds(me * (VECTORS // 2), VECTORS // 2)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the strip before have left
+    for i in range(VECTORS // 2):
+        halves = (smem.vectors.at[buffer, half, me * (VECTORS // 2) + i] for half in range(2))
+        first, second = (gpu.load(half, gpu.ONE_PER_ROW) for half in halves)
+        summed.at[i][...] = first + second
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(summed, hbm.vectors.at[place.part, place.batch, place.strip + index, place.chunk, some])
     return dB, dC, d_scores
 
 
