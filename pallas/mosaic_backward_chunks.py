@@ -1,8 +1,8 @@
 r"""The second backward kernel: the gradients of B and C, and what those of dt, A and D are summed from.
 
-A block owns one chunk of 64 tokens of a group and loops over the group's strips of 64 channels. Within a chunk,
-with `a[i]` the decay from its start through token `i`, `w[j]` that from behind token `j` to its end, `H` the
-state that enters it, `G` the gradient of the state that leaves it, and, for `j <= i` in one document,
+A block owns one chunk of 64 tokens of a group and loops over the group's strips of 64 channels. Within a
+chunk, with `a[i]` the decay from its start through token `i`, `w[j]` that from behind token `j` to its end,
+`H` the state that enters it, `G` the gradient of the state that leaves it, and, for `j <= i` in one document,
 
     pairs[j, i] = (x[j] . dy[i]) a[i] / a[j]            scores[j, i] = B[j] . C[i]
 
@@ -14,24 +14,25 @@ the gradients are sums over the strips,
 and each token and strip gives four numbers, of which XLA makes the gradients of dt and A:
 
     inside[j]  = sum_i pairs[j, i] scores[j, i]                       the pairs of this chunk, by their source
-    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  those which the decay of token k is part of
+    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  those whom the decay of token k parts
     read[i]    = a[i] C[i]^T H^T dy[i]                                the entering state and token i
     left[j]    = w[j] B[j]^T G^T x[j]                                 token j and the leaving state
     over       = a[end] <H, G>                                        the two states; 64 parts, to be summed
 
-These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs no
-digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
+These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs
+no digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
 
-HBM holds `H` and `G` only at the ends of spans of four chunks. For each strip, a block first brings `H` up over
-the chunks before its own, and `G` down over those behind: nothing else passes between chunks. A copying
+HBM holds `H` and `G` only at the ends of spans of four chunks. For each strip, a block first brings `H` up
+over the chunks before its own, and `G` down over those behind: nothing else passes between chunks. A copying
 warpgroup runs ahead with a ring of tiles; two computing ones take half of state_dim each, and half of the
 targets `i` of the pairs:
 
-    for each strip    H = H kept + (x w dt)^T B                 for each chunk of the span before this one
+    for each strip    H = H kept + (x w dt)^T B                  for each chunk of the span before this one
+                      G = G kept + (dy a)^T C                    for each chunk of the span behind, backwards
+                      over
+                      pairs,  d_scores += dt pairs,  inside,  across
                       dC += a (dy H),  read
-                      pairs, d_scores += dt pairs, inside, across
-                      G = G kept + (dy a)^T C                   for each chunk of the span behind, backwards
-                      over,  dB += w dt (x G),  left
+                      dB += w dt (x G),  left
     at the end        dB += d_scores C,  dC += d_scores^T B
 """
 
@@ -43,7 +44,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: ignore[reportMissingImports]
@@ -172,8 +172,8 @@ def _place(plan: Any) -> Any:
         strip=group * plan.strips_per_group + past,
         strips=jnp.minimum(plan.strips_per_split, plan.strips_per_group - past),
     )
-    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from the
-    # last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
+    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from
+    # the last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
     place.gradient_tile = plan.tiles + own
     place.own_tile = place.gradient_tile + plan.tiles + place.behind
     place.tiles_per_strip = place.own_tile + 2
@@ -321,6 +321,7 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
     buffer = lax.rem(index, jnp.int32(2))
     vectors = smem.vectors.at[buffer, me]
+
     def log_decay(chunk):
         return gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
 
@@ -348,7 +349,9 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     def scaled(number, weights):
         """Scale the rows of a tile where it is, one half of its columns by each warpgroup."""
         tile = ring.tile(number)
-        tile.at[:, mine][...] = (gpu.load(tile.at[:, mine]).astype(float32) * gpu.per_row(weights, HALF)).astype(dtype)
+        tile.at[:, mine][...] = (
+            gpu.load(tile.at[:, mine]).astype(float32) * gpu.per_row(weights, HALF)
+        ).astype(dtype)
         plgpu.commit_smem()
         _meet(smem)
         return transposed(tile)
@@ -426,7 +429,9 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
         first, second = (gpu.load(half, gpu.ONE_PER_ROW) for half in halves)
         summed.at[i][...] = first + second
     plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(summed, hbm.vectors.at[place.part, place.batch, place.strip + index, place.chunk, some])
+    plgpu.copy_smem_to_gmem(
+        summed, hbm.vectors.at[place.part, place.batch, place.strip + index, place.chunk, some]
+    )
     return dB, dC, d_scores
 
 
