@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
 import interpreter
 import seeding
-from mamba2_jax.pallas import bridge, mosaic_backward, mosaic_backward_chunks, mosaic_gpu
+from mamba2_jax.pallas import bridge, mosaic_backward, mosaic_backward_sums, mosaic_gpu
 from test_mosaic_forward import TOLERANCE, arguments, kernel_case
 
 from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
@@ -243,7 +243,7 @@ SEEDED = kernel_case("seeded", l=200, h=3, n=64)
 @pytest.mark.parametrize(
     ("missing", "caller"),
     [
-        ("barrier_wait", "wait"),  # a tile is used before it has arrived
+        ("barrier_wait", "tile"),  # a tile is used before it has arrived
         ("commit_smem", "release"),  # a slot is filled again while plain loads read it
         ("wait_smem_to_gmem", "walk_step"),  # dx is overwritten on its way out
     ],
@@ -256,7 +256,7 @@ def test_a_missing_wait_or_commit_is_found(missing, caller):
 
 def test_a_missing_barrier_between_warpgroups_is_found(monkeypatch):
     """By the race detector, or else by the values."""
-    monkeypatch.setattr(mosaic_backward_chunks, "_meet", lambda smem: None)
+    monkeypatch.setattr(mosaic_backward_sums, "meet", lambda smem: None)
     drawn = draw_case(SEEDED, "bfloat16")
     try:
         got = interpreter.run(mosaic_backward.backward, *backward_arguments(*drawn), **WHOLE)
