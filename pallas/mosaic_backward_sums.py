@@ -104,8 +104,8 @@ class Sums:
         left = product(x, leaving)
         self.write(LEFT, (gpu.load(self.B(place.own)).astype(jnp.float32) * left).sum(1) * w)
         dB = dB + gpu.per_row(w * self.dt(place.own), plan.half) * left
-        self.release(*(start + i for start in (0, place.gradient_tile) for i in range(plan.tiles)))
-        self.release(place.own_tile, place.own_tile + 1)
+        ends = ((0, plan.tiles), (place.gradient_tile, plan.tiles), (place.own_tile, 2))
+        self.release(*(start + i for start, count in ends for i in range(count)))
         plgpu.barrier_arrive(smem.decays_empty.at[self.buffer])
         self.send(place.strip + index)
         return dB, dC, d_scores
