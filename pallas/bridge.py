@@ -70,10 +70,14 @@ def interpreter() -> Any:
     return plgpu.InterpretGPUParams(**{name: value for name, value in options.items() if name in known})
 
 
-def tiles(*shape: int, dtype: Any) -> Any:
-    """Shared memory for matrices `(..., rows, columns)`, in tiles that TMA and the tensor cores agree on."""
+def tiles(*shape: int, dtype: Any, width: int | None = None) -> Any:
+    """Shared memory for matrices `(..., rows, columns)`, in tiles that TMA and the tensor cores agree on.
+
+    A tile is as wide as the swizzle allows, or `width` columns: a slice of columns must begin at a tile, and
+    the operands of a product must agree on the width.
+    """
     bytes_per_item = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * bytes_per_item * 8)
+    swizzle = plgpu.find_swizzle((width or shape[-1]) * bytes_per_item * 8)
     transforms = (plgpu.TilingTransform((8, swizzle // bytes_per_item)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

@@ -95,9 +95,9 @@ def forward(
         pieces=pieces,
     )
     inputs = {
-        "x": _whole_tiles(x).reshape(batch, -1, plan.strips, STRIP),
-        "B": _whole_tiles(B),
-        "C": _whole_tiles(C),
+        "x": whole_tiles(x).reshape(batch, -1, plan.strips, STRIP),
+        "B": whole_tiles(B),
+        "C": whole_tiles(C),
         "logs": log_weights(dt, A, CHUNK),
         "initial": initial_state.astype(jnp.float32).reshape(batch, plan.strips, STRIP, state_dim),
     }
@@ -148,7 +148,7 @@ def forward(
     return y, final.reshape(initial_state.shape), saved_states
 
 
-def _whole_tiles(array: jax.Array) -> jax.Array:
+def whole_tiles(array: jax.Array) -> jax.Array:
     """Pad `(b, l, ...)` to a multiple of 8 tokens: TMA clips what lies past the end, but only whole tiles.
 
     And to a chunk at least, so that no copy is larger than the array.
