@@ -92,7 +92,8 @@ class QKVConv1d(Adaptable):
     ) -> tuple[Array, Array, Array, AttentionConvState]:
         """Convolve q, k and v `(b, l, ...)`; returns them and the state after them."""
 
-        def convolve(x, weight, bias, before):
+        def convolve(x, part, bias, before):
+            weight = self.taps(f"weight_{part}")
             if one_token:
                 y, after = causal_conv1d_step(x[:, 0], weight, bias[...], before, activation=None)
                 return y[:, None], keep_rows(rows.mask, after, before)
@@ -105,9 +106,9 @@ class QKVConv1d(Adaptable):
                 activation=None,
             )
 
-        q, state_q = convolve(q, self.taps("weight_q"), self.bias_q, state.q)
-        k, state_k = convolve(k, self.taps("weight_k"), self.bias_k, state.k)
-        v, state_v = convolve(v, self.taps("weight_v"), self.bias_v, state.v)
+        q, state_q = convolve(q, "q", self.bias_q, state.q)
+        k, state_k = convolve(k, "k", self.bias_k, state.k)
+        v, state_v = convolve(v, "v", self.bias_v, state.v)
         return q, k, v, AttentionConvState(state_q, state_k, state_v)
 
 

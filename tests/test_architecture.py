@@ -19,6 +19,7 @@ ARROWS = {
     "config_checks": "",
     "config_forms": "",
     "config": "config_checks config_forms hub",
+    "sharding": "config",
     "tokenizer": "config hub",
     "weights": "config typing",
     "pallas": "",
@@ -49,14 +50,15 @@ OUTSIDE = {
     "config_checks": "",
     "config_forms": "",
     "config": "",
+    "sharding": "jax",
     "tokenizer": "sentencepiece tokenizers transformers",
     "weights": "jax ml_dtypes numpy rich torch",
     "pallas": "jax",
     "ops": "jax numpy",
     "cache": "jax",
-    "lora": "flax jax numpy safetensors",
     "parts": "flax jax",
     "attention": "flax jax",
+    "lora": "flax jax numpy safetensors",
     "layers": "flax jax",
     "inputs": "jax numpy",
     "export": "",
@@ -152,3 +154,10 @@ def test_public_names_exist():
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
+
+
+def test_one_module_imports_pytorch():
+    users = [
+        file.name for file in source_files() if "torch" in {n.split(".")[0] for n in imported_names(file)}
+    ]
+    assert users == ["torch_file.py"]

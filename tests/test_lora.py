@@ -278,7 +278,7 @@ def test_a_merged_model_is_saved_for_transformers(tmp_path):
     import transformers
 
     model = adapted(tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="adapters in use"):
+    with pytest.raises(ValueError, match="adapters are in use"):
         model.save_pretrained(tmp_path / "model")
     want = model(IDS).logits
     merge_lora(model)
