@@ -8,7 +8,11 @@
 
 `train` warms up and stays at the highest learning rate for as long as it is let; `finish` lets the rate
 fall to zero from wherever `train` has come. The files are those of the running Python, one in twenty held
-out by a hash of its path. All is seeded: the same Python, jax and machine give the same bits.
+out by a hash of its path. All is seeded: the same Python, jax, machine and steps give the same bits.
+
+Of Python 3.11 it reads 1,662 files, 29.2 MB, 8.7 million tokens. With the defaults (2.8 million parameters,
+5.6 MB) a step of 2048 tokens took 1.05 seconds of CPU time on a Xeon with AMX: an epoch is 75 minutes of one
+core, and more than ten of them should be wanted. In float32, because bfloat16 took as long.
 """
 
 import ast
@@ -19,6 +23,7 @@ import re
 import sysconfig
 import warnings
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -52,12 +57,13 @@ class Train:
 
     output: pathlib.Path
     hidden_size: int = 256
-    num_hidden_layers: int = 6
+    num_hidden_layers: int = 4
     state_size: int = 64
     vocab_size: int = 4096
-    max_length: int = 1024
+    max_length: int = 512
     batch_size: int = 4
     learning_rate: float = 3e-3
+    warmup: int = 100
     steps: int = 1_000_000
     """At most so many."""
     dtype: str = "float32"
@@ -71,6 +77,7 @@ class Finish(Train):
     """Let the learning rate fall to zero, from where `train` is; its options must be those of `train`."""
 
     steps: int = 1000
+    warmup: int = 20
 
 
 @dataclass(frozen=True)
@@ -175,18 +182,18 @@ def make_trainer(options: Train, model: Mamba2ForCausalLM, stage: str, optim: Op
     )
 
 
-def optimizer_of(options: Train, schedule: str, warmup: int) -> OptimConfig:
+def optimizer_of(options: Train, schedule: Literal["constant", "linear"]) -> OptimConfig:
     return OptimConfig(
         learning_rate=options.learning_rate,
         schedule=schedule,
-        warmup=warmup,
+        warmup=options.warmup,
         weight_decay=0.1,
         beta2=0.98,
     )
 
 
 def train(options: Train) -> None:
-    trainer = make_trainer(options, make_model(options), "stable", optimizer_of(options, "constant", 100))
+    trainer = make_trainer(options, make_model(options), "stable", optimizer_of(options, "constant"))
     print(f"{trainer.model.config.num_parameters():,} parameters")
     print(trainer.fit())
 
@@ -194,7 +201,7 @@ def train(options: Train) -> None:
 def stable_weights(options: Train) -> Mamba2ForCausalLM:
     """The weights in the newest checkpoint of `train`."""
     structure, trained, frozen = split_model(make_model(options))
-    optimizer = make_optimizer(optimizer_of(options, "constant", 100), trained, 1_000_000)
+    optimizer = make_optimizer(optimizer_of(options, "constant"), trained, 1_000_000)
     state = TrainState.start(trained, optimizer, jax.random.key(0))
     checkpoints = Checkpoints(options.output / "stable" / "checkpoints", CheckpointConfig(), print)
     restored = checkpoints.restore(state)
@@ -207,7 +214,7 @@ def stable_weights(options: Train) -> Mamba2ForCausalLM:
 
 def finish(options: Finish) -> None:
     model = stable_weights(options)
-    trainer = make_trainer(options, model, "finish", optimizer_of(options, "linear", 20))
+    trainer = make_trainer(options, model, "finish", optimizer_of(options, "linear"))
     print(trainer.fit())
 
 
@@ -252,11 +259,11 @@ def draw(output: pathlib.Path) -> pathlib.Path:
     for lines, name, color in zip(stages, ("constant rate", "falling rate"), ("C0", "C2"), strict=True):
         losses = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
         seen = tokens + np.cumsum([count for count, _ in losses])
-        window = max(1, len(losses) // 50)
+        window = min(20, len(losses))
         means = np.convolve([loss for _, loss in losses], np.ones(window) / window, "valid")
         axis.plot(seen[len(seen) - len(means) :] / 1e6, means, color, label=f"training, {name}")
         points = [(seen[line["step"] - 1] / 1e6, line["eval_loss"]) for line in lines if "eval_loss" in line]
-        axis.plot(*zip(*points, strict=True) if points else ((), ()), f"{color}o", label="held out")
+        axis.plot(*zip(*points, strict=True) if points else ((), ()), f"{color}o", label=f"held out, {name}")
         tokens = seen[-1]
     axis.set(xlabel="million tokens", ylabel="nats per token")
     axis.grid(alpha=0.3)
