@@ -20,6 +20,7 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "kernels"))
 import aot
+import backward_programs
 import forward_programs
 import traffic
 
@@ -49,11 +50,14 @@ def main() -> None:
         "|" + "---|" * (HEAD.count("|") - 1),
     ]
     print("\n".join(lines), flush=True)
-    for program in forward_programs.PROGRAMS:
-        megabytes = sum(traffic.hbm_bytes(*forward_programs.traced(program)).values()) / 1e6
-        for kernel in aot.compile_kernels("forward_programs:build", **program.kwargs):
-            lines.append(row(f"forward: {program}", program.described, kernel, megabytes))
-            print(lines[-1], flush=True)
+    for pass_name, programs in (("forward", forward_programs), ("backward", backward_programs)):
+        for program in programs.PROGRAMS:
+            megabytes = sum(traffic.hbm_bytes(*programs.traced(program)).values()) / 1e6
+            kernels = aot.compile_kernels(f"{programs.__name__}:build", **program.kwargs)
+            for i, kernel in enumerate(kernels):
+                name = f"{pass_name}: {program}" + f", kernel {i + 1} of {len(kernels)}" * (len(kernels) > 1)
+                lines.append(row(name, program.described, kernel, megabytes))
+                print(lines[-1], flush=True)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("# What the kernels take of an H100\n\n" + "\n".join(lines) + "\n")
