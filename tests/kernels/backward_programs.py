@@ -44,9 +44,9 @@ class Program:
         return ", ".join(filter(None, [shape, *options]))
 
 
-# Words that are stored before a loop and loaded once in each step of it, over 64 tokens of a strip. The compiler
-# finds room for all of them at shape A, misses 14 at B, and 18 with documents. At state_dim 256 the walk holds
-# 128 of a thread's 240 registers in the gradient of the state alone, and misses at most 40.
+# Words that are stored before a loop and loaded once in each step of it, over 64 tokens of a strip. The
+# compiler finds room for all of them at shape A, misses 14 at B, and 18 with documents. At state_dim 256 the
+# walk holds 128 of a thread's 240 registers in the gradient of the state alone, and misses at most 40.
 ROWS, DOCUMENTS, WIDE = 64, 80, 320
 PROGRAMS = [
     Program("A", **SHAPES["A"], smoke=True),
