@@ -13,7 +13,7 @@ from rich.table import Table
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import resolve_folder
-from mamba2_jax.weights import open_checkpoint
+from mamba2_jax.weights import find_form, open_checkpoint
 
 
 def describe(path: str | None) -> None:
@@ -29,10 +29,10 @@ def describe(path: str | None) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(_table(str(folder), _config_rows(config)))
     console.print(_table("memory", _memory_rows(config)))
-    if any(folder.glob("*.safetensors")):
-        console.print(_table("files", _file_rows(folder)))
+    if find_form(folder) is None:
+        console.print("files: no weights here")
     else:
-        console.print("files: no weights in safetensors form here")
+        console.print(_table("files", _file_rows(folder)))
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:

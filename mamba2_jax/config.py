@@ -287,11 +287,26 @@ class Mamba2Config:
         if beyond:
             raise NotImplementedError(
                 f"Mamba2Config.to_dict: transformers' Mamba-2 has no {', '.join(beyond)}; such a model "
-                "cannot be written in its form"
+                "can be written in the form 'state-spaces'"
             )
         if self.unpadded_vocab_size is None:
             del fields["unpadded_vocab_size"]
         return config_forms.transformers_dict(fields)
+
+    def to_state_spaces_dict(self) -> dict[str, Any]:
+        """Write a `config.json` that mamba_ssm loads. It has no place for the special token ids.
+
+        Raises:
+            NotImplementedError: the model has something that mamba_ssm's config cannot say.
+        """
+        if self.layer_norm_epsilon != 1e-5:
+            raise NotImplementedError(
+                f"Mamba2Config.to_state_spaces_dict: layer_norm_epsilon={self.layer_norm_epsilon}, mamba_ssm "
+                "knows only 1e-5; such a model can be written in the form 'transformers'"
+            )
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["attn_cfg"] = None if self.attn_cfg is None else dataclasses.asdict(self.attn_cfg)
+        return config_forms.state_spaces_dict(fields)
 
 
 # What transformers' Mamba-2 does not have, and the value at which it agrees.

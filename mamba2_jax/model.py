@@ -1,10 +1,7 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
-import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +9,14 @@ from flax import nnx
 
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
 from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
 from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
 from mamba2_jax.ops.segments import document_index, document_starts
+from mamba2_jax.pretrained import PretrainedModel
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
-from mamba2_jax.weights import LoadReport, load_weights
-
-_M = TypeVar("_M", bound="_PretrainedModel")
 
 
 @jax.tree_util.register_dataclass
@@ -53,75 +47,7 @@ class Mamba2CausalLMOutput:
     """With `labels`: mean cross entropy in nats over the tokens that have a label."""
 
 
-class _PretrainedModel(nnx.Module):
-    """Loading, shared by both models."""
-
-    config: Mamba2Config
-
-    @classmethod
-    def from_pretrained(
-        cls: type[_M],
-        path: str | pathlib.Path | None = None,
-        *,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike | None = None,
-        ssd_implementation: str | None = None,
-        sharding: "jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
-        revision: str | None = None,
-        allow_non_finite: bool = False,
-        report: Callable[[LoadReport], None] | None = None,
-    ) -> _M:
-        """Load a checkpoint that transformers wrote.
-
-        Args:
-            path: a folder or a hub id. None: the small Python-writing model inside the package.
-            dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
-            param_dtype: dtype of the parameters. None keeps each tensor as stored.
-            ssd_implementation: passed to `ops.ssd`.
-            sharding: where the parameters go: a sharding for all, or a function of the parameter's path.
-            revision: branch, tag or commit of a hub id.
-            allow_non_finite: take weights that hold NaN or infinity.
-            report: called with the load report; `print` prints it.
-
-        Raises:
-            FileNotFoundError: no such folder, or a hub id that cannot be reached.
-            ValueError: a checkpoint that does not fit its config: every problem is listed.
-        """
-        folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
-        config = Mamba2Config.from_pretrained(folder)
-        arrays, load_report = load_weights(
-            folder,
-            config,
-            param_dtype=param_dtype,
-            sharding=sharding,
-            allow_non_finite=allow_non_finite,
-            head=cls._has_head,
-        )
-        if dtype is None:
-            stored = arrays["backbone.embeddings.weight"].dtype
-            dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
-        model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
-        if report is not None:
-            report(load_report)
-        return model
-
-    @classmethod
-    def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
-        """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))  # pyright: ignore[reportCallIssue]
-        parameters = nnx.state(model, nnx.Param)
-        paths = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(parameters)}
-        prefix = cls._checkpoint_prefix
-        for path, leaf in paths.items():
-            leaf.set_value(arrays[prefix + path])
-        nnx.update(model, parameters)
-        return model
-
-    _checkpoint_prefix = ""
-    _has_head = True
-
-
-class Mamba2Model(_PretrainedModel):
+class Mamba2Model(PretrainedModel):
     """Embeddings, blocks and the final norm.
 
     Args:
@@ -214,7 +140,7 @@ class Mamba2Model(_PretrainedModel):
         )
 
 
-class Mamba2ForCausalLM(_PretrainedModel):
+class Mamba2ForCausalLM(PretrainedModel):
     """`Mamba2Model` with a head that scores the next token. Arguments as for `Mamba2Model`.
 
     >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package

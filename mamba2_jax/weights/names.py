@@ -124,11 +124,19 @@ def checkpoint_table(config: Mamba2Config, head: bool = True) -> tuple[StoredTen
 def stored_names(name: str) -> tuple[str, ...]:
     """Every name under which a file may hold the tensor, the canonical one first.
 
-    state-spaces writes `embedding` for `embeddings`; a bare Mamba2Model has no `backbone.` prefix.
+    state-spaces writes `embedding` for `embeddings`, Mistral puts `model.` in front, and a bare Mamba2Model
+    has no `backbone.`.
     """
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [other.removeprefix(_PREFIX) for other in names]
+    names += [f"model.{other}" for other in names] + [other.removeprefix(_PREFIX) for other in names]
     return tuple(dict.fromkeys(names))
+
+
+def written_name(name: str, form: str, head: bool) -> str:
+    """Return the name that a form writes a tensor under; a bare Mamba2Model's have no `backbone.`."""
+    if form == "state-spaces":
+        return name.replace("backbone.embeddings.", "backbone.embedding.")
+    return name if head else name.removeprefix(_PREFIX)
 
 
 def match_names(
