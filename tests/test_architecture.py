@@ -46,7 +46,7 @@ OUTSIDE = {
     "config": "",
     "tokenizer": "sentencepiece tokenizers transformers",
     "weights": "jax ml_dtypes numpy rich torch",
-    "pallas": "jax",
+    "pallas": "jax jax_triton triton",
     "ops": "jax numpy",
     "cache": "jax",
     "layers": "flax jax",
