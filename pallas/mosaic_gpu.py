@@ -49,7 +49,15 @@ def ssd(
     Returns:
         y: `(b, l, h, p)` in the dtype of x.
         final_state: `(b, h, p, n)` float32.
+
+    Raises:
+        NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
     """
+    if any(getattr(jax.typeof(array), "vma", None) for array in (x, dt, A, B, C, initial_state)):
+        raise NotImplementedError(
+            "ssd: implementation='mosaic_gpu' does not tell jax.shard_map how its values vary over the mesh; "
+            "pass check_vma=False to the jax.shard_map around it"
+        )
     return _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)
 
 
