@@ -34,7 +34,8 @@ ARROWS = {
     "generation": "cache inputs model ops sampling typing",
     "streaming": "cache generation model tokenizer typing",
     "cli_info": "cache config hub weights",
-    "cli": "cli_info convert hub model sampling streaming tokenizer",
+    "cli_kernels": "config hub ops",
+    "cli": "cli_info cli_kernels convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -59,10 +60,11 @@ OUTSIDE = {
     "generation": "jax numpy",
     "streaming": "jax numpy",
     "cli_info": "jax rich",
+    "cli_kernels": "jax rich",
     "cli": "jax tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_info"}
+COMMAND_LINE = {"cli", "cli_info", "cli_kernels"}
 
 
 def source_files() -> list[pathlib.Path]:

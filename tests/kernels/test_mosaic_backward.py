@@ -23,10 +23,16 @@ CASES = [
     (kernel_case("more strips than the ring holds, odd heads", l=136, h=3, n=64), "float32"),
     (kernel_case("two spans, packed", l=328, h=1, n=64, segments="packed"), "bfloat16"),
     (kernel_case("state_dim 128", l=140), "bfloat16"),
-    (kernel_case("head_dim 128, D per channel, rows and groups", b=2, l=75, p=128, g=2, n=64, D="hp"), "float32"),
+    (
+        kernel_case("head_dim 128, D per channel, rows and groups", b=2, l=75, p=128, g=2, n=64, D="hp"),
+        "float32",
+    ),
     (kernel_case("state_dim 256, no D", l=70, h=2, n=256, D=None), "bfloat16"),
     (kernel_case("strong decay", l=200, h=1, n=64, decay=60.0), "float32"),
-    (kernel_case("left padding, length not a multiple of 8", b=2, l=75, h=1, n=64, segments="left"), "float32"),
+    (
+        kernel_case("left padding, length not a multiple of 8", b=2, l=75, h=1, n=64, segments="left"),
+        "float32",
+    ),
 ]
 SLOW_CASES = [
     (kernel_case("three spans, packed", l=520, h=3, segments="packed", D="hp"), "float32"),
@@ -44,7 +50,8 @@ SLOW_CASES = [
 ]
 SMOKE = {"state_dim 128", "two spans, packed"}
 PARAMETERS = [
-    pytest.param(*case, id=str(case[0]), marks=[pytest.mark.smoke] * (str(case[0]) in SMOKE)) for case in CASES
+    pytest.param(*case, id=str(case[0]), marks=[pytest.mark.smoke] * (str(case[0]) in SMOKE))
+    for case in CASES
 ] + [pytest.param(*case, id=str(case[0]), marks=pytest.mark.slow) for case in SLOW_CASES]
 
 
@@ -165,7 +172,9 @@ def test_jit_scan_and_vmap_agree_with_the_plain_gradient():
     ids = jnp.ones((1, 70), jnp.int32).at[:, 40:].set(2)
     want = jax.grad(small_loss)(leaves, ids)
 
-    in_scan = jax.jit(jax.grad(lambda v: jax.lax.scan(lambda s, _: (s + small_loss(v, ids), None), 0.0, None, 2)[0]))
+    in_scan = jax.jit(
+        jax.grad(lambda v: jax.lax.scan(lambda s, _: (s + small_loss(v, ids), None), 0.0, None, 2)[0])
+    )
     for name, gradient in in_scan(leaves).items():
         assert error(gradient, 2 * np.asarray(want[name], np.float64)) < 1e-6, name
 
