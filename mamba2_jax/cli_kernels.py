@@ -1,4 +1,4 @@
-"""What `mamba2-jax info --kernels` prints: which implementation of the scan runs on the devices here, and why."""
+"""What `mamba2-jax info --kernels` prints: what runs the scan on the devices here, and why."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mamba2_jax.pallas import Kernel
 from ssd_cases import Case, draw
 
 from mamba2_jax import ops
 from mamba2_jax.ops import dispatch
 from mamba2_jax.ops.ssd_chunked import ssd_chunked
-from mamba2_jax.pallas import Kernel
 
 CASE = Case("dispatch", l=21, h=2, g=1)
 

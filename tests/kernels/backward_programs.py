@@ -23,9 +23,7 @@ class Program:
     dtype: str = "bfloat16"
     D: str | None = "h"
     documents: bool = False
-    spill_budget: int = dataclasses.field(
-        default=0, kw_only=True
-    )  # bytes a thread of the walk stores and loads
+    spill_budget: int = dataclasses.field(default=0, kw_only=True)  # bytes a thread of the walk stores and loads
     smoke: bool = dataclasses.field(default=False, kw_only=True)
     slow: bool = dataclasses.field(default=False, kw_only=True)
 
