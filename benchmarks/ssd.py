@@ -222,9 +222,9 @@ def heading(rounds: int) -> list[str]:
     return [
         f"{facts['device']}; {versions}; commit {facts['commit']}.",
         "",
-        f"Medians of {rounds} rounds of queued calls; `host`: the host, not the device, set the time. Against",
-        "ours: the time over that of the implementation that runs unasked. GB/s counts the bytes that must",
-        "move (`benchmarks/roofline.py`), not those that did.",
+        f"Medians of {rounds} rounds of queued calls; `host`: the host, not the device, set the time.",
+        "Against ours: the time over that of the implementation that runs unasked. GB/s counts the bytes",
+        "that must move (`benchmarks/roofline.py`), not those that did.",
         "",
         HEAD,
         "|" + "---|" * (HEAD.count("|") - 1),
