@@ -63,16 +63,27 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         ("time step", "not limited" if (low, high) == (0, math.inf) else f"clamped to {low}..{high}"),
         ("chunk size", str(config.chunk_size)),
         ("end of text", ", ".join(map(str, config.eos_token_ids)) or "none"),
-        ("runs here", _runs_here(config)),
+        *_variant_rows(config),
     ]
 
 
-def _runs_here(config: Mamba2Config) -> str:
-    try:
-        config.validate_supported()
-    except NotImplementedError as error:
-        return f"no: {error}"
-    return "yes"
+def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
+    """What most models do not have."""
+    rows = []
+    if config.attn_layer_idx and (attention := config.attn_cfg) is not None:
+        heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
+        if attention.num_heads_kv != attention.num_heads:
+            heads += f", {attention.num_heads_kv} of keys and values"
+        rows.append(("attention", f"layers {', '.join(map(str, config.attn_layer_idx))}: {heads}"))
+    if config.parallel_mlp_width:
+        rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
+    if config.d_intermediate:
+        rows.append(("MLP in each block", f"{config.mlp_width} channels"))
+    if not config.rmsnorm or config.norm_before_gate:
+        rows.append(("gate", "after the norm" if config.rmsnorm else "without a norm"))
+    if config.D_has_hdim:
+        rows.append(("D", "per channel"))
+    return rows
 
 
 def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
@@ -81,8 +92,15 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         for dtype in ("float32", "bfloat16")
     ]
     for dtype in ("float32", "bfloat16"):
-        cache = jax.eval_shape(lambda dtype=dtype: Mamba2Cache.zeros(config, 1, dtype))
-        rows.append((f"cache of a row, {dtype}", f"{_size(cache.nbytes)}, however long the text"))
+        sizes = [
+            jax.eval_shape(
+                lambda dtype=dtype, capacity=capacity: Mamba2Cache.zeros(config, 1, dtype, capacity=capacity)
+            ).nbytes
+            for capacity in (0, 1)
+        ]
+        growth = sizes[1] - sizes[0]
+        per_token = f", and {_size(growth)} for each token of it" if growth else ", however long the text"
+        rows.append((f"cache of a row, {dtype}", _size(sizes[0]) + per_token))
     return rows
 
 

@@ -171,7 +171,9 @@ def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["num_heads"] = _heads(fields)
     fields["d_intermediate"] = config.get("d_intermediate", 0)
     fields["attn_layer_idx"] = config.get("attn_layer_idx") or ()
-    fields["attn_cfg"] = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
+    attention = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
+    # The original's default is not causal, which the config refuses.
+    fields["attn_cfg"] = {"causal": False} | attention if isinstance(attention, dict) else attention
     fields["layer_norm_epsilon"] = config.get("norm_epsilon", 1e-5)
     return fields
 

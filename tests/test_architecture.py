@@ -24,18 +24,23 @@ ARROWS = {
     "pallas": "",
     "ops": "pallas typing",
     "cache": "config typing",
-    "layers": "cache config ops typing",
-    "inputs": "cache config layers ops typing",
+    "lora": "config hub ops typing weights",
+    "parts": "cache config lora ops typing",
+    "attention": "cache config lora ops parts typing",
+    "layers": "attention cache config lora ops parts typing",
+    "inputs": "cache config ops parts typing",
     "export": "config weights",
     "convert": "config export hub typing weights",
-    "pretrained": "config export hub typing weights",
-    "model": "cache config inputs layers ops pretrained typing",
+    "pretrained": "config export hub lora typing weights",
+    "model": "cache config inputs layers lora ops parts pretrained typing",
     "sampling": "ops typing",
-    "generation": "cache inputs model ops sampling typing",
+    "generation": "cache config inputs model ops sampling typing",
     "streaming": "cache generation model tokenizer typing",
+    "training": "inputs lora model ops typing",
     "cli_info": "cache config hub weights",
     "cli_kernels": "config hub ops",
-    "cli": "cli_info cli_kernels convert hub model sampling streaming tokenizer",
+    "cli_finetune": "hub model tokenizer training",
+    "cli": "cli_finetune cli_info cli_kernels convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -50,6 +55,9 @@ OUTSIDE = {
     "pallas": "jax jax_triton triton",
     "ops": "jax numpy",
     "cache": "jax",
+    "parts": "flax jax",
+    "attention": "flax jax",
+    "lora": "flax jax numpy safetensors",
     "layers": "flax jax",
     "inputs": "jax numpy",
     "export": "",
@@ -59,12 +67,14 @@ OUTSIDE = {
     "sampling": "jax",
     "generation": "jax numpy",
     "streaming": "jax numpy",
+    "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli_info": "jax rich",
     "cli_kernels": "jax rich",
+    "cli_finetune": "tyro",
     "cli": "jax tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_info", "cli_kernels"}
+COMMAND_LINE = {"cli", "cli_finetune", "cli_info", "cli_kernels"}
 
 
 def source_files() -> list[pathlib.Path]:
@@ -144,3 +154,10 @@ def test_public_names_exist():
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
+
+
+def test_one_module_imports_pytorch():
+    users = [
+        file.name for file in source_files() if "torch" in {n.split(".")[0] for n in imported_names(file)}
+    ]
+    assert users == ["torch_file.py"]

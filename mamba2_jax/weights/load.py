@@ -38,7 +38,7 @@ Placement = Sharding | jax.Device | None
 """Where an array goes; None is JAX's default device."""
 
 _BLOCK_BYTES = 1 << 20
-_THREADS = 4
+_THREADS = 2  # one waits for the disk while one works; more share the cache and take half as long again
 _ALIGNMENT = 64  # JAX on CPU takes an aligned host array as it is, without a second copy
 
 
@@ -73,7 +73,6 @@ def load_weights(
     Raises:
         CheckpointError: a broken file, or tensors that do not fit the config; lists every problem.
         ValueError: `param_dtype` is not a float type that JAX can hold, or a sharding does not fit a shape.
-        NotImplementedError: the config needs a variant that is not built yet.
     """
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
