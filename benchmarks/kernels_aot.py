@@ -25,7 +25,7 @@ import traffic
 
 HEAD = (
     "| kernel | shape | registers | launched with | spilled, bytes | shared memory, bytes | wgmma | "
-    "blocks per SM, bound by | HBM, MB |"
+    "blocks per SM, bound by | HBM, MB | through L2, MB |"
 )
 
 
@@ -43,23 +43,25 @@ def main() -> None:
         "",
         "Registers are per thread: the most that any warpgroup uses, of 255, and what the block is launched",
         "with, which the warpgroups then share out among themselves. Spills count both ways, per thread.",
-        "HBM counts every byte that the kernel and the XLA code before it read or write, each once.",
+        "HBM counts every byte that the kernel and the XLA code before it read or write, each once; L2",
+        "counts what all blocks load and store, the same bytes as often as they ask for them.",
         "",
         HEAD,
         "|" + "---|" * (HEAD.count("|") - 1),
     ]
     print("\n".join(lines), flush=True)
     for program in forward_programs.PROGRAMS:
-        megabytes = sum(traffic.hbm_bytes(*forward_programs.traced(program)).values()) / 1e6
+        hbm = sum(traffic.hbm_bytes(*forward_programs.traced(program)).values())
+        bytes_moved = (hbm, forward_programs.l2_bytes(program))
         for kernel in aot.compile_kernels("forward_programs:build", **program.kwargs):
-            lines.append(row(f"forward: {program}", program.described, kernel, megabytes))
+            lines.append(row(f"forward: {program}", program.described, kernel, *bytes_moved))
             print(lines[-1], flush=True)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("# What the kernels take of an H100\n\n" + "\n".join(lines) + "\n")
 
 
-def row(name: str, shape: str, kernel: aot.Kernel, megabytes: float) -> str:
+def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int) -> str:
     cells = [
         name,
         shape,
@@ -69,7 +71,7 @@ def row(name: str, shape: str, kernel: aot.Kernel, megabytes: float) -> str:
         kernel.smem_bytes,
         "" if kernel.wgmma is None else kernel.wgmma,
         f"{kernel.blocks_per_sm}, {kernel.bound}",
-        f"{megabytes:.0f}",
+        *(f"{count / 1e6:.0f}" for count in bytes_moved),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

@@ -21,7 +21,6 @@ from jax.experimental.pallas import mosaic_gpu
 
 plgpu: Any = mosaic_gpu  # its names move from release to release, and a type checker sees only one
 
-WARPGROUP = 128  # threads
 MATRIX = plgpu.Layout.WGMMA
 ONE_PER_ROW = MATRIX.reduce(1)  # a vector over the rows of a matrix
 ONE_PER_COLUMN = MATRIX.reduce(0)

@@ -1,16 +1,16 @@
-r"""The scan's forward pass on Hopper: one kernel that walks the sequence with the state in registers.
+"""The scan's forward pass on Hopper: one kernel that walks the sequence with the state in registers.
 
 A block has three warpgroups. One only copies; two compute, each on a strip of 64 channels of a head, and they
 share B and C in shared memory (`mosaic_plan` cuts the work, `mosaic_walk` is what the warpgroups do):
 
-    HBM         x, B, C, log weights                                               y, saved states
-                  |                                                                  ^
-    copying       | TMA, `stages` chunks ahead          "full" ->   <- "empty"       | TMA
-                  v                                                                  |
-    SMEM        [ x B C logs ] [ x B C logs ] [ x B C logs ]      weights            y
-                       \________________\________________\____        ^  |            ^
-    computing                                                 \       |  v            |
-                the state, in registers, from chunk to chunk:  -> walk one strip -----
+    HBM         x  B  C  log weights                               y    saved states
+                      |                                            ^         ^
+    copying           | TMA, `stages` chunks ahead                 | TMA     |
+                      v          "full" ->   <- "empty"            |         |
+    SMEM        [x B C logs]  [x B C logs]  [x B C logs]           y         |
+                      |                                            ^         |
+    computing         +---> walk a strip, chunk after chunk -------+---------+
+                            (the state stays in registers)
 
 Everything is computed transposed, channels in rows: then the left operand of a product (the state, x, or x
 decayed) comes from registers, and shared memory is read the least. Counted for a chunk of 64 tokens at
@@ -167,14 +167,14 @@ def _scratch(plan: Plan, dtype: Any, documents: bool, interpreted: bool) -> dict
         "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
-        "row_logs": plgpu.SMEM((stages, pair, 2, CHUNK), jnp.float32),
-        "column_logs": plgpu.SMEM((stages, pair, CHUNK), jnp.float32),
+        "row_logs": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
+        "column_logs": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
         # One for each compute warpgroup.
         "from_start": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "to_end": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "weights": gpu.tiles(pair, CHUNK, CHUNK, dtype=dtype),
         "y": gpu.tiles(pair, CHUNK, STRIP, dtype=dtype),
-        "full": plgpu.Barrier(num_arrivals=2 + 3 * pair + documents, num_barriers=stages),
+        "full": plgpu.Barrier(num_arrivals=4 + pair + documents, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=pair, num_barriers=stages),
     }
     if documents:

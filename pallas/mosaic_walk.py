@@ -46,6 +46,10 @@ class Place:
         """The strip of warpgroup `i`; a group with an odd number of strips has its last one walked twice."""
         return jnp.minimum(self.first_strip + i, self.last_strip)
 
+    def first_head(self, plan: Plan) -> Any:
+        """The head of the first strip."""
+        return lax.div(self.first_strip, jnp.int32(plan.strips_per_head))
+
     def owns(self, i: Any) -> Any:
         """Whether warpgroup `i` is the one that stores what it computes."""
         return self.first_strip + i <= self.last_strip
@@ -73,29 +77,27 @@ def place_of_block(plan: Plan) -> Place:
 
 def copy(plan: Plan, hbm: Any, smem: Any, place: Place) -> None:
     """The copying warpgroup: keep every slot full."""
-    strips = [place.strip(i) for i in range(STRIPS_PER_BLOCK)]
-    logs = [hbm.logs.at[place.batch, lax.div(strip, jnp.int32(plan.strips_per_head))] for strip in strips]
+    heads = pl.ds(place.first_head(plan), plan.heads_per_block)
 
     def fetch(chunk, slot):
         tokens, full = pl.ds(chunk * CHUNK, CHUNK), smem.full.at[slot]
         fill = functools.partial(plgpu.copy_gmem_to_smem, barrier=full)
         fill(hbm.B.at[place.batch, tokens, place.group], smem.B.at[slot])
-        for i, strip in enumerate(strips):
-            fill(hbm.x.at[place.batch, tokens, strip], smem.x.at[slot, i])
-            fill(logs[i].at[chunk], smem.row_logs.at[slot, i])
+        for i in range(STRIPS_PER_BLOCK):
+            fill(hbm.x.at[place.batch, tokens, place.strip(i)], smem.x.at[slot, i])
+        fill(hbm.logs.at[place.batch, heads, chunk], smem.row_logs.at[slot])
         if hasattr(hbm, "documents"):
             fill(hbm.documents.at[place.batch, chunk], smem.documents.at[slot])
 
         @pl.when(chunk >= place.start)
         def _():
             fill(hbm.C.at[place.batch, tokens, place.group], smem.C.at[slot])
-            for i in range(STRIPS_PER_BLOCK):
-                fill(logs[i].at[chunk, 0], smem.column_logs.at[slot, i])
+            fill(hbm.logs.at[place.batch, heads, chunk, 0], smem.column_logs.at[slot])
 
         @pl.when(chunk < place.start)  # a chunk to pass by: what its state needs is enough
         def _():
-            for _ in range(1 + STRIPS_PER_BLOCK):
-                plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
+            plgpu.barrier_arrive(full)
 
     for stage in range(plan.stages):
         fetch(jnp.int32(stage), jnp.int32(stage))
@@ -141,7 +143,7 @@ class Walk:
         plgpu.barrier_wait(self.smem.full.at[slot])
         B, C = self.smem.B.at[slot], gpu.transposed(self.smem.C.at[slot])
         source, last, kept = self.decays(slot)
-        target = gpu.load(self.smem.column_logs.at[slot, self.me], gpu.ONE_PER_COLUMN)
+        target = gpu.load(self.smem.column_logs.at[slot, self.head], gpu.ONE_PER_COLUMN)
         log_weights = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
         # Mask before exp2: below the diagonal the difference is positive and overflows.
         weights = jnp.exp2(jnp.where(seen(last), log_weights, -jnp.inf))
@@ -176,8 +178,10 @@ class Walk:
             last: the last token of its document in this chunk, or None without documents.
             kept: what stays of the state over the chunk, a number.
         """
-        target, source = (gpu.load(self.smem.row_logs.at[slot, self.me, i], gpu.ONE_PER_ROW) for i in (0, 1))
-        end = self.smem.row_logs[slot, self.me, 0, CHUNK - 1]
+        target, source = (
+            gpu.load(self.smem.row_logs.at[slot, self.head, i], gpu.ONE_PER_ROW) for i in (0, 1)
+        )
+        end = self.smem.row_logs[slot, self.head, 0, CHUNK - 1]
         from_start, to_end, kept, last = jnp.exp2(target), jnp.exp2(end - source), jnp.exp2(end), None
         if hasattr(self.smem, "documents"):
             last = gpu.load(self.smem.documents.at[slot, 0], gpu.ONE_PER_ROW)
@@ -243,6 +247,12 @@ class Walk:
     def dtype(self) -> Any:
         """The compute dtype."""
         return self.hbm.x.dtype
+
+    @property
+    def head(self) -> Any:
+        """Which of the block's heads this warpgroup's strip belongs to."""
+        strip = self.place.strip(self.me)
+        return lax.div(strip, jnp.int32(self.plan.strips_per_head)) - self.place.first_head(self.plan)
 
     @property
     def owns(self) -> Any:

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from mamba2_jax.pallas import mosaic_forward
+from mamba2_jax.pallas import mosaic_forward, mosaic_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,8 @@ PROGRAMS = [
     Program("B", **SHAPES["B"]),
     Program("B, training", **SHAPES["B"], documents=True, save_states=True),
     Program("C", **SHAPES["C"]),
+    Program("130m, training", b=8, l=2048, h=24, g=1, documents=True, save_states=True, slow=True),
+    Program("130m, one long row", l=65536, h=24, g=1, slow=True),
     Program("C, documents", **SHAPES["C"], documents=True, slow=True),
     Program("head_dim 128", p=128, h=64, D="hp", documents=True),
     Program("head_dim 128, state_dim 64", p=128, n=64, h=64, D="hp", save_states=True),
@@ -103,6 +105,12 @@ def build(abstract, b, l, h, g, p, n, dtype, D, documents, save_states, pieces):
     return forward, arguments
 
 
+def build_starved(abstract, **kwargs):
+    """Build the forward with too few registers to compute in: what the checks of a compile must find."""
+    mosaic_plan.Plan.compute_registers = property(lambda _: 168)
+    return build(abstract, **kwargs)
+
+
 def traced(program):
     """The forward as a function of arrays only, followed by their shapes."""
     function, arguments = build(jax.ShapeDtypeStruct, **program.kwargs)
@@ -112,3 +120,23 @@ def traced(program):
         return function(*(None if argument is None else next(arrays) for argument in arguments))
 
     return call, *(argument for argument in arguments if argument is not None)
+
+
+def l2_bytes(program) -> int:
+    """Count the bytes that all blocks together load and store, most of them more than once."""
+    plan = mosaic_plan.make_plan(
+        *(program.b, program.l, program.h, program.g, program.p, program.n),
+        documents=program.documents,
+        pieces=program.pieces,
+    )
+    chunk = mosaic_plan.CHUNK
+    tile, logs = chunk * mosaic_plan.STRIP * 2, plan.heads_per_block * chunk * 4
+    passed_by = chunk * program.n * 2 + 2 * tile + 2 * logs + program.documents * 2 * chunk * 4
+    own = passed_by + chunk * program.n * 2 + logs + 2 * tile  # and C, the targets again, and y
+    starts = (0, *plan.piece_ends[:-1])
+    per_block = sum(
+        start * passed_by + (end - start) * own for start, end in zip(starts, plan.piece_ends, strict=True)
+    )
+    states = program.b * program.h * program.p * program.n * 4 * (len(starts) + 1)
+    saved = program.save_states * program.b * -(-program.l // 256) * program.h * program.p * program.n * 2
+    return program.b * program.g * plan.blocks_per_group * per_block + states + saved

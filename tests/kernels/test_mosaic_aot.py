@@ -43,3 +43,13 @@ def test_the_forward_compiles_within_its_budget(program):
 def test_a_kernel_that_cannot_compile_is_told_from_one_that_can():
     with pytest.raises(RuntimeError, match="did not compile"):
         aot.compile_kernels("forward_programs:build", **{**PROGRAMS[0].kwargs, "dtype": "float32"})
+
+
+def test_spills_and_waits_are_found_where_registers_are_few():
+    wide = next(program for program in PROGRAMS if program.n == 256)
+    training = {**wide.kwargs, "documents": True, "save_states": True}
+    (kernel,) = aot.compile_kernels("forward_programs:build_starved", **training)
+    assert kernel.spill_bytes > wide.spill_budget
+    assert kernel.stack_bytes > wide.spill_budget
+    assert kernel.serialised_wgmma
+    assert kernel.local_traffic is None or kernel.local_traffic * 4 > wide.spill_budget

@@ -1,7 +1,9 @@
 """The Mosaic GPU forward in the interpreter against the float64 recurrence; nothing races, all is written."""
 
 import dataclasses
+import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -67,6 +69,15 @@ def valid_tokens(inputs):
     return np.ones(inputs["x"].shape[:2], bool) if ids is None else np.asarray(ids) != 0
 
 
+def check_values(inputs, dtype, y, final):
+    want_y, want_final = reference.ssd(**inputs)
+    valid = valid_tokens(inputs)
+    assert y.dtype == inputs["x"].dtype
+    assert final.dtype == jnp.float32
+    assert error(np.asarray(y)[valid], want_y[valid]) < TOLERANCE[dtype]
+    assert error(final, want_final) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize(
     ("case", "dtype", "options"),
     [pytest.param(*c, id=str(c[0]), marks=[pytest.mark.smoke] * (str(c[0]) in SMOKE)) for c in CASES],
@@ -74,13 +85,21 @@ def valid_tokens(inputs):
 def test_values_equal_the_float64_recurrence(case, dtype, options):
     inputs = arguments(case, dtype)
     y, final, saved = interpreter.run(mosaic_forward.forward, **inputs, **options)
-    want_y, want_final = reference.ssd(**inputs)
-    valid = valid_tokens(inputs)
     assert saved is None
-    assert y.dtype == inputs["x"].dtype
-    assert final.dtype == jnp.float32
-    assert error(y[valid], want_y[valid]) < TOLERANCE[dtype]
-    assert error(final, want_final) < TOLERANCE[dtype]
+    check_values(inputs, dtype, y, final)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("case", "dtype", "options"), [pytest.param(*c, id=str(c[0])) for c in CASES if c[1] != "float32"]
+)
+def test_values_on_a_gpu_equal_the_float64_recurrence(case, dtype, options):
+    """What no interpreter runs: operands in registers, fences, clipping by the hardware."""
+    if getattr(jax.devices()[0], "compute_capability", None) != "9.0":
+        pytest.skip("needs an H100 or H200")
+    inputs = arguments(case, dtype)
+    y, final, _ = jax.jit(functools.partial(mosaic_forward.forward, **options))(**inputs)
+    check_values(inputs, dtype, y, final)
 
 
 @pytest.mark.parametrize("segments", [None, "packed"])

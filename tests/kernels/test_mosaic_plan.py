@@ -15,7 +15,7 @@ from mamba2_jax.pallas.mosaic_plan import SKIP_COST, choose_pieces, cut, make_pl
         ("Codestral, one row", {"batch": 1, "length": 4096, "heads": 128, "groups": 8}, 2),
         ("2.7b, eight rows", {"batch": 8, "length": 2048, "heads": 80, "groups": 1}, 1),
         ("2.7b, one long row", {"batch": 1, "length": 131072, "heads": 80, "groups": 1}, 3),
-        ("130m, one long row", {"batch": 1, "length": 65536, "heads": 24, "groups": 1}, 8),
+        ("130m, one long row", {"batch": 1, "length": 65536, "heads": 24, "groups": 1}, 5),
         ("130m, eight rows", {"batch": 8, "length": 2048, "heads": 24, "groups": 1}, 1),
         ("130m, a short row", {"batch": 1, "length": 200, "heads": 24, "groups": 1}, 2),
         ("one chunk", {"batch": 1, "length": 64, "heads": 2, "groups": 1}, 1),
