@@ -277,7 +277,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
         scores = scores + product(B(place.own, half), transposed(C(place.own, half).at[mine]))
     for i in range(plan.others):
         scores = scores + product(ring.tile(2 * i), transposed(ring.tile(2 * i + 1).at[mine]))
-        ring.release(2 * i, 2)
+        ring.release(2 * i, 2 * i + 1)
     smem.scores.at[me][...] = scores.astype(hbm.x.dtype)
 
     @pl.when(me == 0)
@@ -413,9 +413,8 @@ def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
     left = product(x, leaving)
     vectors.at[3][...] = (gpu.load(B(place.own)).astype(float32) * left).sum(1) * w
     dB = dB + gpu.per_row(w * dt(place.own), plan.half) * left
-    ring.release(0, plan.tiles)
-    ring.release(place.gradient_tile, plan.tiles)
-    ring.release(place.own_tile, 2)
+    ring.release(*(start + i for start in (0, place.gradient_tile) for i in range(plan.tiles)))
+    ring.release(place.own_tile, place.own_tile + 1)
     plgpu.barrier_arrive(smem.decays_empty.at[buffer])
 
     # 4. The vectors, of both warpgroups together: each sums half of them, and writes them out.
@@ -455,10 +454,10 @@ class _Ring:
             return self.smem.ring.at[self.slot(tile + self.me)]
         return self.smem.ring.at[self.slot(tile), :, pl.ds(pl.multiple_of(self.me * HALF, HALF), HALF)]
 
-    def release(self, tile, count=1):
-        plgpu.commit_smem()  # plain loads and stores end before TMA fills the slot again
-        for i in range(count):
-            plgpu.barrier_arrive(self.smem.empty.at[self.slot(tile + i)])
+    def release(self, *tiles):
+        plgpu.commit_smem()  # plain loads and stores end before TMA fills the slots again
+        for tile in tiles:
+            plgpu.barrier_arrive(self.smem.empty.at[self.slot(tile)])
 
 
 def _meet(smem: Any) -> None:

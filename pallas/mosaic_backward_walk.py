@@ -200,7 +200,6 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
     def updated(state, slot, from_start, kept):
         """Add the chunk's dy to the gradient of the state, which passes from the chunk's end to its start."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the dx of the chunk before has left
         dy = gpu.load(smem.dy.at[slot, me]).astype(float32)
         staged[...] = (dy * gpu.per_row(from_start, STRIP)).astype(dtype)
         plgpu.commit_smem()

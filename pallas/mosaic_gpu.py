@@ -53,7 +53,7 @@ def ssd(
     Raises:
         NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
     """
-    if any(getattr(jax.typeof(array), "vma", None) for array in (x, dt, A, B, C, initial_state)):
+    if any(jax.typeof(array).manual_axis_type.varying for array in (x, dt, A, B, C, initial_state)):
         raise NotImplementedError(
             "ssd: implementation='mosaic_gpu' does not tell jax.shard_map how its values vary over the mesh; "
             "pass check_vma=False to the jax.shard_map around it"
