@@ -1,4 +1,4 @@
-"""The command line: `mamba2-jax generate` writes text, `mamba2-jax info` describes a model.
+"""The command line: `mamba2-jax generate` writes text, `info` describes a model, `convert` rewrites one.
 
 What a command needs is imported when it runs, so that `--help` and a mistyped option answer at once.
 """
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: text from a checkpoint, and what is in one. `mamba2-jax --version` prints the version."
+    "Mamba-2 in JAX: text from a checkpoint, what is in one, and one form of it made into another. "
+    "`mamba2-jax --version` prints the version."
 )
 MAX_NEW_TOKENS = 128  # when neither the user nor the checkpoint says
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -49,6 +50,8 @@ class Generate:
     """The text to continue; `-` reads it from stdin, as it is."""
     model: _Path = None
     """A checkpoint's folder or hub id (None: the small Python-writing model in the package)."""
+    tokenizer: _Path = None
+    """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     max_new_tokens: _Count = None
     """How many tokens at most (None: 128)."""
     temperature: _Number = None
@@ -84,7 +87,7 @@ class Generate:
             folder = resolve_folder(self.model)
             settings = self._settings(folder)
             begin = self._prepare(folder, settings, prompt)
-        except (OSError, ValueError, NotImplementedError) as error:
+        except _MISTAKES as error:
             raise CommandError(str(error)) from error
         if self.echo:
             print(prompt, end="", flush=True)
@@ -113,7 +116,7 @@ class Generate:
         from mamba2_jax import Mamba2ForCausalLM, load_tokenizer, stream
         from mamba2_jax.tokenizer import special_token_ids
 
-        tokenizer = load_tokenizer(folder)
+        tokenizer = load_tokenizer(self.tokenizer or folder)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=_tell)
         eos = settings.get("eos_token_id", model.config.eos_token_id)
@@ -143,22 +146,68 @@ class Info:
 
     path: Positional[_Path] = None
     """A folder or a hub id (None: the small Python-writing model in the package)."""
+    kernels: bool = False
+    """Tell instead which kernels would run it on the devices here, and why not the others."""
 
     def run(self) -> None:
         """Print the tables."""
         from mamba2_jax.cli_info import describe
+        from mamba2_jax.cli_kernels import describe_kernels
 
         try:
-            describe(self.path)
-        except (OSError, ValueError, NotImplementedError) as error:
+            (describe_kernels if self.kernels else describe)(self.path)
+        except _MISTAKES as error:
             raise CommandError(str(error)) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """Write a checkpoint in another form, or with another dtype. Never holds the model in memory.
+
+    Reads transformers', state-spaces' and Mistral's form. The target appears when all is written.
+    """
+
+    source: Annotated[Positional[str], arg(metavar="SRC")]
+    """A folder or a hub id."""
+    target: Annotated[Positional[str], arg(metavar="DST")]
+    """The folder to make."""
+    to: Literal["transformers", "state-spaces"] = "transformers"
+    """The form to write; state-spaces' needs PyTorch."""
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """What to store; A_log, dt_bias and D are never narrowed."""
+    max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
+    """Bytes per file of transformers' form."""
+    tokenizer: _Path = None
+    """Folder or hub id whose tokenizer goes along (None: the source's, if it has one)."""
+    allow_non_finite: bool = False
+    """Take weights that hold NaN or infinity."""
+    overwrite: bool = False
+    """Replace the checkpoint in a folder that is not empty; other files in it stay."""
+
+    def run(self) -> None:
+        """Convert, with a progress bar on stderr."""
+        from mamba2_jax.convert import convert
+
+        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        options["dtype"] = None if self.dtype == "stored" else self.dtype
+        try:
+            convert(**options, show_progress=True)
+        except _MISTAKES as error:
+            raise CommandError(str(error)) from error
+        _tell(f"wrote {self.target}")
 
 
 class CommandError(Exception):
     """A mistake of the user's, to be told in one message."""
 
 
-Command = Annotated[Generate, subcommand("generate")] | Annotated[Info, subcommand("info")]
+_MISTAKES = (OSError, ValueError, NotImplementedError, ImportError)
+
+Command = (
+    Annotated[Generate, subcommand("generate")]
+    | Annotated[Info, subcommand("info")]
+    | Annotated[Convert, subcommand("convert")]
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from rich.table import Table
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import resolve_folder
-from mamba2_jax.weights import open_checkpoint
+from mamba2_jax.weights import find_form, open_checkpoint
 
 
 def describe(path: str | None) -> None:
@@ -29,10 +29,10 @@ def describe(path: str | None) -> None:
     console = Console(markup=False, emoji=False, highlight=False)
     console.print(_table(str(folder), _config_rows(config)))
     console.print(_table("memory", _memory_rows(config)))
-    if any(folder.glob("*.safetensors")):
-        console.print(_table("files", _file_rows(folder)))
+    if find_form(folder) is None:
+        console.print("files: no weights here")
     else:
-        console.print("files: no weights in safetensors form here")
+        console.print(_table("files", _file_rows(folder)))
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -63,16 +63,27 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         ("time step", "not limited" if (low, high) == (0, math.inf) else f"clamped to {low}..{high}"),
         ("chunk size", str(config.chunk_size)),
         ("end of text", ", ".join(map(str, config.eos_token_ids)) or "none"),
-        ("runs here", _runs_here(config)),
+        *_variant_rows(config),
     ]
 
 
-def _runs_here(config: Mamba2Config) -> str:
-    try:
-        config.validate_supported()
-    except NotImplementedError as error:
-        return f"no: {error}"
-    return "yes"
+def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
+    """What most models do not have."""
+    rows = []
+    if config.attn_layer_idx and (attention := config.attn_cfg) is not None:
+        heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
+        if attention.num_heads_kv != attention.num_heads:
+            heads += f", {attention.num_heads_kv} of keys and values"
+        rows.append(("attention", f"layers {', '.join(map(str, config.attn_layer_idx))}: {heads}"))
+    if config.parallel_mlp_width:
+        rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
+    if config.d_intermediate:
+        rows.append(("MLP in each block", f"{config.mlp_width} channels"))
+    if not config.rmsnorm or config.norm_before_gate:
+        rows.append(("gate", "after the norm" if config.rmsnorm else "without a norm"))
+    if config.D_has_hdim:
+        rows.append(("D", "per channel"))
+    return rows
 
 
 def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
@@ -81,8 +92,15 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         for dtype in ("float32", "bfloat16")
     ]
     for dtype in ("float32", "bfloat16"):
-        cache = jax.eval_shape(lambda dtype=dtype: Mamba2Cache.zeros(config, 1, dtype))
-        rows.append((f"cache of a row, {dtype}", f"{_size(cache.nbytes)}, however long the text"))
+        sizes = [
+            jax.eval_shape(
+                lambda dtype=dtype, capacity=capacity: Mamba2Cache.zeros(config, 1, dtype, capacity=capacity)
+            ).nbytes
+            for capacity in (0, 1)
+        ]
+        growth = sizes[1] - sizes[0]
+        per_token = f", and {_size(growth)} for each token of it" if growth else ", however long the text"
+        rows.append((f"cache of a row, {dtype}", _size(sizes[0]) + per_token))
     return rows
 
 

@@ -25,13 +25,15 @@ __all__ = ["AttentionConfig", "Mamba2Config"]
 class AttentionConfig:
     """Attention layers of the hybrid checkpoints: the arguments of the original's `MHA`.
 
-    `num_heads_kv` and `head_dim` become integers when the model's config takes this one in; `d_conv` is
-    the number of taps of the convolution over packed q, k, v (0: none).
+    `num_heads_kv` and `head_dim` become integers when the model's config takes this one in. `d_conv` is
+    the number of taps of the convolution over q, k and v (0: none). `rotary_emb_dim` of each head's
+    channels are rotated by their position. `mlp_dim` adds a gated MLP beside the heads (0: none).
     """
 
     num_heads: int
     num_heads_kv: int | None = None
     head_dim: int | None = None
+    mlp_dim: int = 0
     causal: bool = True
     d_conv: int = 0
     qkv_proj_bias: bool = True
@@ -41,13 +43,28 @@ class AttentionConfig:
     rotary_emb_interleaved: bool = False
     softmax_scale: float | None = None
 
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads: `num_heads * head_dim`."""
+        return self.num_heads * (self.head_dim or 0)
+
+    @property
+    def key_width(self) -> int:
+        """Channels of all key heads, and of all value heads: `num_heads_kv * head_dim`."""
+        return (self.num_heads_kv or 0) * (self.head_dim or 0)
+
+    @property
+    def mlp_width(self) -> int:
+        """Channels of the MLP's value, and of its gate: half of `mlp_dim` rounded up to 256."""
+        return -(-self.mlp_dim // 256) * 128
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
     """A Mamba-2 language model. Names and defaults are those of transformers' `Mamba2Config`.
 
     The defaults are Mamba-Codestral-7B's sizes. Beyond transformers' fields stand those that only
-    the original implementation has; `validate_supported` says which of them are read but not built yet.
+    the original implementation has, from `d_ssm` on.
 
     Args:
         num_heads: heads of the SSM; `num_heads * head_dim` is `d_ssm`.
@@ -156,6 +173,11 @@ class Mamba2Config:
         return self.d_ssm + 2 * self.groups_state_size
 
     @property
+    def parallel_mlp_width(self) -> int:
+        """Channels that go around the SSM, through a gated MLP beside it: `intermediate_size - d_ssm`."""
+        return self.intermediate_size - self.d_ssm
+
+    @property
     def mlp_width(self) -> int:
         """Width of the MLP after each mixer: `d_intermediate` rounded up to a multiple of 128."""
         return -(-self.d_intermediate // 128) * 128
@@ -179,25 +201,6 @@ class Mamba2Config:
         if self.time_step_rank == math.ceil(self.hidden_size / 16):
             changes.setdefault("time_step_rank", "auto")
         return dataclasses.replace(self, **changes)
-
-    def validate_supported(self) -> None:
-        """Raise NotImplementedError that names every feature which is read but not built yet."""
-        features = {
-            f"d_ssm={self.d_ssm} (less than intermediate_size={self.intermediate_size})": (
-                self.d_ssm != self.intermediate_size
-            ),
-            "D_has_hdim=True": self.D_has_hdim,
-            "rmsnorm=False": not self.rmsnorm,
-            "norm_before_gate=True": self.norm_before_gate,
-            f"d_intermediate={self.d_intermediate} (an MLP in each block)": self.d_intermediate > 0,
-            f"attn_layer_idx={self.attn_layer_idx} (attention layers)": bool(self.attn_layer_idx),
-        }
-        missing = [name for name, present in features.items() if present]
-        if missing:
-            raise NotImplementedError(
-                f"Mamba2Config: this model needs {', '.join(missing)}, which this version reads but does "
-                "not run yet"
-            )
 
     def num_parameters(self) -> int:
         """Count the parameters; a tied head counts once.
@@ -287,11 +290,26 @@ class Mamba2Config:
         if beyond:
             raise NotImplementedError(
                 f"Mamba2Config.to_dict: transformers' Mamba-2 has no {', '.join(beyond)}; such a model "
-                "cannot be written in its form"
+                "can be written in the form 'state-spaces'"
             )
         if self.unpadded_vocab_size is None:
             del fields["unpadded_vocab_size"]
         return config_forms.transformers_dict(fields)
+
+    def to_state_spaces_dict(self) -> dict[str, Any]:
+        """Write a `config.json` that mamba_ssm loads. It has no place for the special token ids.
+
+        Raises:
+            NotImplementedError: the model has something that mamba_ssm's config cannot say.
+        """
+        if self.layer_norm_epsilon != 1e-5:
+            raise NotImplementedError(
+                f"Mamba2Config.to_state_spaces_dict: layer_norm_epsilon={self.layer_norm_epsilon}, mamba_ssm "
+                "knows only 1e-5; such a model can be written in the form 'transformers'"
+            )
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["attn_cfg"] = None if self.attn_cfg is None else dataclasses.asdict(self.attn_cfg)
+        return config_forms.state_spaces_dict(fields)
 
 
 # What transformers' Mamba-2 does not have, and the value at which it agrees.
@@ -322,8 +340,9 @@ def _attention_config(value: Any, hidden_size: int) -> AttentionConfig | None:
         raise ValueError(f"Mamba2Config: attn_cfg={value!r}, wants a mapping or an AttentionConfig")
     if value.num_heads_kv is None:
         value = dataclasses.replace(value, num_heads_kv=value.num_heads)
-    if value.head_dim is None and isinstance(value.num_heads, int) and value.num_heads > 0:
-        value = dataclasses.replace(value, head_dim=hidden_size // value.num_heads)
+    heads = value.num_heads
+    if value.head_dim is None and isinstance(heads, int) and heads > 0 and hidden_size % heads == 0:
+        value = dataclasses.replace(value, head_dim=hidden_size // heads)
     problems = config_checks.attention_problems(dataclasses.asdict(value))
     if problems:
         raise ValueError("Mamba2Config: attn_cfg: " + "; ".join(problems))
@@ -331,13 +350,13 @@ def _attention_config(value: Any, hidden_size: int) -> AttentionConfig | None:
 
 
 def _attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
-    """Count the parameters of one attention mixer: packed qkv projection, its convolution, out projection."""
-    head_dim, num_heads_kv = attention.head_dim or 0, attention.num_heads_kv or 0
-    width = head_dim * attention.num_heads
-    qkv = width + 2 * head_dim * num_heads_kv
-    count = hidden_size * qkv + attention.qkv_proj_bias * qkv
+    """Count the parameters of one attention mixer: projection to q, k, v, convolution, projection back."""
+    qkv = attention.query_width + 2 * attention.key_width
+    in_proj = qkv + 2 * attention.mlp_width
+    count = hidden_size * in_proj + attention.qkv_proj_bias * in_proj
     count += qkv * (attention.d_conv + 1) if attention.d_conv else 0
-    return count + width * hidden_size + attention.out_proj_bias * hidden_size
+    count += (attention.query_width + attention.mlp_width) * hidden_size
+    return count + attention.out_proj_bias * hidden_size
 
 
 def _read_json(file: pathlib.Path) -> Any:

@@ -134,12 +134,19 @@ def attention_problems(fields: Mapping[str, Any]) -> list[str]:
     for name in ("num_heads", "num_heads_kv", "head_dim"):
         if not _is_integer_from(1, fields[name]):
             problems.append(f"{name}={fields[name]!r}, wants a positive integer")
-    for name in ("d_conv", "rotary_emb_dim"):
+    for name in ("rotary_emb_dim", "mlp_dim"):
         if not _is_integer_from(0, fields[name]):
             problems.append(f"{name}={fields[name]!r}, wants 0 or a positive integer")
+    if not _is_integer_from(0, fields["d_conv"]) or fields["d_conv"] == 1:
+        problems.append(f"d_conv={fields['d_conv']!r}, wants 0 (none) or an integer of at least 2")
+    for name in ("rotary_emb_base", "softmax_scale"):
+        if not _is_positive(fields[name]) and (name, fields[name]) != ("softmax_scale", None):
+            problems.append(f"{name}={fields[name]!r}, wants a finite number above 0")
     for name in ("causal", "qkv_proj_bias", "out_proj_bias", "rotary_emb_interleaved"):
         if not isinstance(fields[name], bool):
             problems.append(f"{name}={fields[name]!r}, wants true or false")
+    if fields["causal"] is False:
+        problems.append("causal=False: tokens that see later ones cannot be generated one by one")
     if problems:
         return problems
     if fields["num_heads"] % fields["num_heads_kv"]:
@@ -156,6 +163,13 @@ def attention_problems(fields: Mapping[str, Any]) -> list[str]:
 
 def _is_integer_from(low: int, value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= low
+
+
+def _is_positive(value: Any) -> bool:
+    try:
+        return _positive_float(value) > 0
+    except (TypeError, ValueError, OverflowError):
+        return False
 
 
 def _boolean(value: Any) -> bool:

@@ -171,7 +171,9 @@ def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["num_heads"] = _heads(fields)
     fields["d_intermediate"] = config.get("d_intermediate", 0)
     fields["attn_layer_idx"] = config.get("attn_layer_idx") or ()
-    fields["attn_cfg"] = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
+    attention = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
+    # The original's default is not causal, which the config refuses.
+    fields["attn_cfg"] = {"causal": False} | attention if isinstance(attention, dict) else attention
     fields["layer_norm_epsilon"] = config.get("norm_epsilon", 1e-5)
     return fields
 
@@ -236,3 +238,44 @@ def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
             value = [{"__float__": "Infinity"} if item == math.inf else item for item in value]
         written[name] = value
     return written
+
+
+# What mamba_ssm's Mamba2 module takes when ssm_cfg does not say.
+_SSM_CFG_DEFAULTS = {
+    **{"state_size": 128, "conv_kernel": 4, "expand": 2, "head_dim": 64, "n_groups": 1, "chunk_size": 256},
+    **{"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
+    **{"use_bias": False, "use_conv_bias": True, "time_step_limit": (0.0, math.inf)},
+    **{"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4},
+}
+
+
+def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Write fields as a `config.json` of state-spaces, with no key that mamba_ssm's MambaConfig lacks."""
+    ssm_cfg = {"layer": "Mamba2"}
+    for key, name in _SSM_CFG_FIELDS.items():
+        default = _SSM_CFG_DEFAULTS.get(name, fields["expand"] * fields["hidden_size"])  # d_ssm
+        if fields[name] != default:
+            ssm_cfg[key] = fields[name]
+    vocab_size, multiple = _unpadded(fields["vocab_size"], fields["unpadded_vocab_size"])
+    return {
+        "d_model": fields["hidden_size"],
+        "d_intermediate": fields["d_intermediate"],
+        "n_layer": fields["num_hidden_layers"],
+        "vocab_size": vocab_size,
+        "ssm_cfg": ssm_cfg,
+        "attn_layer_idx": list(fields["attn_layer_idx"]),
+        "attn_cfg": fields["attn_cfg"] or {},
+        "rms_norm": True,
+        "residual_in_fp32": fields["residual_in_fp32"],
+        "fused_add_norm": True,
+        "pad_vocab_size_multiple": multiple,
+        "tie_embeddings": fields["tie_word_embeddings"],
+    }
+
+
+def _unpadded(padded: int, real: int | None) -> tuple[int, int]:
+    """Find the multiple that pads `real` tokens to `padded`; without one, all count as real."""
+    for multiple in (16, 8, 32, 64, 128, 256):  # 16 in every published file
+        if real is not None and -(-real // multiple) * multiple == padded:
+            return real, multiple
+    return padded, 1

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.cache import Mamba2Cache
+from mamba2_jax.cache import Mamba2Cache, bucket
+from mamba2_jax.config import Mamba2Config
 from mamba2_jax.inputs import check_inputs
 from mamba2_jax.model import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import is_concrete
@@ -123,7 +124,8 @@ def generate(
         request.sampler,
         request.key,
         jnp.asarray(budget, jnp.int32),
-        size=_bucket(budget),
+        size=bucket(budget),
+        capacity=request.capacity,
         eos=request.eos,
         pad=request.pad,
         return_logprobs=return_logprobs,
@@ -136,11 +138,23 @@ def generate(
     )
 
 
-@partial(jax.jit, static_argnames=("size", "eos", "pad", "return_logprobs"))
+@partial(jax.jit, static_argnames=("size", "capacity", "eos", "pad", "return_logprobs"))
 def _generate(
-    model, input_ids, attention_mask, cache, sampler, key, budget, *, size, eos, pad, return_logprobs
+    model,
+    input_ids,
+    attention_mask,
+    cache,
+    sampler,
+    key,
+    budget,
+    *,
+    size,
+    capacity,
+    eos,
+    pad,
+    return_logprobs,
 ) -> tuple[Array, Array, Array | None, Mamba2Cache]:
-    state = prefill(model, input_ids, attention_mask, cache, sampler)
+    state = prefill(model, input_ids, attention_mask, cache, sampler, capacity=capacity)
     state, tokens, lengths, logprobs = decode(
         model, state, sampler, key, budget, size=size, eos=eos, pad=pad, return_logprobs=return_logprobs
     )
@@ -153,9 +167,15 @@ def prefill(
     attention_mask: Int[Array, "b l"] | None,
     cache: Mamba2Cache | None,
     sampler: Sampler,
+    *,
+    capacity: int = 0,
 ) -> DecodeState:
-    """Read the prompts; inside a `jit`. Logits are computed for each row's last token alone."""
+    """Read the prompts; inside a `jit`. Logits are computed for each row's last token alone.
+
+    `capacity`: tokens that the buffers of attention layers shall hold, prompt and answer together.
+    """
     batch, length = input_ids.shape
+    cache = None if cache is None else cache.reserve(capacity)
     out = model.backbone.forward(input_ids, attention_mask, None, cache, None)
     if attention_mask is None:
         last_hidden = out.last_hidden_state[:, -1]
@@ -168,7 +188,7 @@ def prefill(
         rows = jnp.arange(batch)[:, None]
         seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, input_ids].max(counts)
     return DecodeState(
-        cache=out.cache,
+        cache=out.cache.reserve(capacity),
         logits=model.logits(last_hidden),
         finished=jnp.zeros((batch,), bool),
         seen=seen,
@@ -246,6 +266,7 @@ class Request:
     sampler: Sampler
     key: Array | None
     budget: int
+    capacity: int
     eos: tuple[int, ...]
     pad: int
 
@@ -285,7 +306,19 @@ def check_request(
     if is_concrete(input_ids) and is_concrete(attention_mask):
         input_ids, attention_mask = _pad_to_bucket(input_ids, attention_mask, pad)
     budget = positive_integer(name, "max_new_tokens", max_new_tokens)
-    return Request(input_ids, attention_mask, cache, sampler, key, budget, eos, pad)
+    capacity = _capacity(config, cache, input_ids.shape[1], budget)
+    return Request(input_ids, attention_mask, cache, sampler, key, budget, capacity, eos, pad)
+
+
+def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
+    """Tokens that the buffers of attention layers shall hold: all before, the prompt, and the answer."""
+    if not config.attn_layer_idx:
+        return 0
+    if cache is None:
+        return length + bucket(budget)
+    if is_concrete(cache.position):
+        return bucket(int(np.max(cache.position)) + length + budget)
+    return (cache.capacity or 0) + length + bucket(budget)  # inside a jit: the most that can be needed
 
 
 def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[int, ...], int]:
@@ -318,21 +351,13 @@ def _is_key(key) -> bool:
     return key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32
 
 
-def _bucket(length: int) -> int:
-    """The next of 1, 16, 24, 32, 48, 64, 96, 128, ...: at most half as much again, few compilations."""
-    if length == 1:
-        return 1
-    power = max(16, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if 16 < length <= power * 3 // 4 else power
-
-
 def _pad_to_bucket(input_ids, attention_mask, pad: int) -> tuple[Array, Array | None]:
     """Pad on the right, which is exact, to a length that other prompts share."""
     batch, length = input_ids.shape
     mask = (
         np.ones((batch, length), np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
     )
-    extra = ((0, 0), (0, _bucket(length) - length))
+    extra = ((0, 0), (0, bucket(length) - length))
     ids = np.pad(np.asarray(input_ids, np.int32), extra, constant_values=pad)
     if length == 1:
         return jnp.asarray(ids), None

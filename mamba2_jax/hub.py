@@ -1,11 +1,11 @@
-"""From what the user typed, a folder or a hub id, to a folder on this machine."""
+"""From what the user typed, a folder or a hub id, to a folder on this machine; and a folder to the hub."""
 
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import cast
 
-__all__ = ["EMBEDDED_MODEL", "resolve_folder"]
+__all__ = ["EMBEDDED_MODEL", "resolve_folder", "upload_folder"]
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
 """The model inside the package: a small Mamba-2 trained with PyTorch on Python's standard library."""
@@ -16,8 +16,8 @@ _SMALL_FILES = ["*.json", "tokenizer*"]
 # as shards and as consolidated.safetensors, 14.6 GB each.
 _WEIGHT_FILES = (
     ["model.safetensors", "model-*-of-*.safetensors"],
-    ["pytorch_model.bin", "pytorch_model-*-of-*.bin"],
     ["consolidated*.safetensors"],
+    ["pytorch_model.bin", "pytorch_model-*-of-*.bin"],
 )
 
 
@@ -68,6 +68,41 @@ def resolve_folder(
         if any(True for pattern in patterns for _ in folder.glob(pattern)):
             break
     return folder
+
+
+def upload_folder(
+    folder: pathlib.Path, repository: str, *, private: bool, revision: str | None, message: str
+) -> str:
+    """Push a folder to the Hugging Face hub, making the repository if there is none.
+
+    Returns:
+        Where the commit can be seen.
+
+    Raises:
+        ConnectionError: the hub refuses it or cannot be reached.
+        ValueError: not a hub id.
+    """
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    if not _HUB_ID.fullmatch(repository):
+        raise ValueError(f"{repository}: not a hub id; want one like 'name' or 'org/name'")
+    failures = cast("tuple[type[Exception], ...]", (ValueError, *errors.HfHubHTTPError.__bases__))
+    try:
+        api = huggingface_hub.HfApi()
+        url = api.create_repo(repository, private=private, exist_ok=True)
+        if revision is not None:
+            api.create_branch(url.repo_id, branch=revision, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, revision=revision, commit_message=message
+        )
+        return commit.commit_url
+    except failures as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConnectionError(
+            f"{repository}: the Hugging Face hub did not take it ({type(error).__name__}: {reason}). Run "
+            "`hf auth login` with a token that may write there, and try again"
+        ) from error
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> pathlib.Path:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.cache import Mamba2Cache
+from mamba2_jax.cache import Mamba2Cache, bucket
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.layers import Rows
 from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
+from mamba2_jax.parts import Rows
 from mamba2_jax.typing import Array
 
 IGNORED_LABEL = -100  # transformers' mark for "no loss here"
@@ -21,7 +21,8 @@ def check_inputs(
     """Check a model's arguments and return them as `forward` takes them.
 
     Shapes and dtypes are always checked; values (ids in range, masks without holes) only where they are
-    concrete, so that nothing inside a `jit` waits for the device. A mask of ones becomes None.
+    concrete, so that nothing inside a `jit` waits for the device. A mask of ones becomes None. A cache whose
+    attention buffers are too small for the new tokens is enlarged, where its position is concrete.
     """
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError(f"{name}: give either input_ids or inputs_embeds, not both and not neither")
@@ -42,6 +43,7 @@ def check_inputs(
         check_integer(name, segment_ids=segment_ids)
     if cache is not None:
         _check_cache(name, config, cache, batch)
+        cache = _with_room(cache, length)
     return input_ids, attention_mask, segment_ids, cache, inputs_embeds
 
 
@@ -104,9 +106,18 @@ def _check_cache(name: str, config: Mamba2Config, cache: Mamba2Cache, batch: int
         raise ValueError(
             f"{name}: cache holds {cache.batch} rows, the input {batch}; pick rows with cache[rows]"
         )
-    wanted = jax.eval_shape(lambda: Mamba2Cache.zeros(config, batch))
+    capacity = cache.capacity or 0
+    wanted = jax.eval_shape(lambda: Mamba2Cache.zeros(config, batch, capacity=capacity))
     if jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, wanted):
         raise ValueError(f"{name}: cache does not fit this model's config; was it made by another model?")
+
+
+def _with_room(cache: Mamba2Cache, length: int) -> Mamba2Cache:
+    """Give the buffers of attention layers room for `length` more tokens."""
+    if cache.capacity is None or not is_concrete(cache.position):
+        return cache
+    needed = int(np.max(cache.position)) + length
+    return cache if needed <= cache.capacity else cache.reserve(bucket(needed))
 
 
 def batch_and_length(input_ids, inputs_embeds) -> tuple[int, int]:

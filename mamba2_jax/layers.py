@@ -6,109 +6,102 @@
                       gated norm(y, z) -> out_proj -> + hidden
 
 The input projection and the convolution keep one leaf per meaning (z and x, B and C, dt), so that
-heads and groups can be split over devices.
+heads and groups can be split over devices. In a hybrid some blocks have attention in the mixer's place.
 """
 
 import math
-from typing import NamedTuple
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mamba2_jax.attention import AttentionMixer
 from mamba2_jax.cache import ConvState
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, rms_norm, ssd, ssd_step
+from mamba2_jax.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, silu_gate, ssd, ssd_step
 from mamba2_jax.ops.linear import linear
-from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
-
-
-class Rows(NamedTuple):
-    """Which tokens of a batch count, and where documents begin. None: all of them, one document a row."""
-
-    mask: Bool[Array, "b l"] | None = None
-    segment_ids: Int[Array, "b l"] | None = None  # 0 wherever the mask is false
-
-
-class LayerState(NamedTuple):
-    """One layer's part of `Mamba2Cache`."""
-
-    conv: ConvState
-    ssm: Float[Array, "b h p n"]
-
-
-class Embedding(nnx.Module):
-    """A table of `(v, d)`; drawn from a normal of `std`."""
-
-    def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
-
-
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a weight `(d,)`."""
-
-    def __init__(self, width: int, eps: float, param_dtype: DTypeLike):
-        self.eps = eps
-        self.weight = nnx.Param(jnp.ones((width,), param_dtype))
-
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        """Normalise over the last axis, in the dtype of `x`."""
-        return rms_norm(x, self.weight[...], eps=self.eps)
+from mamba2_jax.parts import (
+    GatedMLP,
+    LayerState,
+    Projection,
+    RMSNorm,
+    Rows,
+    keep_rows,
+    residual_gain,
+    split_pair,
+    uniform,
+    value_of,
+    zeros,
+)
+from mamba2_jax.typing import Array, DTypeLike, Float
 
 
 class InProjection(nnx.Module):
-    """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`."""
+    """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
+
+    Where a gated MLP runs beside the SSM, a fourth for its gate and value `(d, 2, m)`.
+    """
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         width, inner, heads = config.hidden_size, config.d_ssm, config.num_heads
-        group_width = config.n_groups * config.state_size
+        group_width, mlp = config.groups_state_size, config.parallel_mlp_width
         bound = 1 / math.sqrt(width)
         self.dtype = dtype
-        self.weight_zx = _uniform(rngs, (width, 2, inner), bound, param_dtype)
-        self.weight_BC = _uniform(rngs, (width, 2, group_width), bound, param_dtype)
-        self.weight_dt = _uniform(rngs, (width, heads), bound, param_dtype)
-        self.bias_zx = _zeros((2, inner), param_dtype) if config.use_bias else None
-        self.bias_BC = _zeros((2, group_width), param_dtype) if config.use_bias else None
-        self.bias_dt = _zeros((heads,), param_dtype) if config.use_bias else None
+        self.weight_z0x0 = uniform(rngs, (width, 2, mlp), bound, param_dtype) if mlp else None
+        self.weight_zx = uniform(rngs, (width, 2, inner), bound, param_dtype)
+        self.weight_BC = uniform(rngs, (width, 2, group_width), bound, param_dtype)
+        self.weight_dt = uniform(rngs, (width, heads), bound, param_dtype)
+        self.bias_z0x0 = zeros((2, mlp), param_dtype) if config.use_bias and mlp else None
+        self.bias_zx = zeros((2, inner), param_dtype) if config.use_bias else None
+        self.bias_BC = zeros((2, group_width), param_dtype) if config.use_bias else None
+        self.bias_dt = zeros((heads,), param_dtype) if config.use_bias else None
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
         """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
-        zx = linear(hidden, self.weight_zx[...], _value(self.bias_zx), dtype=self.dtype).astype(self.dtype)
-        BC = linear(hidden, self.weight_BC[...], _value(self.bias_BC), dtype=self.dtype).astype(self.dtype)
-        dt = linear(hidden, self.weight_dt[...], _value(self.bias_dt), dtype=self.dtype)
-        return zx[..., 0, :], zx[..., 1, :], BC, dt
+        zx = linear(hidden, self.weight_zx[...], value_of(self.bias_zx), dtype=self.dtype).astype(self.dtype)
+        BC = linear(hidden, self.weight_BC[...], value_of(self.bias_BC), dtype=self.dtype).astype(self.dtype)
+        dt = linear(hidden, self.weight_dt[...], value_of(self.bias_dt), dtype=self.dtype)
+        return *split_pair(zx), BC, dt
+
+    def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
+        """Return the gated MLP beside the SSM, `silu(z0) * x0`, or None."""
+        if self.weight_z0x0 is None:
+            return None
+        z0x0 = linear(hidden, self.weight_z0x0[...], value_of(self.bias_z0x0), dtype=self.dtype)
+        gate, value = split_pair(z0x0.astype(self.dtype))
+        return silu_gate(value, gate)
 
 
 class CausalConv1d(nnx.Module):
     """The depthwise convolution over x, B and C: taps `(k, e)` and `(k, 2, gn)`, then silu."""
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        taps, inner, group_width = config.conv_kernel, config.d_ssm, config.n_groups * config.state_size
+        taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
         bound = 1 / math.sqrt(taps)
-        self.weight_x = _uniform(rngs, (taps, inner), bound, param_dtype)
-        self.weight_BC = _uniform(rngs, (taps, 2, group_width), bound, param_dtype)
+        self.weight_x = uniform(rngs, (taps, inner), bound, param_dtype)
+        self.weight_BC = uniform(rngs, (taps, 2, group_width), bound, param_dtype)
         has_bias = config.use_conv_bias
-        self.bias_x = _uniform(rngs, (inner,), bound, param_dtype) if has_bias else None
-        self.bias_BC = _uniform(rngs, (2, group_width), bound, param_dtype) if has_bias else None
+        self.bias_x = uniform(rngs, (inner,), bound, param_dtype) if has_bias else None
+        self.bias_BC = uniform(rngs, (2, group_width), bound, param_dtype) if has_bias else None
 
     def __call__(
         self, x: Float[Array, "b l e"], BC: Float[Array, "b l 2 gn"], state: ConvState | None, rows: Rows
     ) -> tuple[Array, Array, ConvState]:
         """Convolve a sequence; returns x, BC and the state after it."""
-        segment_ids = rows.mask if rows.segment_ids is None else rows.segment_ids
         x, state_x = causal_conv1d(
             x,
             self.weight_x[...],
-            _value(self.bias_x),
+            value_of(self.bias_x),
             initial_state=None if state is None else state.x,
-            segment_ids=segment_ids,
+            segment_ids=rows.marks,
         )
         BC, state_BC = causal_conv1d(
             BC,
             self.weight_BC[...],
-            _value(self.bias_BC),
+            value_of(self.bias_BC),
             initial_state=None if state is None else state.BC,
-            segment_ids=segment_ids,
+            segment_ids=rows.marks,
         )
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
@@ -116,30 +109,13 @@ class CausalConv1d(nnx.Module):
         self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
     ) -> tuple[Array, Array, ConvState]:
         """Convolve one token; returns x, BC and the state after it."""
-        x, state_x = causal_conv1d_step(x, self.weight_x[...], _value(self.bias_x), state.x)
-        BC, state_BC = causal_conv1d_step(BC, self.weight_BC[...], _value(self.bias_BC), state.BC)
+        x, state_x = causal_conv1d_step(x, self.weight_x[...], value_of(self.bias_x), state.x)
+        BC, state_BC = causal_conv1d_step(BC, self.weight_BC[...], value_of(self.bias_BC), state.BC)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
 
-class OutProjection(nnx.Module):
-    """`e -> d`: one matrix `(e, d)`."""
-
-    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        bound = 1 / math.sqrt(config.d_ssm)
-        if config.rescale_prenorm_residual:
-            # One residual branch per layer: the sum of all of them keeps its variance (GPT-2's rule).
-            bound /= math.sqrt(config.num_hidden_layers)
-        self.dtype = dtype
-        self.weight = _uniform(rngs, (config.d_ssm, config.hidden_size), bound, param_dtype)
-        self.bias = _zeros((config.hidden_size,), param_dtype) if config.use_bias else None
-
-    def __call__(self, y: Float[Array, "b l e"]) -> Float[Array, "b l d"]:
-        """Project back to the residual stream, float32."""
-        return linear(y, self.weight[...], _value(self.bias), dtype=self.dtype)
-
-
 class Mamba2Mixer(nnx.Module):
-    """The sequence mixer: projection, convolution, SSD, gated norm, projection.
+    """The sequence mixer: projection, convolution, SSD, gated norm (or gate alone), projection.
 
     Args:
         config: sizes and options.
@@ -163,6 +139,7 @@ class Mamba2Mixer(nnx.Module):
         self.num_heads, self.head_dim = config.num_heads, config.head_dim
         self.num_groups, self.state_dim = config.n_groups, config.state_size
         self.time_step_limit = config.time_step_limit
+        self.norm_before_gate = config.norm_before_gate
         self.dtype = jnp.dtype(dtype)
         self.ssd_implementation = ssd_implementation
 
@@ -171,9 +148,18 @@ class Mamba2Mixer(nnx.Module):
         self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs).astype(param_dtype))
         A = jax.random.uniform(rngs.params(), (self.num_heads,), jnp.float32, 1.0, 16.0)
         self.A_log = nnx.Param(jnp.log(A).astype(param_dtype))
-        self.D = nnx.Param(jnp.ones((self.num_heads,), param_dtype))
-        self.norm = RMSNorm(config.d_ssm, config.layer_norm_epsilon, param_dtype)
-        self.out_proj = OutProjection(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        skips = (self.num_heads, self.head_dim) if config.D_has_hdim else (self.num_heads,)
+        self.D = nnx.Param(jnp.ones(skips, param_dtype))
+        self.norm = RMSNorm(config.d_ssm, config.layer_norm_epsilon, param_dtype) if config.rmsnorm else None
+        self.out_proj = Projection(
+            config.intermediate_size,
+            (config.hidden_size,),
+            bias=config.use_bias,
+            gain=residual_gain(config),
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
 
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
@@ -195,10 +181,23 @@ class Mamba2Mixer(nnx.Module):
             dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a token that does not count changes nothing
         mix = self._one_token if hidden.shape[1] == 1 else self._sequence
         y, state = mix(x, BC, dt, state, rows)
-        y = gated_rms_norm(
-            y, z, self.norm.weight[...], eps=self.norm.eps, num_groups=self.num_groups
-        )  # (b, l, e)
+        y = self._gate(y, z)
+        beside = self.in_proj.mlp(hidden)
+        if beside is not None:
+            y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
         return self.out_proj(y), state
+
+    def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"]) -> Float[Array, "b l e"]:
+        if self.norm is None:
+            return silu_gate(y, z)
+        return gated_rms_norm(
+            y,
+            z,
+            self.norm.weight[...],
+            eps=self.norm.eps,
+            num_groups=self.num_groups,
+            norm_before_gate=self.norm_before_gate,
+        )
 
     def _sequence(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch, length, _ = x.shape
@@ -215,30 +214,38 @@ class Mamba2Mixer(nnx.Module):
             segment_ids=rows.segment_ids,
             implementation=self.ssd_implementation,
         )
-        return y.reshape(batch, length, -1), LayerState(conv, ssm.astype(state.ssm.dtype))
+        return y.reshape(batch, length, -1), LayerState(conv, ssm.astype(state.ssm.dtype), None)
 
     def _one_token(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch = x.shape[0]
         x, BC, conv = self.conv1d.step(x[:, 0], BC[:, 0], state.conv)
-        if rows.mask is not None:
-            kept = rows.mask[:, 0]
-            conv = jax.tree.map(lambda new, old: _where_rows(kept, new, old), conv, state.conv)
+        conv = keep_rows(rows.mask, conv, state.conv)
         B, C = (BC[:, i].reshape(batch, self.num_groups, self.state_dim) for i in (0, 1))
         heads = x.reshape(batch, self.num_heads, self.head_dim)
         y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, state.ssm, D=self.D[...])
-        return y.reshape(batch, 1, -1), LayerState(conv, ssm)
+        return y.reshape(batch, 1, -1), LayerState(conv, ssm, None)
 
     def _A(self) -> Float[Array, " h"]:
         return -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32)))
 
 
 class Mamba2Block(nnx.Module):
-    """Norm, mixer, residual. Arguments as for `Mamba2Mixer`."""
+    """Norm, mixer, residual; with `d_intermediate` then norm, MLP, residual.
+
+    Args:
+        config: sizes and options.
+        use_attention: attention in the mixer's place.
+        dtype: further arguments as for `Mamba2Mixer`.
+        param_dtype: see there.
+        ssd_implementation: see there.
+        rngs: see there.
+    """
 
     def __init__(
         self,
         config: Mamba2Config,
         *,
+        use_attention: bool = False,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         ssd_implementation: str | None = None,
@@ -246,18 +253,26 @@ class Mamba2Block(nnx.Module):
     ):
         self.dtype = jnp.dtype(dtype)
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
-        self.mixer = Mamba2Mixer(
-            config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
-        )
+        options = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(RMSNorm, config.hidden_size, config.layer_norm_epsilon, param_dtype)
+        self.norm = norm()
+        if use_attention:
+            self.mixer = AttentionMixer(config, **options)
+        else:
+            self.mixer = Mamba2Mixer(config, ssd_implementation=ssd_implementation, **options)
+        self.norm2 = norm() if config.d_intermediate else None
+        self.mlp = GatedMLP(config, **options) if config.d_intermediate else None
 
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
-        """Add the mixer's update to the residual stream; returns it and the layer's state."""
+        """Add the updates to the residual stream; returns it and the layer's state."""
         update, state = self.mixer(self.norm(hidden).astype(self.dtype), state, rows)
         stream = jnp.promote_types(self.dtype, jnp.float32) if self.residual_in_fp32 else self.dtype
-        return hidden.astype(stream) + update.astype(stream), state
+        hidden = hidden.astype(stream) + update.astype(stream)
+        if self.mlp is not None and self.norm2 is not None:
+            hidden = hidden + self.mlp(self.norm2(hidden).astype(self.dtype)).astype(stream)
+        return hidden, state
 
 
 def _initial_dt_bias(config: Mamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:
@@ -266,20 +281,3 @@ def _initial_dt_bias(config: Mamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]
     dt = jnp.exp(jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, low, high))
     dt = jnp.maximum(dt, config.time_step_floor)
     return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def _uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:
-    values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
-    return nnx.Param(values.astype(dtype))
-
-
-def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
-    return nnx.Param(jnp.zeros(shape, dtype))
-
-
-def _value(param: nnx.Param | None) -> Array | None:
-    return None if param is None else param[...]
-
-
-def _where_rows(rows: Bool[Array, " b"], new: Array, old: Array) -> Array:
-    return jnp.where(rows.reshape(-1, *(1,) * (new.ndim - 1)), new, old)

@@ -1,10 +1,7 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
-import pathlib
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +9,15 @@ from flax import nnx
 
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder
 from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
-from mamba2_jax.layers import Embedding, LayerState, Mamba2Block, RMSNorm, Rows
+from mamba2_jax.layers import Mamba2Block
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
-from mamba2_jax.ops.segments import document_index, document_starts
+from mamba2_jax.ops.segments import document_index, document_positions, document_starts
+from mamba2_jax.parts import Embedding, LayerState, RMSNorm, Rows
+from mamba2_jax.pretrained import PretrainedModel
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
-from mamba2_jax.weights import LoadReport, load_weights
-
-_M = TypeVar("_M", bound="_PretrainedModel")
 
 
 @jax.tree_util.register_dataclass
@@ -53,75 +48,7 @@ class Mamba2CausalLMOutput:
     """With `labels`: mean cross entropy in nats over the tokens that have a label."""
 
 
-class _PretrainedModel(nnx.Module):
-    """Loading, shared by both models."""
-
-    config: Mamba2Config
-
-    @classmethod
-    def from_pretrained(
-        cls: type[_M],
-        path: str | pathlib.Path | None = None,
-        *,
-        dtype: DTypeLike | None = None,
-        param_dtype: DTypeLike | None = None,
-        ssd_implementation: str | None = None,
-        sharding: "jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
-        revision: str | None = None,
-        allow_non_finite: bool = False,
-        report: Callable[[LoadReport], None] | None = None,
-    ) -> _M:
-        """Load a checkpoint that transformers wrote.
-
-        Args:
-            path: a folder or a hub id. None: the small Python-writing model inside the package.
-            dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
-            param_dtype: dtype of the parameters. None keeps each tensor as stored.
-            ssd_implementation: passed to `ops.ssd`.
-            sharding: where the parameters go: a sharding for all, or a function of the parameter's path.
-            revision: branch, tag or commit of a hub id.
-            allow_non_finite: take weights that hold NaN or infinity.
-            report: called with the load report; `print` prints it.
-
-        Raises:
-            FileNotFoundError: no such folder, or a hub id that cannot be reached.
-            ValueError: a checkpoint that does not fit its config: every problem is listed.
-        """
-        folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
-        config = Mamba2Config.from_pretrained(folder)
-        arrays, load_report = load_weights(
-            folder,
-            config,
-            param_dtype=param_dtype,
-            sharding=sharding,
-            allow_non_finite=allow_non_finite,
-            head=cls._has_head,
-        )
-        if dtype is None:
-            stored = arrays["backbone.embeddings.weight"].dtype
-            dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
-        model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
-        if report is not None:
-            report(load_report)
-        return model
-
-    @classmethod
-    def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
-        """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))  # pyright: ignore[reportCallIssue]
-        parameters = nnx.state(model, nnx.Param)
-        paths = {".".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(parameters)}
-        prefix = cls._checkpoint_prefix
-        for path, leaf in paths.items():
-            leaf.set_value(arrays[prefix + path])
-        nnx.update(model, parameters)
-        return model
-
-    _checkpoint_prefix = ""
-    _has_head = True
-
-
-class Mamba2Model(_PretrainedModel):
+class Mamba2Model(PretrainedModel):
     """Embeddings, blocks and the final norm.
 
     Args:
@@ -144,7 +71,6 @@ class Mamba2Model(_PretrainedModel):
         ssd_implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        config.validate_supported()
         check_choice(type(self).__name__, "ssd_implementation", ssd_implementation, (None, *IMPLEMENTATIONS))
         self.config = config
         self.dtype = jnp.dtype(dtype)
@@ -153,9 +79,14 @@ class Mamba2Model(_PretrainedModel):
         )
         self.layers = nnx.List(
             Mamba2Block(
-                config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
+                config,
+                use_attention=index in config.attn_layer_idx,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                ssd_implementation=ssd_implementation,
+                rngs=rngs,
             )
-            for _ in range(config.num_hidden_layers)
+            for index in range(config.num_hidden_layers)
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
 
@@ -199,14 +130,17 @@ class Mamba2Model(_PretrainedModel):
         if cache is None:
             cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
 
-        conv, ssm, hidden_states = [], [], []
-        for block, conv_state, ssm_state in zip(self.layers, cache.conv, cache.ssm, strict=True):
-            hidden, state = _run_block(block, hidden, LayerState(conv_state, ssm_state), rows)
-            conv.append(state.conv)
-            ssm.append(state.ssm)
+        if self.config.attn_layer_idx:
+            rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
+
+        states, hidden_states = [], []
+        for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
+            hidden, state = _run_block(block, hidden, LayerState._make(before), rows)
+            states.append(state)
             hidden_states.append(hidden)
         hidden = self.norm_f(hidden).astype(self.dtype)
-        cache = Mamba2Cache(tuple(conv), tuple(ssm), _advance(cache.position, rows, length))
+        conv, ssm, attention = zip(*states, strict=True)
+        cache = Mamba2Cache(conv, ssm, _advance(cache.position, rows, length), attention)
         return Mamba2Output(
             last_hidden_state=hidden,
             cache=cache,
@@ -214,7 +148,7 @@ class Mamba2Model(_PretrainedModel):
         )
 
 
-class Mamba2ForCausalLM(_PretrainedModel):
+class Mamba2ForCausalLM(PretrainedModel):
     """`Mamba2Model` with a head that scores the next token. Arguments as for `Mamba2Model`.
 
     >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package
@@ -321,6 +255,13 @@ def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, "
     chosen = jnp.take_along_axis(logits[:, :-1], jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen
     return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def _positions(past: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, "b l"]:
+    """Each token's place in its document."""
+    if rows.marks is None:
+        return past[:, None] + jnp.arange(length)
+    return document_positions(rows.marks.astype(jnp.int32), past)
 
 
 def _advance(position: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, " b"]:

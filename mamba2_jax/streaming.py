@@ -93,7 +93,14 @@ def stream(
 
 def _blocks(model: Mamba2ForCausalLM, request: Request) -> Iterator[list[int]]:
     """Decode a few tokens a call: the first alone, so that it is seen early."""
-    state = _prefill(model, request.input_ids, request.attention_mask, request.cache, request.sampler)
+    state = _prefill(
+        model,
+        request.input_ids,
+        request.attention_mask,
+        request.cache,
+        request.sampler,
+        capacity=request.capacity,
+    )
     made, block = 0, 1
     while made < request.budget:
         block = jnp.asarray(min(block, request.budget - made), jnp.int32)
@@ -114,7 +121,7 @@ def _blocks(model: Mamba2ForCausalLM, request: Request) -> Iterator[list[int]]:
         made, block = made + count, TOKENS_PER_CALL
 
 
-_prefill = jax.jit(prefill)
+_prefill = jax.jit(prefill, static_argnames="capacity")
 
 
 @partial(jax.jit, static_argnames=("size", "eos", "pad"), donate_argnames="state")

@@ -68,7 +68,7 @@ def load_tokenizer(
         raise FileNotFoundError(
             f"{folder}: no tokenizer in it (tokenizer.json or tokenizer.model*). The state-spaces "
             "checkpoints come without one and use GPT-NeoX's: load_tokenizer('EleutherAI/gpt-neox-20b'), "
-            "or a folder with its tokenizer.json"
+            "--tokenizer EleutherAI/gpt-neox-20b on the command line, or a folder with its tokenizer.json"
         )
     try:
         if has_json:

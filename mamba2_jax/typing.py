@@ -2,13 +2,13 @@
 
 | letter | axis | letter | axis |
 |---|---|---|---|
-| `b` | batch | `q` `s` | target / source position inside a chunk |
+| `b` | batch | `q` `s` | target / source position inside a chunk; `s`: slot of an attention buffer |
 | `l` | sequence | `d` | model width (`hidden_size`) |
 | `h` | heads | `e` | inner width (`intermediate_size`) |
 | `p` | head_dim | `k` | convolution taps |
 | `g` | groups (of B and C) | `v` | vocabulary |
 | `n` | state_dim | `r` | LoRA rank |
-| `c` | chunks | | |
+| `c` | chunks | `kv` | key and value heads of attention |
 
 Shapes are written in signatures as `Float[Array, "b l h p"]` (jaxtyping); the tests check them at run time.
 """

@@ -1,5 +1,8 @@
 """Shapes in signatures are checked at run time here, in the rooms whose inputs the public doors validate."""
 
+import os
+import pathlib
+
 import jax
 from jaxtyping import install_import_hook
 
@@ -7,3 +10,20 @@ jax.config.update("jax_platforms", "cpu")
 
 _CHECKED = ["mamba2_jax.ops.ssd_chunked", "mamba2_jax.ops.ssd_recurrent", "mamba2_jax.ops.segments"]
 _hook = install_import_hook(_CHECKED, "beartype.beartype")
+
+# What needs several devices. JAX fixes their number once, so these tests want a process of their own:
+# `pytest tests/sharded` is one, and test_sharded.py starts it for everybody else.
+SHARDED = pathlib.Path(__file__).with_name("sharded")
+
+
+def pytest_configure(config):
+    paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
+    if paths and all(SHARDED in (path.resolve(), *path.resolve().parents) for path in paths):
+        jax.config.update("jax_num_cpu_devices", 8)
+        # LLVM's optimizations are half of these tests' time, and not what they look at.
+        flags = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
+
+
+def pytest_ignore_collect(collection_path):
+    return True if collection_path == SHARDED and jax.config.jax_num_cpu_devices != 8 else None

@@ -72,3 +72,16 @@ def relative(got, want) -> float:
     assert got.shape == want.shape
     assert np.isfinite(got).all()
     return float(np.abs(got - want).max() / np.abs(want).max())
+
+
+def random_jax_model(config, dtype: str = "float32", seed: int = 0):
+    """A model that comes from no checkpoint, every parameter random; without compiling its initialisers."""
+    import jax.numpy as jnp
+
+    from mamba2_jax import Mamba2ForCausalLM
+    from mamba2_jax.weights import checkpoint_table
+
+    rng = np.random.default_rng(seed)
+    leaves = [leaf for stored in checkpoint_table(config) for leaf in stored.leaves]
+    arrays = {leaf.path: jnp.asarray(0.2 * rng.standard_normal(leaf.shape), dtype) for leaf in leaves}
+    return Mamba2ForCausalLM._from_arrays(config, arrays, dtype=dtype)

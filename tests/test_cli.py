@@ -93,7 +93,7 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
         (["generate", "x", "--stop", ""], "--stop is empty"),
         (["info", "/no/such"], "/no/such: no such folder"),
         (["info", "a", "b"], "Unrecognized options: b"),
-        (["translate"], "Available subcommands: generate, info"),
+        (["translate"], "Available subcommands: convert, generate, info"),
         ([], "Missing subcommand"),
     ],
 )
@@ -189,7 +189,7 @@ def test_the_tokenizer_s_special_ids_win_with_a_note(folder, capsys):
 def test_info_of_the_embedded_model(capsys):
     assert run("info") == 0
     out = capsys.readouterr().out
-    for words in ("1,893,804", "6 of 64 channels", "331,780 bytes", "56 tensors: 1,893,804 BF16", "yes"):
+    for words in ("1,893,804", "6 of 64 channels", "331,780 bytes", "56 tensors: 1,893,804 BF16"):
         assert words in out
 
 
@@ -202,7 +202,7 @@ def test_info_without_weights_and_of_what_is_not_built(folder, capsys):
     out = capsys.readouterr().out
     assert "attention layers" in out
     assert "2 are padding" in out
-    assert "no weights in safetensors form here" in out
+    assert "no weights here" in out
     (folder / "model.safetensors").write_text("junk")
     assert run("info", str(folder)) == 2
     assert "model.safetensors: 4 bytes" in capsys.readouterr().err

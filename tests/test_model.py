@@ -332,9 +332,3 @@ def test_bad_arguments_are_named(model, name):
 def test_unknown_implementation_is_named():
     with pytest.raises(ValueError, match="ssd_implementation='cuda' is not one of"):
         Mamba2Model(Mamba2Config(**SIZES), ssd_implementation="cuda", rngs=nnx.Rngs(0))
-
-
-def test_what_is_not_built_says_so():
-    config = Mamba2Config(**SIZES, D_has_hdim=True)
-    with pytest.raises(NotImplementedError, match="D_has_hdim"):
-        Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))

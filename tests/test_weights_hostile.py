@@ -190,15 +190,9 @@ def test_both_names_of_one_tensor(tmp_path):
 
 def test_missing_folder_and_empty_folder(tmp_path):
     assert "not a folder" in refused(tmp_path / "nowhere")
-    assert f"holds neither {FILE} nor {INDEX}" in refused(tmp_path)
+    assert f"holds no weights: neither {FILE}, consolidated" in refused(tmp_path)
     (tmp_path / FILE).write_bytes(b"")
     assert "not a folder" in refused(tmp_path / FILE)
-
-
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "consolidated.safetensors"])
-def test_other_forms_are_named(tmp_path, name):
-    (tmp_path / name).write_bytes(b"")
-    assert f"{name} (" in refused(tmp_path)
 
 
 def test_not_a_regular_file(tmp_path):

@@ -40,19 +40,18 @@ def causal_conv1d(
     Raises:
         ValueError: shapes or dtypes that do not fit, named.
     """
-    batch, length, num_taps = _check("causal_conv1d", x, weight, bias, activation)
+    batch, length, num_taps = check_arguments(
+        "causal_conv1d", x, weight, bias, initial_state, segment_ids, activation
+    )
     reach = num_taps - 1
     if initial_state is None:
         initial_state = jnp.zeros((batch, reach, *x.shape[2:]), x.dtype)
-    _check_state("causal_conv1d", "initial_state", initial_state, x, reach)
     initial_state = initial_state.astype(x.dtype)
 
     if segment_ids is None:
         extended = jnp.concatenate([initial_state, x], axis=1)  # (b, k-1+l, *c)
         return _convolve(extended, weight, bias, activation, length), extended[:, length:]
 
-    check_shape("causal_conv1d", "segment_ids", segment_ids, "b l", b=batch, l=length)
-    check_integer("causal_conv1d", segment_ids=segment_ids)
     valid = segment_ids != 0
     padding = jnp.zeros_like(initial_state)
     extended = jnp.concatenate([padding, _where(valid, x)], axis=1)
@@ -123,6 +122,17 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
 def _where(rows, x):
     """Keep x where rows (b, l) is true, zero elsewhere."""
     return jnp.where(rows.reshape(*rows.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
+
+
+def check_arguments(op, x, weight, bias, initial_state, segment_ids, activation) -> tuple[int, int, int]:
+    """Raise ValueError unless the arguments of `causal_conv1d` fit; return batch, length, taps."""
+    batch, length, num_taps = _check(op, x, weight, bias, activation)
+    if initial_state is not None:
+        _check_state(op, "initial_state", initial_state, x, num_taps - 1)
+    if segment_ids is not None:
+        check_shape(op, "segment_ids", segment_ids, "b l", b=batch, l=length)
+        check_integer(op, segment_ids=segment_ids)
+    return batch, length, num_taps
 
 
 def _check(op, x, weight, bias, activation) -> tuple[int, int, int]:

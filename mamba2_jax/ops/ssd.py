@@ -57,39 +57,46 @@ def ssd(
     >>> y.shape, state.shape
     ((1, 100, 4, 8), (1, 4, 8, 16))
     """
-    check_shape("ssd", "x", x, "b l h p")
-    batch, length, num_heads, head_dim = x.shape
-    check_shape("ssd", "B", B, "b l g n", b=batch, l=length)
-    sizes = {"b": batch, "l": length, "h": num_heads, "p": head_dim, "g": B.shape[2], "n": B.shape[3]}
-    check_shape("ssd", "C", C, "b l g n", **sizes)
-    check_shape("ssd", "dt", dt, "b l h", **sizes)
-    check_shape("ssd", "A", A, "h", **sizes)
-    check_groups("ssd", num_heads, B.shape[2])
-    check_dtype("ssd", x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
-    check_choice("ssd", "implementation", implementation, (None, *IMPLEMENTATIONS))
-    if D is not None:
-        check_shape("ssd", "D", D, "h" if D.ndim == 1 else "h p", **sizes)
-    if chunk_size is not None and (
-        isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1
-    ):
-        raise ValueError(
-            f"ssd: chunk_size={chunk_size!r} must be a positive integer, or None for the platform's own"
-        )
+    check_arguments("ssd", x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation)
 
     full = jnp.promote_types(x.dtype, jnp.float32)
     dt, A = dt.astype(full), A.astype(full)
     B, C = B.astype(x.dtype), C.astype(x.dtype)
     if segment_ids is not None:
-        check_shape("ssd", "segment_ids", segment_ids, "b l", **sizes)
-        check_integer("ssd", segment_ids=segment_ids)
         segment_ids = segment_ids.astype(jnp.int32)
         dt = jnp.where(segment_ids[..., None] != 0, dt, 0.0)
     if initial_state is None:
-        initial_state = jnp.zeros((batch, num_heads, head_dim, B.shape[3]), full)
+        initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), full)
     else:
-        check_shape("ssd", "initial_state", initial_state, "b h p n", **sizes)
         initial_state = initial_state.astype(full)
     D_per_channel = D is not None and D.ndim == 2
     problem = describe(x.dtype, *x.shape, *B.shape[2:], D_per_channel=D_per_channel)
     run = choose(implementation, chunk_size, problem)
     return run(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def check_arguments(op, x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation) -> None:
+    """Raise ValueError unless the arguments of a scan, as in `ssd`, fit together."""
+    check_shape(op, "x", x, "b l h p")
+    batch, length, num_heads, head_dim = x.shape
+    check_shape(op, "B", B, "b l g n", b=batch, l=length)
+    sizes = {"b": batch, "l": length, "h": num_heads, "p": head_dim, "g": B.shape[2], "n": B.shape[3]}
+    check_shape(op, "C", C, "b l g n", **sizes)
+    check_shape(op, "dt", dt, "b l h", **sizes)
+    check_shape(op, "A", A, "h", **sizes)
+    check_groups(op, num_heads, B.shape[2])
+    check_dtype(op, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    check_choice(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    if D is not None:
+        check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", **sizes)
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, "b h p n", **sizes)
+    if segment_ids is not None:
+        check_shape(op, "segment_ids", segment_ids, "b l", **sizes)
+        check_integer(op, segment_ids=segment_ids)
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1
+    ):
+        raise ValueError(
+            f"{op}: chunk_size={chunk_size!r} must be a positive integer, or None for the platform's own"
+        )

@@ -1,24 +1,40 @@
 """Checkpoint files <-> named arrays. Knows the config and the shapes, never the model.
 
-`load_weights` is the way in; `open_checkpoint` looks into a checkpoint without loading it; `checkpoint_table`
-says which stored tensor holds which parameters.
+`load_weights` is the way in; `open_checkpoint` looks into a checkpoint without loading it. `outgoing_weights`
+and `write_safetensors` are the way out, into a `new_folder`. `checkpoint_table` says which stored tensor
+holds which parameters, in both directions.
 """
 
 from mamba2_jax.weights.files import CheckpointError
+from mamba2_jax.weights.folder import TOKENIZER_FILES, new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
 from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
-from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
-from mamba2_jax.weights.report import LoadReport
+from mamba2_jax.weights.reader import Checkpoint, find_form, open_checkpoint
+from mamba2_jax.weights.report import LoadReport, progress_bar
+from mamba2_jax.weights.save import convertible_weights, outgoing_weights
+from mamba2_jax.weights.torch_file import write_torch
+from mamba2_jax.weights.write import Outgoing, parse_size, write_json, write_safetensors
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Leaf",
     "LoadReport",
+    "Outgoing",
     "StoredTensor",
+    "TOKENIZER_FILES",
     "TensorInfo",
     "checkpoint_table",
+    "convertible_weights",
+    "find_form",
     "load_weights",
+    "new_folder",
     "open_checkpoint",
+    "outgoing_weights",
+    "parse_size",
+    "progress_bar",
+    "write_json",
+    "write_safetensors",
+    "write_torch",
 ]

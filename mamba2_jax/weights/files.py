@@ -4,6 +4,7 @@ import io
 import json
 import os
 import stat
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -84,15 +85,31 @@ def open_regular(path: Path, target: Path) -> io.FileIO:
 
 
 def read_exactly(file: io.FileIO, path: Path, offset: int, out: bytearray | np.ndarray, what: str) -> None:
-    """Fill `out` from `offset` on, or say that the file ended early."""
+    """Fill `out` from `offset` on, or say that the file ended early. Several threads may read one file."""
     left = out.view(np.uint8).reshape(-1).data if isinstance(out, np.ndarray) else memoryview(out)
     try:
-        file.seek(offset)
         while left:
-            count = file.readinto(left)
+            count = _read_at(file, left, offset)
             if not count:
                 message = f"{what}: the file ends {len(left)} bytes early; was it cut while being read?"
                 raise CheckpointError(path, [message])
-            left = left[count:]
+            left, offset = left[count:], offset + count
     except OSError as error:
         raise CheckpointError(path, [f"{what}: cannot be read: {error.strerror}"]) from None
+
+
+def will_read(file: io.FileIO, offset: int, count: int) -> None:
+    """Tell the system what is read next, so that a disk need not wait for us."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
+
+
+_ONE_READER = threading.Lock()
+
+
+def _read_at(file: io.FileIO, out: memoryview, offset: int) -> int:
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [out], offset)
+    with _ONE_READER:  # Windows
+        file.seek(offset)
+        return file.readinto(out) or 0

@@ -11,11 +11,13 @@
 True
 """
 
+import itertools
 import math
 import os
 import time
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -24,21 +26,20 @@ from jax.sharding import Sharding
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights.files import CheckpointError, show
+from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
-from mamba2_jax.weights.names import EMBEDDING, HEAD, Leaf, StoredTensor, checkpoint_table, match_names
+from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.plan import label, plan_load, show_shape
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
+from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
 
 Placement = Sharding | jax.Device | None
 """Where an array goes; None is JAX's default device."""
 
-_TILE_ROWS = 16  # transposing 16 rows at a time is 5x faster than a whole 4 MB block: it stays in cache
+_BLOCK_BYTES = 1 << 20
+_THREADS = 4
 _ALIGNMENT = 64  # JAX on CPU takes an aligned host array as it is, without a second copy
-_EXPONENT = {
-    8: 0x7FF0 << 48,
-    4: 0x7F80 << 16,
-}  # all ones: infinite or NaN; of 2 bytes see `_count_non_finite`
 
 
 def load_weights(
@@ -54,7 +55,7 @@ def load_weights(
     """Load a checkpoint's weights as arrays by parameter path.
 
     Every name, shape and dtype is checked against the config before the first array is made. On the host no
-    more than the parameter being placed and one block of its file are in memory beyond the result.
+    more than the parameter being placed and a few blocks of its file are in memory beyond the result.
 
     Args:
         folder: holds `model.safetensors`, or an index and its shards.
@@ -72,18 +73,21 @@ def load_weights(
     Raises:
         CheckpointError: a broken file, or tensors that do not fit the config; lists every problem.
         ValueError: `param_dtype` is not a float type that JAX can hold, or a sharding does not fit a shape.
-        NotImplementedError: the config needs a variant that is not built yet.
     """
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
     place = sharding if callable(sharding) else lambda path: sharding
     table = checkpoint_table(config, head)
     with open_checkpoint(folder) as checkpoint:
-        plan, notes = _plan(checkpoint, config, table, head)
+        plan, notes = plan_load(checkpoint, config, table, head)
         run = _Loader(checkpoint, wanted, place, allow_non_finite)
-        with progress_bar(sum(info.nbytes for _, info in plan), show_progress) as advance:
+        total = sum(info.nbytes for _, info in plan)
+        with run.pool, progress_bar("loading weights", total, show_progress) as advance:
             # in the order of the files, so that a disk reads straight on
-            for stored, info in sorted(plan, key=lambda pair: (pair[1].file, pair[1].start)):
+            plan.sort(key=lambda pair: (pair[1].file, pair[1].start))
+            for (stored, info), following in itertools.zip_longest(plan, plan[1:]):
+                if following is not None:
+                    checkpoint.will_read(following[1].name)
                 run.load(stored, info)
                 advance(info.nbytes)
     if run.problems:
@@ -97,76 +101,12 @@ def load_weights(
         parameters=sum(run.stored_dtypes.values()),
         bytes=sum(info.nbytes for _, info in plan),
         dtypes=dict(run.stored_dtypes.most_common()),
+        stored_dtypes={stored.name: FLOAT_DTYPES[info.dtype].name for stored, info in plan},
         param_dtypes=dict(run.param_dtypes.most_common()),
         seconds=time.perf_counter() - began,
         notes=(*notes, *run.notes),
     )
     return arrays, report
-
-
-def _plan(
-    checkpoint: Checkpoint, config: Mamba2Config, table: tuple[StoredTensor, ...], head: bool
-) -> tuple[list[tuple[StoredTensor, TensorInfo]], list[str]]:
-    """Check the checkpoint against the config; return what to load, and notes. No array is made here."""
-    tied = config.tie_word_embeddings
-    found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
-    needed = {stored.name: stored for stored in table}
-    problems = [f"tensor {name!r} is missing{_why_missing(name, config)}" for name in missing]
-    for name in unexpected:
-        info = checkpoint.tensors[name]
-        shape = f"{info.dtype} {_shape(info.shape)}"
-        problems.append(f"tensor {show(name)} ({shape}, in {info.file.name}) is unexpected")
-    for name, stored_name in found.items():
-        info, stored = checkpoint.tensors[stored_name], needed[name]
-        label = f"tensor {show(stored_name)} in {info.file.name}"
-        if info.shape != stored.shape:
-            shapes = f"has shape {_shape(info.shape)}, the config wants {_shape(stored.shape)}"
-            problems.append(f"{label} {shapes}{_why_vocabulary(name, info.shape, config)}")
-        if info.dtype not in FLOAT_DTYPES:
-            problems.append(f"{label} is {info.dtype}, want a float type ({', '.join(FLOAT_DTYPES)})")
-    notes = []
-    if not problems and HEAD in found and not needed[HEAD].leaves:
-        output, embedding = (checkpoint.tensors[found[name]] for name in (HEAD, EMBEDDING))
-        if not head:
-            notes.append(f"{output.name} is not used: the model was asked for without its head")
-        elif _same_bytes(checkpoint, output, embedding):
-            notes.append(f"{output.name} repeats the embedding, to which it is tied; it is kept once")
-        else:
-            problems.append(
-                f"tensor {output.name!r} in {output.file.name} differs from {embedding.name!r}, but"
-                " tie_word_embeddings is true: set it to false in the config to keep both"
-            )
-    if problems:
-        raise CheckpointError(checkpoint.folder, problems)
-    return [(needed[n], checkpoint.tensors[s]) for n, s in found.items() if needed[n].leaves], notes
-
-
-def _why_missing(name: str, config: Mamba2Config) -> str:
-    """Explain the commonest reasons for a missing tensor."""
-    if name == HEAD:
-        return " (tie_word_embeddings is false; a tied head, or a bare Mamba2Model, has none)"
-    flag = "use_conv_bias" if ".conv1d." in name else "use_bias"
-    return f" ({flag} is true in the config)" if name.endswith(".bias") and getattr(config, flag) else ""
-
-
-def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> str:
-    """Explain an embedding or head whose rows are not the config's vocabulary."""
-    if name not in (EMBEDDING, HEAD) or len(shape) != 2 or shape[1] != config.hidden_size:
-        return ""
-    rows = shape[0]
-    relation = "fewer" if rows < config.vocab_size else "more"
-    return (
-        f": {rows} rows of vocabulary, {relation} than vocab_size={config.vocab_size}; vocab_size counts the"
-        f" padding rows too, so set it to {rows} if that is how the checkpoint was saved"
-    )
-
-
-def _same_bytes(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two tensors of one shape hold the same bytes."""
-    if first.dtype != second.dtype:
-        return False
-    pairs = zip(checkpoint.blocks(first.name), checkpoint.blocks(second.name), strict=True)
-    return all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for (_, a), (_, b) in pairs)
 
 
 class _Loader:
@@ -183,6 +123,8 @@ class _Loader:
         self.param_dtype = param_dtype
         self.place = place
         self.allow_non_finite = allow_non_finite
+        self.pool = ThreadPoolExecutor(_THREADS, "load_weights")
+        self.scratch = Scratch()
         self.arrays: dict[str, jax.Array] = {}
         self.problems: list[str] = []
         self.notes: list[str] = []
@@ -198,22 +140,48 @@ class _Loader:
         target, bad, overflown = wide, 0, 0
         for leaf in stored.leaves:
             target = self._target(leaf, wide)
-            host, leaf_bad, leaf_overflown = _read_leaf(self.checkpoint, info.name, leaf, target)
+            host, leaf_bad, leaf_overflown = self._read_leaf(info, leaf, target)
             bad, overflown = bad + leaf_bad, overflown + leaf_overflown
             self.stored_dtypes[source.name] += host.size
             self.param_dtypes[target.name] += host.size
             if not self.problems:  # after a refusal the rest is only checked
                 self.arrays[leaf.path] = _put(host, leaf.path, self.place(leaf.path))
-        label = f"tensor {show(info.name)} in {info.file.name}"
         found = [f"{bad} NaN or infinite values" if bad else ""]
         found += [f"{overflown} values too large for {target.name}" if overflown else ""]
         if bad or overflown:
-            message = f"{label} has {' and '.join(filter(None, found))}"
+            message = f"{label(info)} has {' and '.join(filter(None, found))}"
             if self.allow_non_finite:
                 self.notes.append(message)
             else:
                 self.problems.append(f"{message}; allow_non_finite=True takes them as they are")
                 self.arrays.clear()
+
+    def _read_leaf(self, info: TensorInfo, leaf: Leaf, target: np.dtype) -> tuple[np.ndarray, int, int]:
+        """Read one leaf in the model's layout and type; count its non-finite values and those cast too small.
+
+        Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works.
+        """
+        host = _aligned_empty(leaf.shape, target)
+        rows = leaf.as_rows(host)
+        width = info.size // max(1, info.shape[0])
+        stored = FLOAT_DTYPES[info.dtype]
+
+        def read_block(first: int, last: int) -> tuple[int, int]:
+            out = rows[first:last]
+            direct = stored == target and out.flags.c_contiguous
+            block = out if direct else self.scratch.take("block", out.shape, stored)
+            self.checkpoint.read_rows(info.name, leaf.rows[0] + first, block)
+            converted, overflown = cast(block, target)
+            bad = count_non_finite(converted) - overflown
+            if not direct:
+                copy_rows(converted, out, self.scratch)
+            return bad, overflown
+
+        step = max(1, _BLOCK_BYTES // max(1, width * stored.itemsize))
+        starts = range(0, len(rows), step)
+        run = self.pool.map if len(starts) > 1 else map
+        counts = list(run(read_block, starts, (min(start + step, len(rows)) for start in starts)))
+        return host, sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
 
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
@@ -225,35 +193,6 @@ class _Loader:
     def _note_once(self, note: str) -> None:
         if note not in self.notes:
             self.notes.append(note)
-
-
-def _read_leaf(
-    checkpoint: Checkpoint, name: str, leaf: Leaf, target: np.dtype
-) -> tuple[np.ndarray, int, int]:
-    """Read one leaf in the model's layout and type; count its non-finite values and those cast too small."""
-    host = _aligned_empty(leaf.shape, target)
-    rows = leaf.as_rows(host)
-    bad = overflown = 0
-    for row, block in checkpoint.blocks(name, *leaf.rows):
-        stored = block.reshape(len(block), -1)
-        with np.errstate(over="ignore", invalid="ignore"):  # counted and reported below
-            cast = stored.astype(target, copy=False)
-        if count := _count_non_finite(cast):
-            stored_count = _count_non_finite(stored)
-            bad, overflown = bad + stored_count, overflown + count - stored_count
-        row -= leaf.rows[0]
-        for tile in range(0, len(cast), _TILE_ROWS):
-            part = cast[tile : tile + _TILE_ROWS]
-            rows[row + tile : row + tile + len(part)] = part
-    return host, bad, overflown
-
-
-def _count_non_finite(block: np.ndarray) -> int:
-    """Count NaN and infinite values by their exponent bits, which is several times faster than isfinite."""
-    size = block.dtype.itemsize
-    exponent = _EXPONENT.get(size) or (0x7C00 if block.dtype == np.float16 else 0x7F80)
-    bits = block.view(f"u{size}")
-    return int(np.count_nonzero((bits & bits.dtype.type(exponent)) == exponent))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -269,7 +208,7 @@ def _put(host: np.ndarray, path: str, placement: Placement) -> jax.Array:
     try:
         return jax.block_until_ready(jax.device_put(host, placement))
     except ValueError as error:  # a sharding that does not divide the shape
-        raise ValueError(f"load_weights: cannot place {path} {_shape(host.shape)}: {error}") from error
+        raise ValueError(f"load_weights: cannot place {path} {show_shape(host.shape)}: {error}") from error
 
 
 def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
@@ -289,7 +228,3 @@ def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
 def _widest(dtype: np.dtype) -> np.dtype:
     """Return the type that JAX holds it in: float64 is float32 unless x64 is enabled."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"

@@ -1,7 +1,8 @@
 """The one table between checkpoint tensors and the model's parameters, used in both directions.
 
 A stored tensor splits by rows into the model's leaves: the rows of `in_proj.weight` are z, x, B, C and dt.
-They become leaves by meaning, because only then can heads and groups be split over devices. Projections and
+They become leaves by meaning, because only then can heads and groups be split over devices; so do q, k and v
+of an attention layer. Projections and
 the convolution are stored `(out, in)` and used `(in, out)`; embeddings are `(v, d)` on both sides.
 
 >>> from mamba2_jax.config import Mamba2Config
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config import AttentionConfig, Mamba2Config
 
 EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
@@ -105,15 +106,11 @@ def checkpoint_table(config: Mamba2Config, head: bool = True) -> tuple[StoredTen
     Returns:
         The tensors by canonical name, transformers'. `lm_head.weight` is always last; it has no leaves when
         the head is tied or not wanted.
-
-    Raises:
-        NotImplementedError: the config needs a variant that is not built yet.
     """
-    config.validate_supported()
     vocab = (config.vocab_size, config.hidden_size)
     table = [_store(EMBEDDING, vocab, _Part(EMBEDDING, vocab))]
     for index in range(config.num_hidden_layers):
-        table += _layer(config, f"{_PREFIX}layers.{index}.")
+        table += _layer(config, index)
     norm = f"{_PREFIX}norm_f.weight"
     table.append(_store(norm, (config.hidden_size,), _Part(norm, (config.hidden_size,))))
     own_head = head and not config.tie_word_embeddings
@@ -124,11 +121,19 @@ def checkpoint_table(config: Mamba2Config, head: bool = True) -> tuple[StoredTen
 def stored_names(name: str) -> tuple[str, ...]:
     """Every name under which a file may hold the tensor, the canonical one first.
 
-    state-spaces writes `embedding` for `embeddings`; a bare Mamba2Model has no `backbone.` prefix.
+    state-spaces writes `embedding` for `embeddings`, Mistral puts `model.` in front, and a bare Mamba2Model
+    has no `backbone.`.
     """
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [other.removeprefix(_PREFIX) for other in names]
+    names += [f"model.{other}" for other in names] + [other.removeprefix(_PREFIX) for other in names]
     return tuple(dict.fromkeys(names))
+
+
+def written_name(name: str, form: str, head: bool) -> str:
+    """Return the name that a form writes a tensor under; a bare Mamba2Model's have no `backbone.`."""
+    if form == "state-spaces":
+        return name.replace("backbone.embeddings.", "backbone.embedding.")
+    return name if head else name.removeprefix(_PREFIX)
 
 
 def match_names(
@@ -160,55 +165,66 @@ def match_names(
     return found, missing, unexpected
 
 
-def _layer(config: Mamba2Config, at: str) -> Iterator[StoredTensor]:
-    """One block's tensors; `at` is its path with the closing dot."""
-    d, e, gn, h = config.hidden_size, config.d_ssm, config.groups_state_size, config.num_heads
-    k, mixer = config.conv_kernel, f"{at}mixer."
-
+def _layer(config: Mamba2Config, index: int) -> Iterator[StoredTensor]:
+    """One block's tensors."""
+    d, m, at = config.hidden_size, config.mlp_width, f"{_PREFIX}layers.{index}."
     yield _store(f"{at}norm.weight", (d,), _Part(f"{at}norm.weight", (d,)))
+    if config.attn_cfg is not None and index in config.attn_layer_idx:
+        yield from _attention_mixer(config.attn_cfg, d, f"{at}mixer.")
+    else:
+        yield from _mamba_mixer(config, f"{at}mixer.")
+    if config.d_intermediate:
+        yield _store(f"{at}norm2.weight", (d,), _Part(f"{at}norm2.weight", (d,)))
+        yield from _matrix(f"{at}mlp.fc1.", (d,), False, ("", (2, m)))  # rows value, gate
+        yield from _matrix(f"{at}mlp.fc2.", (m,), False, ("", (d,)))
 
-    # in_proj: rows z, x, B, C, dt
-    path, rows = f"{mixer}in_proj.", 2 * e + 2 * gn + h
-    yield _store(
-        f"{path}weight",
-        (rows, d),
-        _Part(f"{path}weight_zx", (d, 2, e), row_axes=2, rows_last=True),
-        _Part(f"{path}weight_BC", (d, 2, gn), row_axes=2, rows_last=True),
-        _Part(f"{path}weight_dt", (d, h), rows_last=True),
-    )
-    if config.use_bias:
-        yield _store(
-            f"{path}bias",
-            (rows,),
-            _Part(f"{path}bias_zx", (2, e), row_axes=2),
-            _Part(f"{path}bias_BC", (2, gn), row_axes=2),
-            _Part(f"{path}bias_dt", (h,)),
-        )
 
-    # conv1d: rows x, B, C
-    path = f"{mixer}conv1d."
-    yield _store(
-        f"{path}weight",
-        (config.conv_dim, 1, k),
-        _Part(f"{path}weight_x", (k, e), rows_last=True),
-        _Part(f"{path}weight_BC", (k, 2, gn), row_axes=2, rows_last=True),
-    )
-    if config.use_conv_bias:
-        yield _store(
-            f"{path}bias",
-            (config.conv_dim,),
-            _Part(f"{path}bias_x", (e,)),
-            _Part(f"{path}bias_BC", (2, gn), row_axes=2),
-        )
+def _mamba_mixer(config: Mamba2Config, at: str) -> Iterator[StoredTensor]:
+    """The tensors of a Mamba-2 mixer; `at` is its path with the closing dot."""
+    d, e, gn, h = config.hidden_size, config.d_ssm, config.groups_state_size, config.num_heads
+    m = config.parallel_mlp_width
+    rows = [("_zx", (2, e)), ("_BC", (2, gn)), ("_dt", (h,))]
+    if m:
+        rows.insert(0, ("_z0x0", (2, m)))
+    yield from _matrix(f"{at}in_proj.", (d,), config.use_bias, *rows)
+    taps = (1, config.conv_kernel)
+    yield from _matrix(f"{at}conv1d.", taps, config.use_conv_bias, ("_x", (e,)), ("_BC", (2, gn)))
+    for name in ("dt_bias", "A_log"):
+        yield _store(f"{at}{name}", (h,), _Part(f"{at}{name}", (h,), keep_precision=True))
+    skips = (h, config.head_dim) if config.D_has_hdim else (h,)
+    part = _Part(f"{at}D", skips, row_axes=len(skips), keep_precision=True)
+    yield _store(f"{at}D", (part.num_rows,), part)
+    if config.rmsnorm:
+        yield _store(f"{at}norm.weight", (e,), _Part(f"{at}norm.weight", (e,)))
+    yield from _matrix(f"{at}out_proj.", (m + e,), config.use_bias, ("", (d,)))
 
-    for name in ("dt_bias", "A_log", "D"):
-        yield _store(f"{mixer}{name}", (h,), _Part(f"{mixer}{name}", (h,), keep_precision=True))
-    yield _store(f"{mixer}norm.weight", (e,), _Part(f"{mixer}norm.weight", (e,)))
 
-    path = f"{mixer}out_proj."
-    yield _store(f"{path}weight", (d, e), _Part(f"{path}weight", (e, d), rows_last=True))
-    if config.use_bias:
-        yield _store(f"{path}bias", (d,), _Part(f"{path}bias", (d,)))
+def _attention_mixer(attention: AttentionConfig, d: int, at: str) -> Iterator[StoredTensor]:
+    """The tensors of an attention mixer; `at` is its path with the closing dot."""
+    query, key, m = attention.query_width, attention.key_width, attention.mlp_width
+    heads = [("_q", (query,)), ("_k", (key,)), ("_v", (key,))]
+    mlp = [("_mlp", (2, m))] if m else []  # value, gate
+    yield from _matrix(f"{at}in_proj.", (d,), attention.qkv_proj_bias, *heads, *mlp)
+    if attention.d_conv:
+        yield from _matrix(f"{at}conv1d.", (1, attention.d_conv), True, *heads)
+    yield from _matrix(f"{at}out_proj.", (query + m,), attention.out_proj_bias, ("", (d,)))
+
+
+_Rows = tuple[str, tuple[int, ...]]
+"""What a leaf's name ends with, and the shape of the rows it takes."""
+
+
+def _matrix(at: str, inner: tuple[int, ...], bias: bool, *leaves: _Rows) -> Iterator[StoredTensor]:
+    """A projection stored `(rows, in)` or a depthwise convolution `(rows, 1, taps)`, and its bias."""
+    weights = [
+        _Part(f"{at}weight{name}", (inner[-1], *shape), row_axes=len(shape), rows_last=True)
+        for name, shape in leaves
+    ]
+    rows = sum(part.num_rows for part in weights)
+    yield _store(f"{at}weight", (rows, *inner), *weights)
+    if bias:
+        biases = [_Part(f"{at}bias{name}", shape, row_axes=len(shape)) for name, shape in leaves]
+        yield _store(f"{at}bias", (rows,), *biases)
 
 
 def _store(name: str, shape: tuple[int, ...], *parts: _Part) -> StoredTensor:

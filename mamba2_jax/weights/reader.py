@@ -1,4 +1,4 @@
-"""Safe, lazy reading of safetensors checkpoints: one file, or shards named by an index.
+"""Safe, lazy reading of checkpoints: one file, or shards named by an index; safetensors or PyTorch's own.
 
 Opening reads and checks the headers only. Tensors are then read in blocks of rows, so that what is in
 memory at once is one block, whatever a header declares. The files are read, not mapped: a file that is cut
@@ -21,8 +21,8 @@ import math
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 
@@ -34,14 +34,30 @@ from mamba2_jax.weights.files import (
     read_exactly,
     resolve_inside,
     show,
+    will_read,
 )
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
+from mamba2_jax.weights.torch_file import read_torch_header
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
+
+@dataclass(frozen=True)
+class Form:
+    """How one kind of checkpoint names its files: one for all tensors, or an index and shards."""
+
+    single: str
+    index: str
+    suffix: str  # of every shard
+
+
+# The first that a folder has is read. Codestral ships its weights in the first and in the second form.
+FORMS = (
+    Form("model.safetensors", "model.safetensors.index.json", ".safetensors"),  # transformers
+    Form("consolidated.safetensors", "consolidated.safetensors.index.json", ".safetensors"),  # Mistral
+    Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin"),  # state-spaces, and older transformers
+)
 _BLOCK_BYTES = 4 << 20
 # Letters that mean one file of this folder on every system: no separator, no drive, no leading dot.
-_PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,250}\.safetensors")
+_PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,250}")
 
 
 class Checkpoint:
@@ -84,24 +100,38 @@ class Checkpoint:
             CheckpointError: the type is not a float's, or the file ends before the tensor does.
         """
         info = self.tensors[name]
-        if info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(info.file, [f"tensor {show(name)} is {info.dtype}; want a float type"])
-        dtype = FLOAT_DTYPES[info.dtype]
+        dtype = _float_dtype(info)
         rows = info.shape[0] if info.shape else 1
         last_row = rows if last_row is None else last_row
         if not 0 <= first_row <= last_row <= rows:
             raise ValueError(f"blocks: rows {first_row} to {last_row} of {show(name)}, which has {rows}")
-        row_shape = info.shape[1:]
-        row_bytes = math.prod(row_shape) * dtype.itemsize
+        row_bytes = math.prod(info.shape[1:]) * dtype.itemsize
         if row_bytes == 0:
             return
         step = max(1, min(block_bytes // row_bytes, last_row - first_row))
-        buffer = np.empty((step, *row_shape), dtype)
+        buffer = np.empty((step, *info.shape[1:]), dtype)
         for row in range(first_row, last_row, step):
             block = buffer[: min(step, last_row - row)]
-            place = f"tensor {show(name)}"
-            read_exactly(self._files[info.file], info.file, info.start + row * row_bytes, block, place)
+            self.read_rows(name, row, block)
             yield row, block
+
+    def read_rows(self, name: str, first_row: int, out: np.ndarray) -> None:
+        """Fill a contiguous array of the stored type with rows from `first_row` on. Threads may share this.
+
+        Raises:
+            CheckpointError: the type is not a float's, or the file ends before the rows do.
+        """
+        info = self.tensors[name]
+        row_bytes = math.prod(info.shape[1:]) * _float_dtype(info).itemsize
+        start = info.start + first_row * row_bytes
+        if start + out.nbytes > info.stop:
+            raise ValueError(f"read_rows: {len(out)} rows from {first_row} on go beyond {show(name)}")
+        read_exactly(self._files[info.file], info.file, start, out, f"tensor {show(name)}")
+
+    def will_read(self, name: str) -> None:
+        """Tell the system that this tensor is read next."""
+        info = self.tensors[name]
+        will_read(self._files[info.file], info.start, info.nbytes)
 
     def read(self, name: str) -> np.ndarray:
         """Read one whole tensor into a new array of the stored type."""
@@ -124,7 +154,9 @@ class Checkpoint:
         """Open one file, keep it open under the name `path`, and return its checked header."""
         file = open_regular(path, target)
         try:
-            header = read_header(file, path)
+            header = (
+                read_torch_header(file, path, target) if path.suffix == ".bin" else read_header(file, path)
+            )
         except BaseException:
             file.close()
             raise
@@ -132,45 +164,59 @@ class Checkpoint:
         return header
 
 
+def _float_dtype(info: TensorInfo) -> np.dtype:
+    if info.dtype not in FLOAT_DTYPES:
+        raise CheckpointError(info.file, [f"tensor {show(info.name)} is {info.dtype}; want a float type"])
+    return FLOAT_DTYPES[info.dtype]
+
+
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Open the safetensors checkpoint in a folder and check every header; no tensor is read.
+    """Open the checkpoint in a folder and check every header; no tensor is read.
 
     Args:
-        folder: holds `model.safetensors`, or `model.safetensors.index.json` and its shards (the index wins).
+        folder: holds the files of one of `FORMS`. Of several the first is read, and of one form the index.
 
     Returns:
         A `Checkpoint`; use it in a `with` statement.
 
     Raises:
         CheckpointError: nothing there to read, or a file or index that is broken; lists every problem.
+        ImportError: a `.bin` file without PyTorch 2.10 or newer.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(folder, ["not a folder; give the folder that holds the checkpoint's files"])
+    form = find_form(folder)
+    if form is None:
+        names = ", ".join(form.single for form in FORMS)
+        raise CheckpointError(folder, [f"holds no weights: neither {names}, nor the index of one"])
     checkpoint = Checkpoint(folder)
     try:
-        if os.path.lexists(folder / INDEX_NAME):
-            _open_sharded(checkpoint)
-        elif os.path.lexists(folder / SINGLE_NAME):
-            target = resolve_inside(folder, SINGLE_NAME)
-            checkpoint.tensors = checkpoint._add_file(folder / SINGLE_NAME, target)
+        if os.path.lexists(folder / form.index):
+            _open_sharded(checkpoint, form)
         else:
-            _nothing_to_read(folder)
+            target = resolve_inside(folder, form.single)
+            checkpoint.tensors = checkpoint._add_file(folder / form.single, target)
     except BaseException:
         checkpoint.close()
         raise
     return checkpoint
 
 
-def _open_sharded(checkpoint: Checkpoint) -> None:
+def find_form(folder: Path) -> Form | None:
+    """Return the form of the weights that a folder holds, None if it holds none."""
+    return next((f for f in FORMS for name in (f.index, f.single) if os.path.lexists(folder / name)), None)
+
+
+def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
     """Read the index, then the header of every shard it names, and check that they agree."""
     folder = checkpoint.folder
-    weight_map = _read_index(folder)
+    weight_map = _read_index(folder, form.index)
     problems = [
-        f"{INDEX_NAME} places tensors in {show(shard)}: only a plain name, such as"
-        " 'model-00001-of-00003.safetensors', of a file in this folder is read"
+        f"{form.index} places tensors in {show(shard)}: only a plain name, such as"
+        f" 'model-00001-of-00003{form.suffix}', of a file in this folder is read"
         for shard in sorted(set(weight_map.values()))
-        if not _PLAIN_SHARD_NAME.fullmatch(shard)
+        if not (_PLAIN_SHARD_NAME.fullmatch(shard) and shard.endswith(form.suffix) and len(shard) < 256)
     ]
     if problems:
         raise CheckpointError(folder, problems)
@@ -188,22 +234,22 @@ def _open_sharded(checkpoint: Checkpoint) -> None:
     opened = {path.name for path in checkpoint.files}
     for name, shard in weight_map.items():
         if shard in opened and shard not in found.get(name, ()):
-            problems.append(f"tensor {show(name)}: {INDEX_NAME} places it in {shard}, whose header lacks it")
+            problems.append(f"tensor {show(name)}: {form.index} places it in {shard}, whose header lacks it")
     for name, shards in found.items():
         if len(shards) > 1:
             problems.append(f"tensor {show(name)} is in several shards: {', '.join(shards)}")
         elif name not in weight_map:
-            problems.append(f"tensor {show(name)} is in {shards[0]} but not in {INDEX_NAME}")
+            problems.append(f"tensor {show(name)} is in {shards[0]} but not in {form.index}")
         elif weight_map[name] != shards[0]:
             problems.append(f"tensor {show(name)} is in {shards[0]}, not in {weight_map[name]} as indexed")
     if problems:
         raise CheckpointError(folder, problems)
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path, name: str) -> dict[str, str]:
     """Return the index's map from tensor name to shard name, its types checked."""
-    path = folder / INDEX_NAME
-    with open_regular(path, resolve_inside(folder, INDEX_NAME)) as file:
+    path = folder / name
+    with open_regular(path, resolve_inside(folder, name)) as file:
         size = os.fstat(file.fileno()).st_size
         if size > MAX_JSON_BYTES:
             raise CheckpointError(path, [f"{size} bytes; an index of more than {MAX_JSON_BYTES} is not read"])
@@ -217,18 +263,3 @@ def _read_index(folder: Path) -> dict[str, str]:
     if wrong:
         raise CheckpointError(path, [f"tensor {show(name)}: its file name is not a string" for name in wrong])
     return weight_map
-
-
-def _nothing_to_read(folder: Path) -> NoReturn:
-    """Say what the folder lacks, and which known form it has instead."""
-    others = {
-        "pytorch_model.bin": "a PyTorch pickle",
-        "pytorch_model.bin.index.json": "PyTorch pickles",
-        "consolidated.safetensors": "Mistral's form",
-    }
-    message = f"holds neither {SINGLE_NAME} nor {INDEX_NAME}"
-    for name, form in others.items():
-        if (folder / name).exists():
-            message += f"; {name} ({form}) is not read yet: save the model with transformers' save_pretrained"
-            break
-    raise CheckpointError(folder, [message])

@@ -20,6 +20,7 @@ class LoadReport:
         parameters: how many numbers they hold; a tied head counts once.
         bytes: their size in the files.
         dtypes: parameters by stored type.
+        stored_dtypes: type of each stored tensor, by its canonical name.
         param_dtypes: parameters by the type they have now.
         seconds: from opening to the last array in place.
         notes: what a user may want to know, one line each.
@@ -31,6 +32,7 @@ class LoadReport:
     parameters: int
     bytes: int
     dtypes: dict[str, int]
+    stored_dtypes: dict[str, str]
     param_dtypes: dict[str, int]
     seconds: float
     notes: tuple[str, ...] = field(default=())
@@ -50,12 +52,12 @@ class LoadReport:
 
 
 @contextlib.contextmanager
-def progress_bar(total: int, shown: bool) -> Iterator[Callable[[int], object]]:
+def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], object]]:
     """Yield a function that advances a bar of `total` bytes, or does nothing."""
     if not shown:
         yield lambda count: None
         return
-    columns = (progress.TextColumn("loading weights"), progress.BarColumn(), progress.DownloadColumn())
+    columns = (progress.TextColumn(label), progress.BarColumn(), progress.DownloadColumn())
     with progress.Progress(*columns, progress.TransferSpeedColumn(), console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=total)
         yield lambda count: bar.advance(task, count)

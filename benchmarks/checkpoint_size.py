@@ -1,0 +1,297 @@
+"""A full-size checkpoint on a small machine: written, inspected, converted, loaded, decoding.
+
+Random weights of Codestral's shape (7.29 billion parameters, bfloat16, 14.6 GB in three shards), with every
+step in a process of its own. For each it prints seconds, GB/s, and the peaks of anonymous and of mapped memory
+above what the process had before the step, from /proc. Reading starts from a cold cache, as `cat` does beside it.
+
+    python benchmarks/checkpoint_size.py --folder /scratch              # 45 GB of disk, 20 GB of memory
+    python benchmarks/checkpoint_size.py --folder /scratch --layers 4   # a quick look
+    python benchmarks/checkpoint_size.py --folder /scratch --preset mamba2-130m --output results.md
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from mamba2_jax import Mamba2Config
+from mamba2_jax.export import write_checkpoint
+from mamba2_jax.weights import Outgoing, checkpoint_table, open_checkpoint
+
+STEPS = ("write", "inspect", "cat", "load", "convert", "to_state_spaces", "generate")
+BLOCK = 1 << 20  # numbers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=pathlib.Path, required=True, help="scratch space; emptied at the end"
+    )
+    parser.add_argument("--preset", default="codestral-7b")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
+    parser.add_argument("--steps", nargs="*", choices=STEPS, default=STEPS)
+    parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
+    parser.add_argument("--output", type=pathlib.Path, help="also write the table to this Markdown file")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # the child's
+    arguments = parser.parse_args()
+    if arguments.step:
+        run_step(arguments)
+        return
+    config = model_config(arguments)
+    largest = max(np.prod(stored.shape) for stored in checkpoint_table(config)) * 2
+    lines = [
+        f"Random weights of {arguments.preset}, {config.num_hidden_layers} layers: "
+        f"{config.num_parameters():,} parameters, {2 * config.num_parameters() / 1e9:.2f} GB in bfloat16; "
+        f"the largest tensor has {largest / 1e6:.0f} MB.",
+        machine(),
+        "",
+        "| step | seconds | GB/s | anonymous peak | mapped peak | CPU seconds | |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    print("\n".join(lines), flush=True)
+    try:
+        for step in arguments.steps:
+            line = in_a_process(step, arguments)
+            lines.append(line)
+            print(line, flush=True)
+    finally:
+        if not arguments.keep:
+            for name in ("original", "converted", "state-spaces"):
+                shutil.rmtree(arguments.folder / name, ignore_errors=True)
+    if arguments.output:
+        arguments.output.write_text(
+            "# A full-size checkpoint on a small machine\n\n" + "\n".join(lines) + "\n"
+        )
+
+
+def machine() -> str:
+    total = int(next(line for line in open("/proc/meminfo") if line.startswith("MemTotal")).split()[1])
+    load = os.getloadavg()[0]
+    return (
+        f"{os.cpu_count()} cores of {platform.machine()}, {total / 2**20:.1f} GiB of memory; "
+        f"load average {load:.1f} when it began."
+    )
+
+
+def in_a_process(step: str, arguments) -> str:
+    command = [sys.executable, __file__, "--folder", str(arguments.folder), "--preset", arguments.preset]
+    command += ["--layers", str(arguments.layers)] if arguments.layers else []
+    done = subprocess.run([*command, "--step", step], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return f"| {step} | failed with exit code {done.returncode} | | | | | |"
+    result = json.loads(done.stdout.splitlines()[-1])
+    speed = f"{result['bytes'] / result['seconds'] / 1e9:.2f}" if result["bytes"] else ""
+    peaks = f"{result['anonymous'] / 1e6:,.0f} MB | {result['mapped'] / 1e6:,.0f} MB"
+    name = step.replace("_", " ")
+    return (
+        f"| {name} | {result['seconds']:.1f} | {speed} | {peaks} | {result['cpu']:.1f} | {result['note']} |"
+    )
+
+
+def run_step(arguments) -> None:
+    config = model_config(arguments)
+    step = globals()[f"step_{arguments.step}"]
+    prepare = {"load": start_jax, "generate": start_jax, "to_state_spaces": start_torch}.get(arguments.step)
+    if prepare:
+        prepare()
+    watch = Watch()
+    with watch:
+        nbytes, note = step(arguments.folder, config, watch)
+    print(json.dumps(watch.result() | {"bytes": nbytes, "note": note}))
+
+
+def model_config(arguments) -> Mamba2Config:
+    config = Mamba2Config.preset(arguments.preset)
+    return config.replace(num_hidden_layers=arguments.layers) if arguments.layers else config
+
+
+def start_jax() -> None:
+    import jax.numpy as jnp
+
+    jnp.zeros(1).block_until_ready()
+
+
+def start_torch() -> None:
+    import torch
+
+    torch.zeros(1)
+
+
+class Watch:
+    """Peaks of this process's memory, by /proc, and its time."""
+
+    def __enter__(self):
+        self.base = self.now()
+        self.peak = list(self.base)
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._look)
+        self.thread.start()
+        self.start, self.cpu = time.perf_counter(), time.process_time()
+        self.seconds = None
+        return self
+
+    def __exit__(self, *_):
+        self.stop()
+        self.done.set()
+        self.thread.join()
+
+    def stop(self):
+        """End of what is timed; what follows is only looked at."""
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self.start
+            self.cpu = time.process_time() - self.cpu
+
+    def _look(self):
+        while not self.done.wait(0.005):
+            self.peak = [max(pair) for pair in zip(self.peak, self.now(), strict=True)]
+
+    @staticmethod
+    def now() -> tuple[int, int]:
+        fields = dict(line.split(":") for line in open("/proc/self/status"))
+        return tuple(1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+
+    def result(self) -> dict:
+        anonymous, mapped = (peak - base for peak, base in zip(self.peak, self.base, strict=True))
+        return {"seconds": self.seconds, "cpu": self.cpu, "anonymous": anonymous, "mapped": mapped}
+
+
+def step_write(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    """Three shards of random weights, as large as an initialisation makes them."""
+    import ml_dtypes
+
+    dtype = np.dtype(ml_dtypes.bfloat16)
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(BLOCK, np.float32)
+
+    def random_blocks(stored):
+        scale = 1 / np.sqrt(stored.shape[-1]) if len(stored.shape) > 1 else 0.5
+        count = int(np.prod(stored.shape))
+        for start in range(0, count, BLOCK):
+            offset = int(rng.integers(BLOCK))
+            block = np.roll(noise, offset)[: min(BLOCK, count - start)] * scale
+            yield block + 1 if stored.name.endswith("norm.weight") else block
+
+    tensors = [
+        Outgoing(stored.name, stored.shape, dtype, lambda stored=stored: random_blocks(stored))
+        for stored in checkpoint_table(config)
+        if stored.leaves
+    ]
+    total = sum(tensor.nbytes for tensor in tensors)
+    write_checkpoint(folder / "original", config, tensors, max_shard_size=total // 3 + (300 << 20))
+    shards = len(list((folder / "original").glob("*.safetensors")))
+    return total, f"{shards} files"
+
+
+def step_inspect(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    from mamba2_jax import cli
+
+    with contextlib.redirect_stdout(sys.stderr):
+        if cli.main(["info", str(folder / "original")]):
+            raise SystemExit("info failed")
+    return 0, "`mamba2-jax info`"
+
+
+def step_cat(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    forget(folder / "original")
+    watch.start = time.perf_counter()
+    files = sorted((folder / "original").glob("*.safetensors"))
+    subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
+    return size(folder / "original"), "what the disk gives, cold"
+
+
+def step_load(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    from mamba2_jax import Mamba2ForCausalLM
+
+    forget(folder / "original")
+    watch.start = time.perf_counter()
+    model = Mamba2ForCausalLM.from_pretrained(folder / "original")
+    watch.stop()
+    weights = sum(array.nbytes for array in model._arrays().values())
+    return size(folder / "original"), f"from_pretrained, cold; {weights / 1e6:,.0f} MB of weights"
+
+
+def step_convert(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    from mamba2_jax.convert import convert
+
+    forget(folder / "original")
+    watch.start = time.perf_counter()
+    convert(folder / "original", folder / "converted", max_shard_size="5GB")
+    watch.stop()
+    same_bytes(folder / "original", folder / "converted")
+    shutil.rmtree(folder / "converted")
+    return size(folder / "original"), "to shards of 5 GB, cold; the same bytes"
+
+
+def step_to_state_spaces(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    from mamba2_jax.convert import convert
+
+    forget(folder / "original")
+    watch.start = time.perf_counter()
+    convert(folder / "original", folder / "state-spaces", to="state-spaces")
+    watch.stop()
+    same_bytes(folder / "original", folder / "state-spaces")
+    shutil.rmtree(folder / "state-spaces")
+    return size(folder / "original"), "to one .bin, cold; the same bytes"
+
+
+def step_generate(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    """Decode at batch 1, and ask the compiler what the loop needs beside its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from mamba2_jax import Mamba2ForCausalLM, generate
+
+    model = Mamba2ForCausalLM.from_pretrained(folder / "original")
+    prompt = jnp.arange(1, 9)[None]
+    decode = jax.jit(lambda model, ids: generate(model, ids, max_new_tokens=16, eos_token_id=()).tokens)
+    compiled = decode.lower(model, prompt).compile()
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    compiled(model, prompt).block_until_ready()
+    watch.start, watch.seconds = time.perf_counter(), None
+    tokens = compiled(model, prompt).block_until_ready()
+    watch.stop()
+    per_token = watch.seconds / tokens.shape[1]
+    note = f"{tokens.shape[1]} tokens, {per_token * 1e3:.0f} ms each; the loop's temporaries: "
+    return 0, note + f"{temporaries / 1e6:,.0f} MB"
+
+
+def same_bytes(first: pathlib.Path, second: pathlib.Path) -> None:
+    """Refuse to report a conversion that is not exact."""
+    with open_checkpoint(first) as one, open_checkpoint(second) as other:
+        for name, info in one.tensors.items():
+            there = name if name in other.tensors else name.replace("embeddings.", "embedding.")
+            pairs = zip(one.blocks(name), other.blocks(there), strict=True)
+            if other.tensors[there].dtype != info.dtype or not all(
+                np.array_equal(a.view(np.uint16), b.view(np.uint16)) for (_, a), (_, b) in pairs
+            ):
+                raise SystemExit(f"{name} differs")
+
+
+def forget(folder: pathlib.Path) -> None:
+    """Drop the files from the page cache."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def size(folder: pathlib.Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+if __name__ == "__main__":
+    main()

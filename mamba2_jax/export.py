@@ -1,0 +1,100 @@
+"""A checkpoint's folder on its way out: weights, config, generation config and tokenizer, whole or absent."""
+
+import shutil
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.weights import (
+    TOKENIZER_FILES,
+    Outgoing,
+    new_folder,
+    parse_size,
+    progress_bar,
+    write_json,
+    write_safetensors,
+    write_torch,
+)
+
+Format: TypeAlias = Literal["transformers", "state-spaces"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
+MAX_SHARD_SIZE = "5GB"
+
+
+def write_checkpoint(
+    target: Path,
+    config: Mamba2Config,
+    tensors: Sequence[Outgoing],
+    *,
+    format: Format = "transformers",
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    head: bool = True,
+    beside: Path | None = None,
+    tokenizer: Path | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Write a folder that its readers take as it is.
+
+    Args:
+        target: the folder; see `weights.new_folder` for what happens to one that exists.
+        config: of the model.
+        tensors: the weights, filled while they are written.
+        format: whose files these are.
+        max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces has one file always.
+        head: False: a bare Mamba2Model.
+        beside: folder of the checkpoint that the model came from, for its generation config.
+        tokenizer: folder whose tokenizer goes along; None: none.
+        show_progress: draw a progress bar on stderr.
+
+    Raises:
+        ImportError: the form "state-spaces" without PyTorch.
+        NotImplementedError: the format has no words for this model.
+        ValueError: the folder cannot be replaced, or a value is too large for its type.
+    """
+    limit = parse_size(max_shard_size)
+    if format == "transformers":
+        content = _transformers_config(config, tensors, head)
+    elif head:
+        content = config.to_state_spaces_dict()
+    else:
+        raise ValueError("the form 'state-spaces' has no model without a head; save a Mamba2ForCausalLM")
+    with new_folder(target) as folder:
+        write_json(folder / "config.json", content)
+        _write_generation_config(folder, config, beside)
+        if tokenizer is not None:
+            for pattern in TOKENIZER_FILES:
+                for file in filter(Path.is_file, tokenizer.glob(pattern)):
+                    shutil.copyfile(file, folder / file.name)
+        total = sum(tensor.nbytes for tensor in tensors)
+        with progress_bar("saving weights", total, show_progress) as advance:
+            if format == "transformers":
+                write_safetensors(folder, tensors, limit, advance)
+            else:
+                tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_word_embeddings else {}
+                write_torch(folder / "pytorch_model.bin", tensors, tied, advance)
+
+
+def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head: bool) -> dict[str, Any]:
+    # transformers 5.24 divides out_proj by sqrt(layers) each time it loads a config with this option, which
+    # is meant for new models only.
+    content = config.replace(rescale_prenorm_residual=False).to_dict()
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
+    content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights as this type
+    content["architectures"] = ["Mamba2ForCausalLM" if head else "Mamba2Model"]
+    return dict(sorted(content.items()))
+
+
+def _write_generation_config(folder: Path, config: Mamba2Config, beside: Path | None) -> None:
+    """Copy the one that the checkpoint came with, or say which ids begin, end and fill a row."""
+    name = "generation_config.json"
+    if beside is not None and (beside / name).is_file():
+        shutil.copyfile(beside / name, folder / name)
+        return
+    eos = list(config.eos_token_ids) if len(config.eos_token_ids) > 1 else config.eos_token_id
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": eos, "pad_token_id": config.pad_token_id}
+    write_json(folder / name, {key: value for key, value in ids.items() if value is not None})

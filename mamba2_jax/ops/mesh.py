@@ -1,0 +1,88 @@
+"""Where an operator's arrays lie on a mesh, and what a piece of a row must know of the pieces to its left.
+
+| mesh axis | what it splits |
+|---|---|
+| `data`, `fsdp` | rows of the batch |
+| `sequence` | tokens of a row, in order: the device of index 0 holds the first ones |
+| `tensor` | heads, groups, channels |
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mamba2_jax.typing import Array, Bool, Int
+
+BATCH = ("data", "fsdp")
+SEQUENCE = "sequence"
+TENSOR = "tensor"
+
+
+class Border(NamedTuple):
+    """What the pieces to the left say about a piece of each row."""
+
+    untouched: Bool[Array, " b"]  # they hold padding only
+    continues: Bool[Array, " b"]  # the piece's first document goes on from them, or is the row's first
+    last_piece: Int[Array, " b"]  # which piece holds the row's last token that is not padding
+
+
+def look_left(segment_ids: Int[Array, "b l"]) -> Border:
+    """Compare a piece's segment ids with its neighbours'; inside `shard_map`, two integers a row travel."""
+    valid = segment_ids != 0
+    marks = jnp.stack([segment_ids[:, -1], valid.any(axis=1).astype(segment_ids.dtype)])  # (2, b)
+    last_id, holds_tokens = jnp.moveaxis(jax.lax.all_gather(marks, SEQUENCE), 1, 0)  # (pieces, b) each
+    here = jax.lax.axis_index(SEQUENCE)
+    piece = jnp.arange(len(last_id))[:, None]
+    untouched = ~jnp.any((holds_tokens != 0) & (piece < here), axis=0)
+    same_id = valid[:, 0] & (segment_ids[:, 0] == last_id[here - 1])
+    return Border(
+        untouched=untouched,
+        # Through padding alone a state passes as it is. At piece 0 `same_id` compares with the row's end,
+        # but there `untouched` holds.
+        continues=untouched | same_id | ~valid.any(axis=1),
+        last_piece=jnp.max(jnp.where(holds_tokens != 0, piece, 0), axis=0),
+    )
+
+
+def from_piece(piece: int | Int[Array, " b"], x: Array) -> Array:
+    """Give every device of the sequence axis the rows of `x (b, ...)` that the device `piece` holds."""
+    mine = jnp.broadcast_to(jax.lax.axis_index(SEQUENCE) == piece, x.shape[:1])
+    return jax.lax.psum(where_rows(mine, x), SEQUENCE)
+
+
+def where_rows(rows: Bool[Array, " b"], x: Array, otherwise: Array | float = 0.0) -> Array:
+    """Keep `x (b, ...)` where `rows` is true."""
+    return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.asarray(otherwise, x.dtype))
+
+
+def pad_tokens(x: Array, count: int) -> Array:
+    """Append `count` zeros to axis 1."""
+    return jnp.pad(x, ((0, 0), (0, count)) + ((0, 0),) * (x.ndim - 2)) if count else x
+
+
+def axis_size(mesh: Mesh, *axes: str) -> int:
+    """Count the devices along the axes together."""
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def check_mesh(op: str, mesh: Mesh) -> None:
+    """Raise ValueError unless the mesh has the four axes; others may be there too, and split nothing."""
+    missing = [axis for axis in (*BATCH, SEQUENCE, TENSOR) if axis not in mesh.shape]
+    if missing:
+        raise ValueError(
+            f"{op}: the mesh has axes {tuple(mesh.shape)}, and lacks {', '.join(missing)}; "
+            "make it with all of data, fsdp, sequence, tensor; the size of an axis may be 1"
+        )
+
+
+def check_divides(op: str, mesh: Mesh, name: str, size: int, *axes: str) -> None:
+    """Raise ValueError unless `size`, called `name`, splits evenly over the axes."""
+    devices = axis_size(mesh, *axes)
+    if size % devices:
+        raise ValueError(
+            f"{op}: {name}={size} is not a multiple of the mesh's {' x '.join(axes)} = {devices}; "
+            f"make that axis smaller, or change {name}"
+        )

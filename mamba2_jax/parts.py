@@ -1,0 +1,129 @@
+"""What the layers are made of: embedding, norm, projection, gated MLP, and what passes between layers."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba2_jax.cache import KeyValues
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.ops import rms_norm, silu_gate
+from mamba2_jax.ops.linear import linear
+from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
+
+
+class Rows(NamedTuple):
+    """Which tokens of a batch count, and where documents begin. None: all of them, one document a row."""
+
+    mask: Bool[Array, "b l"] | None = None
+    segment_ids: Int[Array, "b l"] | None = None  # 0 wherever the mask is false
+    past: Int[Array, " b"] | None = None  # for attention: tokens that a row's first document had before,
+    positions: Int[Array, "b l"] | None = None  # and the place of each token in its document
+
+    @property
+    def marks(self) -> Array | None:
+        """Segment ids, or the mask in their place, as the operators take them."""
+        return self.mask if self.segment_ids is None else self.segment_ids
+
+
+class LayerState(NamedTuple):
+    """One layer's part of `Mamba2Cache`."""
+
+    conv: Any  # ConvState, or for attention AttentionConvState or None
+    ssm: Any  # (b, h, p, n), or for attention None
+    attention: KeyValues | None
+
+
+class Embedding(nnx.Module):
+    """A table of `(v, d)`; drawn from a normal of `std`."""
+
+    def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a weight `(d,)`."""
+
+    def __init__(self, width: int, eps: float, param_dtype: DTypeLike):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """Normalise over the last axis, in the dtype of `x`."""
+        return rms_norm(x, self.weight[...], eps=self.eps)
+
+
+class Projection(nnx.Module):
+    """`x @ weight + bias`: one matrix `(in, *out)`, drawn uniformly from `+-gain / sqrt(in)`."""
+
+    def __init__(
+        self,
+        width: int,
+        out: tuple[int, ...],
+        *,
+        bias: bool,
+        gain: float = 1.0,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.weight = uniform(rngs, (width, *out), gain / math.sqrt(width), param_dtype)
+        self.bias = zeros(out, param_dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "b l in"]) -> Float[Array, "b l *out"]:
+        """Project, in float32."""
+        return linear(x, self.weight[...], value_of(self.bias), dtype=self.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """`d -> value, gate -> d`: matrices `(d, 2, m)` and `(m, d)`, without biases."""
+
+    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options = {"bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width = config.mlp_width
+        self.fc1 = Projection(config.hidden_size, (2, width), **options)
+        self.fc2 = Projection(width, (config.hidden_size,), gain=residual_gain(config), **options)
+
+    def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """Return the float32 update of the residual stream."""
+        value, gate = split_pair(self.fc1(hidden).astype(hidden.dtype))
+        return self.fc2(silu_gate(value, gate))
+
+
+def residual_gain(config: Mamba2Config) -> float:
+    """Factor on what is added to the residual stream: its sum keeps its variance (GPT-2's rule)."""
+    if not config.rescale_prenorm_residual:
+        return 1.0
+    branches = config.num_hidden_layers * (2 if config.d_intermediate else 1)
+    return 1 / math.sqrt(branches)
+
+
+def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
+    """Take the two meanings of a leaf pair apart."""
+    return pair[..., 0, :], pair[..., 1, :]
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:
+    """A parameter drawn uniformly from `-bound .. bound`."""
+    values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+    return nnx.Param(values.astype(dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+    """A parameter of zeros."""
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def value_of(param: nnx.Param | None) -> Array | None:
+    """The array of a parameter that may be absent."""
+    return None if param is None else param[...]
+
+
+def keep_rows(mask: Bool[Array, "b 1"] | None, new, old):
+    """Of two states after one token: the new one in the rows whose token counts."""
+    if mask is None:
+        return new
+    return jax.tree.map(lambda n, o: jnp.where(mask.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)

@@ -1,0 +1,92 @@
+"""Does a checkpoint fit the config? Asked of names, shapes and types, before anything is allocated."""
+
+import numpy as np
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.weights.files import CheckpointError, show
+from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
+from mamba2_jax.weights.names import EMBEDDING, HEAD, StoredTensor, match_names
+from mamba2_jax.weights.reader import Checkpoint
+
+
+def label(info: TensorInfo) -> str:
+    """Name a tensor and its file for a message."""
+    return f"tensor {show(info.name)} in {info.file.name}"
+
+
+def show_shape(shape: tuple[int, ...]) -> str:
+    """Write a shape as Python does."""
+    return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
+
+
+def plan_load(
+    checkpoint: Checkpoint, config: Mamba2Config, table: tuple[StoredTensor, ...], head: bool
+) -> tuple[list[tuple[StoredTensor, TensorInfo]], list[str]]:
+    """Check a checkpoint against the config before any array is made.
+
+    Returns:
+        What to load, a stored tensor of the table with its place in a file each; and notes for the user.
+
+    Raises:
+        CheckpointError: tensors that are missing, unexpected, or of another shape or kind; lists all.
+    """
+    tied = config.tie_word_embeddings
+    found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
+    needed = {stored.name: stored for stored in table}
+    problems = [f"tensor {name!r} is missing{_why_missing(name, config)}" for name in missing]
+    for name in unexpected:
+        info = checkpoint.tensors[name]
+        shape = f"{info.dtype} {show_shape(info.shape)}"
+        problems.append(f"tensor {show(name)} ({shape}, in {info.file.name}) is unexpected")
+    for name, stored_name in found.items():
+        info, stored = checkpoint.tensors[stored_name], needed[name]
+        if info.shape != stored.shape:
+            shapes = f"has shape {show_shape(info.shape)}, the config wants {show_shape(stored.shape)}"
+            problems.append(f"{label(info)} {shapes}{_why_vocabulary(name, info.shape, config)}")
+        if info.dtype not in FLOAT_DTYPES:
+            problems.append(f"{label(info)} is {info.dtype}, want a float type ({', '.join(FLOAT_DTYPES)})")
+    notes = []
+    if not problems and HEAD in found and not needed[HEAD].leaves:
+        output, embedding = (checkpoint.tensors[found[name]] for name in (HEAD, EMBEDDING))
+        if not head:
+            notes.append(f"{output.name} is not used: the model was asked for without its head")
+        elif _same_bytes(checkpoint, output, embedding):
+            notes.append(f"{output.name} repeats the embedding, to which it is tied; it is kept once")
+        else:
+            problems.append(
+                f"tensor {output.name!r} in {output.file.name} differs from {embedding.name!r}, but"
+                " tie_word_embeddings is true: set it to false in the config to keep both"
+            )
+    if problems:
+        raise CheckpointError(checkpoint.folder, problems)
+    return [(needed[n], checkpoint.tensors[s]) for n, s in found.items() if needed[n].leaves], notes
+
+
+def _why_missing(name: str, config: Mamba2Config) -> str:
+    """Explain the commonest reasons for a missing tensor."""
+    if name == HEAD:
+        return " (tie_word_embeddings is false; a tied head, or a bare Mamba2Model, has none)"
+    flag = "use_conv_bias" if ".conv1d." in name else "use_bias"
+    return f" ({flag} is true in the config)" if name.endswith(".bias") and getattr(config, flag) else ""
+
+
+def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> str:
+    """Explain an embedding or head whose rows are not the config's vocabulary."""
+    if name not in (EMBEDDING, HEAD) or len(shape) != 2 or shape[1] != config.hidden_size:
+        return ""
+    rows = shape[0]
+    relation = "fewer" if rows < config.vocab_size else "more"
+    return (
+        f": {rows} rows of vocabulary, {relation} than vocab_size={config.vocab_size}; vocab_size counts the"
+        f" padding rows too, so set it to {rows} if that is how the checkpoint was saved"
+    )
+
+
+def _same_bytes(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo) -> bool:
+    """Whether two tensors of one shape hold the same bytes."""
+    if first.dtype != second.dtype:
+        return False
+    if (first.file, first.start) == (second.file, second.start):  # one storage in a PyTorch file
+        return True
+    pairs = zip(checkpoint.blocks(first.name), checkpoint.blocks(second.name), strict=True)
+    return all(np.array_equal(a.view(np.uint8), b.view(np.uint8)) for (_, a), (_, b) in pairs)

@@ -1,0 +1,277 @@
+"""PyTorch's own files (`torch.save`): a zip whose `data.pkl` describes tensors over raw records.
+
+The only module that imports torch. A pickle can name any function to be called, so a file is looked at three
+times before it is believed: the zip's directory (nothing compressed, nothing outside the file), the opcodes
+of the pickle (no name but those of plain tensors), and `torch.load(weights_only=True)`. That load makes
+tensors without numbers (on the device "meta"), so that nothing is allocated at the size that a file claims.
+The numbers are then read from where they lie in the file, as those of a safetensors file are.
+"""
+
+import io
+import os
+import pickletools
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mamba2_jax.weights.files import MAX_JSON_BYTES, CheckpointError, read_exactly, show
+from mamba2_jax.weights.header import TensorInfo
+from mamba2_jax.weights.write import Outgoing, write_blocks
+
+MINIMUM_TORCH = "2.10"
+INSTALL_TORCH = (
+    "pip install 'mamba2-jax-flax[torch]', or its CPU build alone: pip install 'torch==2.13.0+cpu' "
+    "(where your package index lacks it: uv pip install 'torch>=2.10' --torch-backend cpu)"
+)
+_PLAIN_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+}
+_STORAGES = (
+    *("BFloat16", "Half", "Float", "Double", "ComplexFloat"),
+    *("Char", "Byte", "Short", "Int", "Long", "Bool"),
+)
+_PLAIN_GLOBALS |= {f"torch {name}Storage" for name in _STORAGES}
+# Opcodes that make objects by other ways than a GLOBAL; a state dict has none of them.
+_OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"}
+_DTYPES = {
+    **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"},
+    **{"int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL"},
+}
+
+
+def import_torch(purpose: str) -> ModuleType:
+    """Return torch, or say how to install it.
+
+    Raises:
+        ImportError: it is missing or too old.
+    """
+    try:
+        import torch
+        from torch.torch_version import TorchVersion
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs PyTorch: {INSTALL_TORCH}") from error
+    version = torch.__version__
+    if TorchVersion(version) < MINIMUM_TORCH:  # in older ones weights_only stops less
+        raise ImportError(f"{purpose} needs PyTorch {MINIMUM_TORCH} or newer, not {version}: {INSTALL_TORCH}")
+    return torch
+
+
+def read_torch_header(file: io.FileIO, path: Path, target: Path) -> dict[str, TensorInfo]:
+    """Describe the tensors of a `.bin` file.
+
+    Args:
+        file: the file, open.
+        path: its name in messages.
+        target: where it lies.
+
+    Returns:
+        The tensors by name; the bytes of two may be the same (a tied head).
+
+    Raises:
+        CheckpointError: not a state dict of plain tensors; lists every problem.
+        ImportError: no torch, or one that is too old.
+    """
+    records = _read_records(file, path)
+    _check_byte_order(file, path, records)
+    _check_pickle(file, path, records)
+    torch = import_torch(f"{path}: a PyTorch file")
+    tensors = _load_descriptions(torch, path, target)
+    starts = dict(records.values())
+    described, problems = {}, []
+    for name, tensor in tensors.items():
+        try:
+            described[name] = _describe(torch, name, tensor, path, starts)
+        except ValueError as error:
+            problems.append(f"tensor {show(str(name))}: {error}")
+    if problems:
+        raise CheckpointError(path, problems)
+    return described
+
+
+class _Bounded:
+    """What `zipfile` may read of a file: never more than a header's worth at once."""
+
+    def __init__(self, file: io.FileIO):
+        self.seek, self.tell, self._read = file.seek, file.tell, file.read
+
+    def read(self, count: int = -1) -> bytes:
+        """Read up to `count` bytes, or refuse."""
+        here = self.tell()
+        left = self.seek(0, os.SEEK_END) - here
+        self.seek(here)
+        count = left if count < 0 else min(count, left)
+        if count > MAX_JSON_BYTES:
+            raise zipfile.BadZipFile(f"a directory of more than {MAX_JSON_BYTES} bytes")
+        return self._read(count) or b""
+
+
+def _read_records(file: io.FileIO, path: Path) -> dict[str, tuple[int, int]]:
+    """Read the zip's directory; return where each record's bytes begin and how many there are.
+
+    Names lose the archive's own in front: `data.pkl`, `data/0`.
+    """
+    size = os.fstat(file.fileno()).st_size
+    try:
+        with zipfile.ZipFile(_Bounded(file)) as archive:  # pyright: ignore[reportArgumentType]
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, OverflowError) as error:
+        raise CheckpointError(
+            path,
+            [
+                f"{size} bytes, not a zip as torch.save has written since PyTorch 1.6 ({error}): truncated, "
+                "garbage, or older than that; load an old one in PyTorch and save it again"
+            ],
+        ) from None
+    records: dict[str, tuple[int, int]] = {}
+    problems = []
+    for entry in entries:
+        name = entry.filename.partition("/")[2]
+        if name in records:
+            problems.append(f"record {show(name)} appears twice")
+        elif entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            problems.append(f"record {show(name)} is compressed, which torch.save never does")
+        else:
+            start = _record_start(file, path, entry)
+            records[name] = (start, entry.file_size)
+            if start + entry.file_size > size:
+                problems.append(f"record {show(name)} ends outside the file of {size} bytes: truncated")
+    if not problems and "data.pkl" not in records:
+        problems.append("has no data.pkl: not a file of torch.save")
+    if "constants.pkl" in records:
+        problems.append("is a TorchScript program; save the model's state_dict() instead")
+    if problems:
+        raise CheckpointError(path, problems)
+    return records
+
+
+def _record_start(file: io.FileIO, path: Path, entry: zipfile.ZipInfo) -> int:
+    """Find where a record's bytes begin: after its local header and that one's name and padding."""
+    header = bytearray(30)
+    read_exactly(file, path, entry.header_offset, header, f"record {show(entry.filename)}")
+    if header[:4] != b"PK\x03\x04":
+        raise CheckpointError(path, [f"record {show(entry.filename)} does not begin where the zip says"])
+    return (
+        entry.header_offset
+        + 30
+        + int.from_bytes(header[26:28], "little")
+        + int.from_bytes(header[28:30], "little")
+    )
+
+
+def _check_pickle(file: io.FileIO, path: Path, records: dict[str, tuple[int, int]]) -> None:
+    """Read the pickle's opcodes, which runs nothing, and refuse every name that is not a plain tensor's."""
+    start, size = records["data.pkl"]
+    if size > MAX_JSON_BYTES:
+        raise CheckpointError(path, [f"data.pkl has {size} bytes; at most {MAX_JSON_BYTES} are read"])
+    content = bytearray(size)
+    read_exactly(file, path, start, content, "data.pkl")
+    found = set()
+    try:
+        for opcode, argument, _ in pickletools.genops(bytes(content)):
+            if opcode.name == "GLOBAL" and argument not in _PLAIN_GLOBALS:
+                found.add(str(argument).replace(" ", "."))
+            elif opcode.name in _OTHER_WAYS:
+                found.add(f"an object made by {opcode.name}")
+    except Exception as error:  # pickletools raises what its parsing meets: ValueError, struct's, decoding
+        raise CheckpointError(path, [f"data.pkl is not a pickle: {show(str(error))}"]) from None
+    if found:
+        names = ", ".join(show(name) for name in sorted(found)[:5])
+        raise CheckpointError(
+            path,
+            [
+                f"its pickle holds more than plain tensors ({names}) and was not executed; if you trust "
+                "where it comes from, load it in PyTorch and save the model's state_dict()"
+            ],
+        )
+
+
+def _check_byte_order(file: io.FileIO, path: Path, records: dict[str, tuple[int, int]]) -> None:
+    start, size = records.get("byteorder", (0, 0))
+    order = bytearray(min(size, 16))
+    read_exactly(file, path, start, order, "byteorder")
+    if order not in (b"", b"little"):
+        raise CheckpointError(path, [f"its byte order is {show(repr(bytes(order)))}; only little is read"])
+
+
+def _load_descriptions(torch: ModuleType, path: Path, target: Path) -> dict[str, Any]:
+    """Let torch make the state dict, without any of its numbers."""
+    try:
+        loaded = torch.load(str(target), weights_only=True, mmap=True, map_location="meta")
+        found = [t for t in loaded.values() if type(t) is torch.Tensor] if isinstance(loaded, dict) else []
+        if not all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in found):
+            # PyTorch 2.10 says where the bytes lie only in this mode, which takes seconds to start
+            from torch._subclasses.fake_tensor import FakeTensorMode
+
+            with FakeTensorMode():
+                loaded = torch.load(str(target), weights_only=True, mmap=True)
+    except Exception as error:  # torch raises whatever the broken pickle made it meet
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(
+            path, [f"torch.load(weights_only=True) refuses it ({type(error).__name__}: {show(reason)})"]
+        ) from None
+    if not isinstance(loaded, dict):
+        message = f"holds a {type(loaded).__name__}, want a dict of tensors: save model.state_dict()"
+        raise CheckpointError(path, [message])
+    return loaded
+
+
+def _describe(torch: ModuleType, name: object, tensor: Any, path: Path, starts: dict[int, int]) -> TensorInfo:
+    """Check that a tensor is a plain block of numbers inside one record, and say where it lies."""
+    if not isinstance(name, str):
+        raise ValueError(f"its name is a {type(name).__name__}, want text")
+    if not isinstance(tensor, torch.Tensor):
+        raise ValueError(f"is a {type(tensor).__name__}, want a tensor: save model.state_dict()")
+    dtype = _DTYPES.get(str(tensor.dtype).removeprefix("torch."))
+    if dtype is None or tensor.layout != torch.strided or tensor.is_conj() or tensor.is_neg():
+        raise ValueError(f"is {tensor.dtype} of layout {tensor.layout}; only plain tensors are read")
+    shape = tuple(tensor.shape)
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"declares shape {shape} with strides {tuple(tensor.stride())}, which is not a plain block of "
+            "numbers; save it as tensor.contiguous()"
+        )
+    storage = tensor.untyped_storage()
+    offset, held = storage._checkpoint_offset, storage.nbytes()
+    start = offset + tensor.storage_offset() * tensor.element_size()
+    stop = start + tensor.numel() * tensor.element_size()
+    if starts.get(offset) != held or stop > offset + held:
+        raise ValueError(f"{dtype} {shape} does not fit the bytes that the file has for it")
+    return TensorInfo(name, path, dtype, shape, start, stop)
+
+
+def write_torch(
+    path: Path, tensors: Sequence[Outgoing], aliases: dict[str, str], advance: Callable[[int], object]
+) -> None:
+    """Write a state dict as `torch.save` does, a block of rows at a time.
+
+    torch writes the pickle and the zip, and leaves the records empty (`skip_data`; it asks for address space
+    of the tensors' size, never for memory). They are filled here, where the file's own description says that
+    they lie. The zip's check sums stay 0: torch.load does not look at them.
+
+    Args:
+        path: the file to make.
+        tensors: in the order they are written.
+        aliases: more names -> the tensor that they share (a tied head).
+        advance: called with the number of bytes after each block.
+
+    Raises:
+        ImportError: no torch, or one that is too old.
+    """
+    torch = import_torch(f"{path.name}: a PyTorch file")
+    state = {
+        tensor.name: torch.empty(tensor.shape, dtype=getattr(torch, tensor.dtype.name)) for tensor in tensors
+    }
+    state |= {name: state[shared] for name, shared in aliases.items()}
+    with torch.serialization.skip_data():
+        torch.save(state, path)
+    del state
+    with open(path, "r+b", buffering=0) as file:
+        places = read_torch_header(file, path, path)
+        for tensor in tensors:
+            file.seek(places[tensor.name].start)
+            write_blocks(file, tensor, advance)
+        os.fsync(file.fileno())

@@ -1,0 +1,19 @@
+"""Run each file of tests/sharded in a process with eight CPU devices."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import SHARDED
+
+FILES = sorted(path.name for path in SHARDED.glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_on_eight_devices(file):
+    # Not in parallel: eight devices keep a machine busy.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(SHARDED / file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=SHARDED.parents[1])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert " skipped" not in done.stdout
