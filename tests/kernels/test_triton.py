@@ -3,10 +3,8 @@
 import jax
 import pytest
 
-pytest.importorskip("triton", reason="the Triton kernels need triton")
-if jax.__version_info__ < (0, 11, 2):
-    pytest.skip("the kernels need jax >= 0.11.2", allow_module_level=True)
-
+# before anything else of triton: it reads the environment when it is imported
+pytest.importorskip("triton_interpreter", reason="the Triton kernels need triton")
 from functools import partial
 from types import SimpleNamespace
 
@@ -21,16 +19,18 @@ from ssd_cases import Case, draw
 from mamba2_jax.ops import dispatch
 from mamba2_jax.ops import ssd as public_ssd
 
+pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
+
 # float32 rounding of a few hundred products; at strong decay the exponents are differences of sums near
 # -1000, where one unit in the last place is 6e-5. float16 operands carry 11 bits.
 TOLERANCE = {"float32": 3e-6, "strong": 2e-4, "float16": 2e-3}
-small = partial(Case, b=1, h=2, g=1, p=16, n=16, l=70)
+small = partial(Case, b=1, h=2, g=1, p=16, n=16, l=40)
 CASES = [
     small("plain", D=None, initial_state=False),
     small("one token", l=1),
-    small("two tokens, groups", l=2, h=4, g=2),
+    small("two tokens, groups", l=2, h=4, g=2, D="hp"),
     small("whole chunks", l=64),
-    small("one over", l=65, b=2),
+    small("one over", l=33, b=2),
     small("D per channel, wide state", D="hp", n=64),
     small("sizes that are padded", p=24, n=20, l=40),
     small("two blocks of channels", p=128, h=1, l=40),
@@ -42,8 +42,8 @@ CASES = [
     small("all padding", segments="none", b=2, l=40),
     small("packed, strong decay", segments="packed", decay=60.0),
 ]
-WITH_GRADIENTS = ["plain", "one over", "D per channel, wide state", "two blocks of channels", "strong decay"]
-WITH_GRADIENTS += ["packed", "two tokens, groups", "sizes that are padded", "right padding"]
+WITH_GRADIENTS = ["one over", "two blocks of channels", "strong decay", "packed", "two tokens, groups"]
+WITH_GRADIENTS += ["sizes that are padded"]
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +122,7 @@ def test_every_gradient_equals_the_float64_recurrence(case):
 @pytest.mark.parametrize("segments", [None, "packed"])
 def test_rows_cut_into_pieces_are_the_same(segments, monkeypatch):
     monkeypatch.setattr(triton_gpu, "num_pieces", lambda *_: 3)
-    case = small("pieces", l=150, segments=segments)
+    case = small("pieces", l=90, segments=segments)
     inputs = draw(case)
     want_y, want_state = reference.ssd(**inputs)
     y, state = ssd(inputs)
