@@ -3,6 +3,8 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+KERNELS_VENV ?= .venv-kernels
+GPU_VENV ?= .venv-gpu
 # The first of these that works and is new enough; `make test PYTHON=/path/to/python` names another.
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.14 python)
 # The parity tests compare with PyTorch on the CPU. On Linux the plain name may bring gigabytes of CUDA, so
@@ -14,6 +16,8 @@ PYTEST_ARGS ?=
 help:
 	@echo "make demo    the model inside the package writes Python"
 	@echo "make test    run the tests"
+	@echo "make test-kernels  the GPU kernels in interpreters and compilers: no GPU, but Python 3.12 or newer"
+	@echo "make gpu     on a machine with an NVIDIA GPU: the kernels' tests on it, then the benchmark"
 	@echo "make lint    ruff and pyright"
 	@echo "make clean   remove the virtual environments and what tools left"
 
@@ -27,6 +31,16 @@ test: $(VENV)/.installed
 	@echo "==> pytest"
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
+test-kernels:
+	@KERNELS_VENV=$(KERNELS_VENV) KERNELS_PYTHON=$(KERNELS_PYTHON) tests/kernels/run
+
+gpu: $(GPU_VENV)/.installed
+	@$(GPU_VENV)/bin/python benchmarks/ssd.py --check
+	@echo "==> pytest: the kernels on this GPU against the float64 recurrence"
+	@$(GPU_VENV)/bin/python -m pytest tests/gpu -m gpu -n 0 -p no:doctest --override-ini addopts= -rs $(PYTEST_ARGS)
+	@echo "==> benchmarks/ssd.py: medians of device time"
+	@$(GPU_VENV)/bin/python benchmarks/ssd.py
+
 lint: $(VENV)/.installed
 	@echo "==> ruff, pyright"
 	@$(VENV)/bin/ruff check .
@@ -34,9 +48,9 @@ lint: $(VENV)/.installed
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(DEMO_VENV) $(KERNELS_VENV) $(KERNELS_VENV)-next $(GPU_VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-kernels gpu lint clean
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	$(call make-venv,$(DEMO_VENV))
@@ -52,6 +66,15 @@ $(VENV)/.installed: pyproject.toml
 	@$(VENV)/bin/pip install --disable-pip-version-check '$(TORCH)' || { \
 		echo "==> $(TORCH) is not to be had here: the tests that compare with PyTorch will be skipped."; \
 		echo "    To run them, install a CPU build of PyTorch into $(VENV) and repeat make test."; }
+	@touch $@
+
+# Triton's kernels want these versions together; the rest of the package would take newer ones.
+$(GPU_VENV)/.installed: pyproject.toml
+	@nvidia-smi -L >/dev/null 2>&1 || { echo "make gpu: needs an NVIDIA GPU; nvidia-smi finds none here" >&2; exit 1; }
+	$(call make-venv,$(GPU_VENV))
+	@echo "==> installing the package with JAX for CUDA 13: several gigabytes, Python 3.12 or newer"
+	@$(GPU_VENV)/bin/pip install --disable-pip-version-check -e '.[cuda]' 'jax[cuda13]==0.11.2' triton==3.6.0 \
+		pytest pytest-xdist beartype
 	@touch $@
 
 # $(call make-venv,FOLDER): a virtual environment there, unless it has one, from the first Python that will do.
