@@ -34,6 +34,7 @@ test: $(VENV)/.installed
 test-kernels:
 	@KERNELS_VENV=$(KERNELS_VENV) KERNELS_PYTHON=$(KERNELS_PYTHON) tests/kernels/run
 
+$(GPU_VENV)/.installed: PYTHONS := $(or $(PYTHON),python3.12 python3.13 python3.14 python3)
 gpu: $(GPU_VENV)/.installed
 	@$(GPU_VENV)/bin/python benchmarks/ssd.py --check
 	@echo "==> pytest: the kernels on this GPU against the float64 recurrence"
