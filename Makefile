@@ -36,8 +36,8 @@ test-kernels:
 # On this machine's own Python, which has jax for CUDA, pytest and jaxtyping, and perhaps the peers to compare
 # with. Needs no network. make gpu PYTHON=/path/to/python BENCHMARK_ARGS="--shapes A B"
 gpu:
-	@echo "==> pytest tests/gpu"
-	@$(or $(PYTHON),python3) -m pytest tests/gpu -m gpu -rs
+	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
+	@$(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py -m gpu -rs
 	@echo "==> benchmarks/ssd.py"
 	@$(or $(PYTHON),python3) benchmarks/ssd.py --output benchmarks/results $(BENCHMARK_ARGS)
 

@@ -28,7 +28,7 @@ MIN_PIECE_CHUNKS = 8  # a piece is walked twice; shorter ones would cost more th
 
 
 class Tiling(NamedTuple):
-    """Sizes of the tiles, chosen by compiling: no spills, and shared memory for two programs a processor."""
+    """Sizes of the tiles, chosen by compiling: at most 16 bytes of spills for up to 128 states in 16 bits."""
 
     chunk: int  # tokens
     channels: int  # of a head, in one program of a walk

@@ -8,7 +8,8 @@ $$M_{qs} = (C_q \cdot B_s)\, 2^{u_q - u_s} dt_s\ (s \le q), \qquad
 
 and with `g`, the gradient of the state that leaves it,
 
-$$dx = M^\top dy + 2^{u_{last} - u} dt\, B g + D\, dy, \qquad g \leftarrow 2^{u_{last}} g + C^\top (2^{u} dy)$$
+$$dx = M^\top dy + 2^{u_{last} - u} dt\, B g + D\, dy, \qquad
+  g \leftarrow 2^{u_{last}} g + C^\top (2^{u} dy)$$
 
 Products take operands in the dtype of x and sum in float32; decays, states and their gradients are float32.
 Pairs of tokens of two documents, and states that would cross from one into another, are masked out.
@@ -64,7 +65,7 @@ def forward_walk(
     Q: tl.constexpr, BP: tl.constexpr, PIECES: tl.constexpr,
     SEGMENTS: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_ENTERING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk one piece (`piece_chunks` chunks) of one head, `BP` of its channels, from the state that enters it.
+    """Walk one piece, `piece_chunks` chunks, of one head, `BP` of its channels, from its entering state.
 
     Grid: `(b, H * P // BP, PIECES)`. Reads `state (b, PIECES, H, P, N)`; writes `y (b, l, H, P)` if asked,
     `final (b, PIECES, H, P, N)`, and if asked `entering (b, chunks, H, P, N)`, each chunk's entering state.

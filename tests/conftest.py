@@ -15,15 +15,11 @@ _CHECKED = ["mamba2_jax.ops.ssd_chunked", "mamba2_jax.ops.ssd_recurrent", "mamba
 SHARDED = pathlib.Path(__file__).with_name("sharded")
 
 
-# What needs an NVIDIA GPU: `pytest tests/gpu` is a process that sees it, all others stay on the CPU.
-GPU = pathlib.Path(__file__).with_name("gpu")
-
-
 def pytest_configure(config):
-    if _only(config, GPU):
+    if config.getoption("markexpr") == "gpu":  # a process that sees the GPU; all others stay on the CPU
         if jax.default_backend() != "gpu":
             pytest.exit(
-                f"tests/gpu: no NVIDIA GPU here that jax {jax.__version__} can use (it runs on "
+                f"pytest -m gpu: no NVIDIA GPU here that jax {jax.__version__} can use (it runs on "
                 f"{jax.default_backend()}). Install jax for CUDA, or name a Python that has it: "
                 "make gpu PYTHON=/path/to/python",
                 returncode=1,
@@ -31,17 +27,12 @@ def pytest_configure(config):
         return  # and with shapes unchecked: beartype may be missing there
     jax.config.update("jax_platforms", "cpu")
     install_import_hook(_CHECKED, "beartype.beartype")
-    if _only(config, SHARDED):
+    paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
+    if paths and all(SHARDED in (path.resolve(), *path.resolve().parents) for path in paths):
         jax.config.update("jax_num_cpu_devices", 8)
         # LLVM's optimizations are half of these tests' time, and not what they look at.
         flags = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {flags}"
-
-
-def _only(config, folder):
-    """Whether pytest was asked for tests of this folder and no others."""
-    paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
-    return bool(paths) and all(folder in (path.resolve(), *path.resolve().parents) for path in paths)
 
 
 def pytest_ignore_collect(collection_path):

@@ -1,13 +1,14 @@
 """Who chooses an implementation, and what a kernel is handed; with kernels that any machine can run."""
 
 import dataclasses
+import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mamba2_jax.pallas import Kernel
+from mamba2_jax.pallas import Kernel, triton_call, triton_gpu
 from ssd_cases import Case, draw
 
 from mamba2_jax import ops
@@ -59,6 +60,8 @@ def problem(device, dtype="bfloat16"):
         ("8.9", None, None, "triton"),
         ("8.9", None, "not this shape", "xla"),
         ("7.5", None, None, "xla"),
+        ("10.0", None, None, "xla"),
+        ("gfx942", None, None, "xla"),
     ],
 )
 def test_the_first_kernel_that_is_for_the_device_and_can_run_is_chosen(
@@ -68,6 +71,7 @@ def test_the_first_kernel_that_is_for_the_device_and_can_run_is_chosen(
     monkeypatch.setattr(dispatch, "kernels", lambda: table)
     asked = problem(gpu(capability))
     assert dispatch.automatic(asked) == chosen
+    assert dispatch.automatic(problem(gpu(capability), "float32")) == "xla"  # kernels are for 16 bits
     assert dispatch.choose(None, 64, asked).func is ssd_chunked  # a chunk size is for XLA
 
 
@@ -84,10 +88,34 @@ def test_a_kernel_whose_module_is_absent():
     assert reason == "it is not built in this version of mamba2_jax"
 
 
-@pytest.mark.skipif(jax.__version_info__ >= (0, 11, 2), reason="jax is new enough")
-def test_an_old_jax_is_a_reason():
-    reason = dispatch.kernels()["mosaic_gpu"].unsupported(problem(gpu("9.0")))
-    assert f"it needs jax >= 0.11.2 (Python >= 3.12), this is jax {jax.__version__}" == reason
+def test_an_old_jax_is_a_reason(monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    for kernel in dispatch.kernels().values():
+        reason = kernel.unsupported(problem(gpu("9.0")))
+        assert reason == f"it needs jax >= 0.11.2 (Python >= 3.12), this is jax {jax.__version__}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sizes", "reason"),
+    [
+        ("7.0", "bfloat16", {}, "compute capability 8.0.*this GPU has 7.0"),
+        ("8.0", "float64", {}, "x is float64, it takes bfloat16"),
+        ("8.0", "bfloat16", {"head_dim": 256}, "head_dim=256, it takes up to 128"),
+        ("8.0", "bfloat16", {"state_dim": 512}, "state_dim=512, it takes up to 256"),
+    ],
+)
+def test_what_triton_refuses(capability, dtype, sizes, reason):
+    asked = problem(gpu(capability))._replace(dtype=np.dtype(dtype) if dtype == "float64" else dtype, **sizes)
+    assert re.search(reason, triton_gpu.unsupported(asked))
+
+
+def test_other_versions_of_triton_are_refused_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(triton_call, "_version", {"jax": "0.11.2", "triton": "3.7.1"}.get)
+    reason = triton_gpu.unsupported(problem(gpu("8.0")))
+    assert "jax-triton is not installed, triton is 3.7.1" in reason
+    assert "pip install 'jax[cuda13]==0.11.2' 'jax-triton==0.3.1' 'triton==3.6.0'" in reason
+    monkeypatch.setattr(triton_call, "_version", triton_call.TESTED.get)
+    assert triton_gpu.unsupported(problem(gpu("8.0"))) is None
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ def choose(implementation: str | None, chunk_size: int | None, problem: "Problem
 
     Args:
         implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: on Hopper
-            `"mosaic_gpu"`, on Ampere and Ada `"triton"`, where these can run the problem; else `"xla"`.
+            `"mosaic_gpu"`, on Ampere and Ada `"triton"`, for 16-bit dtypes and where these can run the
+            problem; else `"xla"`.
         chunk_size: tokens per chunk, or None for the implementation's own. Kernels have their own, so
             that with a chunk size and no name, XLA runs.
         problem: where the scan will run, its dtype and sizes; see `describe`.
@@ -52,7 +53,9 @@ def choose(implementation: str | None, chunk_size: int | None, problem: "Problem
 
 
 def automatic(problem: "Problem") -> str:
-    """Name what runs when nothing is named."""
+    """Name what runs when nothing is named. Kernels are taken for 16-bit dtypes: for float32, XLA."""
+    if problem.dtype.itemsize != 2:
+        return "xla"
     for name, kernel in kernels().items():
         if problem.compute_capability in kernel.automatic and kernel.unsupported(problem) is None:
             return name
