@@ -6,7 +6,8 @@ import pathlib
 import jax
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_platforms", "cpu")
+if "JAX_PLATFORMS" not in os.environ:  # `make gpu` asks for the GPU
+    jax.config.update("jax_platforms", "cpu")
 
 _CHECKED = ["mamba2_jax.ops.ssd_chunked", "mamba2_jax.ops.ssd_recurrent", "mamba2_jax.ops.segments"]
 _hook = install_import_hook(_CHECKED, "beartype.beartype")
