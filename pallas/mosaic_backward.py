@@ -8,9 +8,10 @@ r"""The scan's backward pass on Hopper: two kernels, and sums over vectors that 
                                          |
                             XLA: the gradients of dt, A and D
 
-Every element is written by one thread block, in a fixed order: the same inputs give the same bits. Nothing of
-chunk x chunk size reaches HBM, and of the states one in 256 tokens, saved by the forward pass, and as many
-gradients of states. What has been verified without a GPU is in `tests/kernels`; nothing is known of its speed.
+Every element is written by one thread block, in a fixed order: the same inputs give the same bits. Nothing
+of the size of a pair of tokens reaches HBM; of the states one in 256 tokens, which the forward pass saved,
+and as many gradients of states. `tests/kernels` holds what is verified without a GPU. Of its speed nothing is
+known: it has not run on one yet.
 """
 
 import math
@@ -18,7 +19,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 from mamba2_jax.pallas import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
     mosaic_backward_chunks,
     mosaic_backward_walk,
@@ -150,10 +150,8 @@ def choose_splits(batch: int, length: int, groups: int, strips_per_group: int, s
     return -(-strips_per_group // -(-strips_per_group // splits))
 
 
-def _sum_vectors(
-    vectors: jax.Array, dt: jax.Array, A: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the gradients of dt `(b, l', h)`, A `(b, h)` and D `(b, strips, 64)` from the chunk kernel's vectors.
+def _sum_vectors(vectors: jax.Array, dt: jax.Array, A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the gradients of dt `(b, l', h)`, A `(b, h)` and D `(b, strips, 64)` from the chunks' vectors.
 
     The decay of token `k` is in every pair of a source before it and a target from it on: two tokens of the
     chunk (`across`), the entering state and a token (`read`), a token and the leaving state (`left`), or both
@@ -164,7 +162,8 @@ def _sum_vectors(
     inside, across, x_dy = (vectors[0, ..., i, :] for i in (0, 1, 5))
     read, left, over = (vectors[..., i, :].sum(0) for i in (2, 3, 4))  # (b, strips, c, 64)
     inside, across, read, left, over = (
-        vector.reshape(batch, heads, -1, chunks, CHUNK).sum(2) for vector in (inside, across, read, left, over)
+        vector.reshape(batch, heads, -1, chunks, CHUNK).sum(2)
+        for vector in (inside, across, read, left, over)
     )
     behind = jax.lax.cumsum(read, axis=3, reverse=True)
     before = jnp.cumsum(jnp.pad((dt * left)[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=-1)

@@ -1,8 +1,8 @@
 r"""The second backward kernel: the gradients of B and C, and what those of dt, A and D are summed from.
 
-A block owns one chunk of 64 tokens of a group and loops over the group's strips of 64 channels. Within a chunk,
-with `a[i]` the decay from its start through token `i`, `w[j]` that from behind token `j` to its end, `H` the
-state that enters it, `G` the gradient of the state that leaves it, and, for `j <= i` in one document,
+A block owns one chunk of 64 tokens of a group and loops over the group's strips of 64 channels. Within a
+chunk, with `a[i]` the decay from its start through token `i`, `w[j]` that from behind token `j` to its end,
+`H` the state that enters it, `G` the gradient of the state that leaves it, and, for `j <= i` in one document,
 
     pairs[j, i] = (x[j] . dy[i]) a[i] / a[j]            scores[j, i] = B[j] . C[i]
 
@@ -14,24 +14,25 @@ the gradients are sums over the strips,
 and each token and strip gives four numbers, of which XLA makes the gradients of dt and A:
 
     inside[j]  = sum_i pairs[j, i] scores[j, i]                       the pairs of this chunk, by their source
-    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  those which the decay of token k is part of
+    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  those whom the decay of token k parts
     read[i]    = a[i] C[i]^T H^T dy[i]                                the entering state and token i
     left[j]    = w[j] B[j]^T G^T x[j]                                 token j and the leaving state
     over       = a[end] <H, G>                                        the two states; 64 parts, to be summed
 
-These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs no
-digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
+These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs
+no digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
 
-HBM holds `H` and `G` only at the ends of spans of four chunks. For each strip, a block first brings `H` up over
-the chunks before its own, and `G` down over those behind: nothing else passes between chunks. A copying
+HBM holds `H` and `G` only at the ends of spans of four chunks. For each strip, a block first brings `H` up
+over the chunks before its own, and `G` down over those behind: nothing else passes between chunks. A copying
 warpgroup runs ahead with a ring of tiles; two computing ones take half of state_dim each, and half of the
 targets `i` of the pairs:
 
-    for each strip    H = H kept + (x w dt)^T B                 for each chunk of the span before this one
+    for each strip    H = H kept + (x w dt)^T B                  for each chunk of the span before this one
+                      G = G kept + (dy a)^T C                    for each chunk of the span behind, backwards
+                      over
+                      pairs,  d_scores += dt pairs,  inside,  across
                       dC += a (dy H),  read
-                      pairs, d_scores += dt pairs, inside, across
-                      G = G kept + (dy a)^T C                   for each chunk of the span behind, backwards
-                      over,  dB += w dt (x G),  left
+                      dB += w dt (x G),  left
     at the end        dB += d_scores C,  dC += d_scores^T B
 """
 
@@ -43,16 +44,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_plan import CHUNK, SAVE_EVERY, STRIP  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_backward_sums import (  # pyright: ignore[reportMissingImports]
+    HALF,
+    RING,
+    SPAN,
+    VECTORS,
+    Sums,
+)
+from mamba2_jax.pallas.mosaic_plan import CHUNK, STRIP  # pyright: ignore[reportMissingImports]
 
-SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
-HALF = CHUNK // 2
-COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240
-VECTORS = 6  # inside, across, read, left, over, and x * dy
-RING = 13  # tiles of shared memory; a strip takes 5 to 9 of them
+COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # of a thread; together 3 * 168, what a block starts with
 
 
 def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits=1, interpret=None):
@@ -146,7 +149,7 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(COMPUTE_REGISTERS, action="increase")
-        _compute(plan, hbm, smem, _place(plan), warpgroup, interpreted)
+        Sums(plan, hbm, smem, _place(plan), warpgroup, interpreted).run()
 
     @pl.when(warpgroup == 2)
     def _():
@@ -172,8 +175,8 @@ def _place(plan: Any) -> Any:
         strip=group * plan.strips_per_group + past,
         strips=jnp.minimum(plan.strips_per_split, plan.strips_per_group - past),
     )
-    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from the
-    # last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
+    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from
+    # the last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
     place.gradient_tile = plan.tiles + own
     place.own_tile = place.gradient_tile + plan.tiles + place.behind
     place.tiles_per_strip = place.own_tile + 2
@@ -258,209 +261,3 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
     @pl.loop(jnp.maximum(place.strips - 2, 0), place.strips)
     def _(index):
         plgpu.barrier_wait(smem.decays_empty.at[lax.rem(index, jnp.int32(2))])
-
-
-def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: bool) -> None:
-    """A computing warpgroup: its half of the state's columns, and of the targets of the pairs."""
-    ring = _Ring(plan, smem, me, jnp.int32(0))
-    mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
-
-    def B(chunk, half=me):
-        return smem.rows.at[half, pl.ds(pl.multiple_of(chunk * CHUNK, CHUNK), CHUNK)]
-
-    def C(chunk, half=me):
-        return B(chunk + 1, half)
-
-    plgpu.barrier_wait(smem.resident)
-    scores = gpu.zeros(CHUNK, HALF)
-    for half in range(2):
-        scores = scores + product(B(place.own, half), transposed(C(place.own, half).at[mine]))
-    for i in range(plan.others):
-        scores = scores + product(ring.tile(2 * i), transposed(ring.tile(2 * i + 1).at[mine]))
-        ring.release(2 * i, 2 * i + 1)
-    smem.scores.at[me][...] = scores.astype(hbm.x.dtype)
-
-    @pl.when(me == 0)
-    def _():
-        row, column = gpu.row_and_column(CHUNK, CHUNK)
-        smem.before[...] = jnp.where(column < row, 1.0, 0.0).astype(hbm.x.dtype)
-
-    plgpu.commit_smem()
-    _meet(smem)
-
-    def strip(index, carried):
-        first, sums = carried
-        ring = _Ring(plan, smem, me, first)
-        sums = _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums)
-        return ring.slot(place.tiles_per_strip), sums
-
-    sums = gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, plan.half), gpu.zeros(CHUNK, HALF)
-    first = jnp.int32(2 * plan.others)
-    _, (dB, dC, d_scores) = lax.fori_loop(jnp.int32(0), place.strips, strip, (first, sums))
-    plgpu.wait_smem_to_gmem(0)
-
-    _meet(smem)  # the ring is empty
-    whole = smem.ring.at[0]
-    whole.at[:, mine][...] = d_scores.astype(hbm.x.dtype)
-    plgpu.commit_smem()
-    _meet(smem)
-    dB = dB + product(whole, C(place.own))
-    dC = dC + product(transposed(whole), B(place.own))
-    columns = pl.ds((place.part * 2 + me) * plan.half, plan.half)
-    for total, array in ((dB, hbm.dB), (dC, hbm.dC)):
-        target = array.at[place.split, place.batch, pl.ds(place.chunk * CHUNK, CHUNK), place.group, columns]
-        target[...] = total.astype(array.dtype)
-
-
-def _strip(plan, hbm, smem, place, me, ring, B, C, interpreted, index, sums):
-    """One strip: add to dB, dC and d_scores, and write the strip's vectors."""
-    dB, dC, d_scores = sums
-    dtype, float32 = hbm.x.dtype, jnp.float32
-    accumulate = functools.partial(product, interpreted=interpreted)
-    documents = hasattr(smem, "documents")
-    mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
-    buffer = lax.rem(index, jnp.int32(2))
-    vectors = smem.vectors.at[buffer, me]
-    def log_decay(chunk):
-        return gpu.load(smem.decays.at[buffer, chunk, 0], gpu.ONE_PER_ROW)
-
-    def dt(chunk):
-        return gpu.load(smem.decays.at[buffer, chunk, 1], gpu.ONE_PER_ROW)
-
-    def from_start(chunk):
-        decay = jnp.exp2(log_decay(chunk))
-        if not documents:
-            return decay
-        entered = gpu.positions(CHUNK, gpu.ONE_PER_ROW) < smem.documents[chunk, 1, 0]
-        return jnp.where(entered, decay, 0.0)
-
-    def to_end(chunk):
-        decay = jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1] - log_decay(chunk))
-        return jnp.where(last(chunk) >= CHUNK - 1, decay, 0.0) if documents else decay
-
-    def kept(chunk):
-        decay = jnp.exp2(smem.decays[buffer, chunk, 0, CHUNK - 1])
-        return jnp.where(smem.documents[chunk, 1, 0] >= CHUNK, decay, 0.0) if documents else decay
-
-    def last(chunk):
-        return gpu.load(smem.documents.at[chunk, 0], gpu.ONE_PER_ROW)
-
-    def scaled(number, weights):
-        """Scale the rows of a tile where it is, one half of its columns by each warpgroup."""
-        tile = ring.tile(number)
-        tile.at[:, mine][...] = (gpu.load(tile.at[:, mine]).astype(float32) * gpu.per_row(weights, HALF)).astype(dtype)
-        plgpu.commit_smem()
-        _meet(smem)
-        return transposed(tile)
-
-    plgpu.barrier_wait(smem.decays_full.at[buffer])
-
-    # 1. The state that enters the chunk, and the gradient of the state that leaves it.
-    def forward(chunk, state):
-        number = plan.tiles + chunk
-        tile = scaled(number, to_end(chunk) * dt(chunk))
-        state = accumulate(tile, B(chunk), kept(chunk) * state)
-        ring.release(number)
-        return state
-
-    def backward(i, gradient):
-        chunk, number = place.own + place.behind - i, place.gradient_tile + plan.tiles + i
-        tile = scaled(number, from_start(chunk))
-        gradient = accumulate(tile, C(chunk), kept(chunk) * gradient)
-        ring.release(number)
-        return gradient
-
-    ring.wait(0, plan.tiles)
-    entering = ring.state(0)
-    state = lax.fori_loop(jnp.int32(0), place.own, forward, gpu.load(entering).astype(float32))
-    entering[...] = state.astype(dtype)
-    plgpu.commit_smem()
-    ring.wait(place.gradient_tile, plan.tiles)
-    leaving = ring.state(place.gradient_tile)
-    gradient = lax.fori_loop(jnp.int32(0), place.behind, backward, gpu.load(leaving).astype(float32))
-    vectors.at[4][...] = (gpu.load(entering).astype(float32) * gradient).sum(1) * kept(place.own)
-    leaving[...] = gradient.astype(dtype)
-    plgpu.commit_smem()
-
-    # 2. The pairs inside the chunk: sources in rows, targets in columns.
-    dy, x = ring.tile(place.own_tile), ring.tile(place.own_tile + 1)
-    source, target = gpu.row_and_column(CHUNK, HALF)
-    target = target + me * HALF
-    seen = target >= source
-    if documents:
-        seen = seen & (target <= gpu.per_row(last(place.own), HALF))
-    log = gpu.per_column(gpu.load(smem.column_decays.at[buffer, mine], gpu.ONE_PER_COLUMN), CHUNK)
-    log = log - gpu.per_row(log_decay(place.own), HALF)
-    # Mask before exp2: below the diagonal the difference is positive and overflows.
-    pairs = product(x, transposed(dy.at[mine])) * jnp.exp2(jnp.where(seen, log, -jnp.inf))
-    scores = gpu.load(smem.scores.at[me]).astype(float32)
-    vectors.at[0][...] = (pairs * scores).sum(1)
-    pairs = pairs * gpu.per_row(dt(place.own), HALF)
-    d_scores = d_scores + pairs
-    smem.pairs.at[me][...] = (pairs * scores).astype(dtype)
-    plgpu.commit_smem()
-    across = product(smem.before, smem.pairs.at[me])
-    vectors.at[1][...] = jnp.where(seen, across, 0.0).sum(1)
-    x_t, dy_t = (gpu.load(transposed(tile.at[mine])).astype(float32) for tile in (x, dy))
-    vectors.at[5][...] = (x_t * dy_t).sum(1)
-
-    # 3. What the chunk reads of the one, and leaves in the other. At the end, because the compiler moves
-    # additions down as far as it can, and products wait in registers for them.
-    a, w = from_start(place.own), to_end(place.own)
-    read = product(dy, entering)
-    vectors.at[2][...] = (gpu.load(C(place.own)).astype(float32) * read).sum(1) * a
-    dC = dC + gpu.per_row(a, plan.half) * read
-    left = product(x, leaving)
-    vectors.at[3][...] = (gpu.load(B(place.own)).astype(float32) * left).sum(1) * w
-    dB = dB + gpu.per_row(w * dt(place.own), plan.half) * left
-    ring.release(*(start + i for start in (0, place.gradient_tile) for i in range(plan.tiles)))
-    ring.release(place.own_tile, place.own_tile + 1)
-    plgpu.barrier_arrive(smem.decays_empty.at[buffer])
-
-    # 4. The vectors, of both warpgroups together: each sums half of them, and writes them out.
-    _meet(smem)
-    summed, some = smem.summed.at[me], pl.ds(me * (VECTORS // 2), VECTORS // 2)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the strip before have left
-    for i in range(VECTORS // 2):
-        halves = (smem.vectors.at[buffer, half, me * (VECTORS // 2) + i] for half in range(2))
-        first, second = (gpu.load(half, gpu.ONE_PER_ROW) for half in halves)
-        summed.at[i][...] = first + second
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(summed, hbm.vectors.at[place.part, place.batch, place.strip + index, place.chunk, some])
-    return dB, dC, d_scores
-
-
-class _Ring:
-    """The ring of tiles as a computing warpgroup sees it: tiles are counted from slot `first`."""
-
-    def __init__(self, plan: Any, smem: Any, me: Any, first: Any):
-        self.plan, self.smem, self.me, self.first = plan, smem, me, first
-
-    def slot(self, tile):
-        slot = self.first + tile  # less than twice around
-        return jnp.where(slot >= RING, slot - RING, slot)
-
-    def wait(self, tile, count=1):
-        for i in range(count):
-            plgpu.barrier_wait(self.smem.full.at[self.slot(tile + i)])
-
-    def tile(self, tile):
-        self.wait(tile)
-        return self.smem.ring.at[self.slot(tile)]
-
-    def state(self, tile):
-        """Return this warpgroup's half of a state: a tile of its own, or half the columns of one."""
-        if self.plan.tiles == 2:
-            return self.smem.ring.at[self.slot(tile + self.me)]
-        return self.smem.ring.at[self.slot(tile), :, pl.ds(pl.multiple_of(self.me * HALF, HALF), HALF)]
-
-    def release(self, *tiles):
-        plgpu.commit_smem()  # plain loads and stores end before TMA fills the slots again
-        for tile in tiles:
-            plgpu.barrier_arrive(self.smem.empty.at[self.slot(tile)])
-
-
-def _meet(smem: Any) -> None:
-    """Wait until the other computing warpgroup is here too."""
-    plgpu.barrier_arrive(smem.both)
-    plgpu.barrier_wait(smem.both)

@@ -1,4 +1,4 @@
-r"""The first backward kernel: from the end of the row to its start, with the gradient of the state in registers.
+r"""The first backward kernel: from a row's end to its start, with the gradient of the state in registers.
 
 It is the forward walk with time reversed. In a chunk, with `a[i]` the decay from its start through token `i`,
 `w[j]` that from behind token `j` to its end, and `G` the gradient of the state that leaves it,
@@ -6,9 +6,9 @@ It is the forward walk with time reversed. In a chunk, with `a[i]` the decay fro
     dx[j] = dt[j] (w[j] G B[j] + sum over i >= j  dy[i] (C[i] . B[j]) a[i] / a[j]) + D dy[j]
     G     = G a[end] + sum_i  a[i] dy[i] C[i]^T
 
-It reads neither x nor a state. A block is as in `mosaic_forward`: a warpgroup that copies, and two that compute,
-a strip of 64 channels each, and share B and C. So are the pieces into which it cuts a long row of few strips: a
-block first walks the chunks behind its piece, updating `G` only.
+It reads neither x nor a state. A block is as in `mosaic_forward`: a warpgroup that copies, and two that
+compute, a strip of 64 channels each, and share B and C. So are the pieces into which it cuts a long row of
+few strips: a block first walks the chunks behind its piece, updating `G` only.
 """
 
 import functools
@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
@@ -163,10 +162,12 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full)
         pl.when(step >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
         copy(hbm.C.at[place.batch, tokens, place.group], smem.C.at[slot])
-        # The chunks behind the block's piece could do without B: it comes from L2, for the other piece reads it.
+        # A chunk behind the block's piece could do without B; but all chunks are fetched alike.
         copy(hbm.B.at[place.batch, tokens, place.group], smem.B.at[slot])
         for i in range(2):
-            decays = hbm.decays.at[place.batch, lax.div(place.strip(i), jnp.int32(plan.strips_per_head)), chunk]
+            decays = hbm.decays.at[
+                place.batch, lax.div(place.strip(i), jnp.int32(plan.strips_per_head)), chunk
+            ]
             copy(hbm.dy.at[place.batch, tokens, place.strip(i)], smem.dy.at[slot, i])
             copy(decays, smem.row_decays.at[slot, i])
             copy(decays.at[0], smem.column_decays.at[slot, i])
@@ -192,7 +193,10 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
         end = smem.row_decays[slot, me, 0, CHUNK - 1]
         from_start, to_end, kept = jnp.exp2(log), jnp.exp2(end - log) * dt, jnp.exp2(end)
         if hasattr(smem, "documents"):
-            last, first_start = gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW), smem.documents[slot, 1, 0]
+            last, first_start = (
+                gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW),
+                smem.documents[slot, 1, 0],
+            )
             from_start = jnp.where(gpu.positions(CHUNK, gpu.ONE_PER_ROW) < first_start, from_start, 0.0)
             to_end = jnp.where(last >= CHUNK - 1, to_end, 0.0)
             kept = jnp.where(first_start >= CHUNK, kept, 0.0)
@@ -272,7 +276,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
 
 def _sees(last: jax.Array | None) -> jax.Array:
-    """Which source (in rows) which target (in columns) sees: itself and those before it, in the same document."""
+    """Which target (in columns) sees which source (in rows): itself and those before, in its document."""
     source, target = gpu.row_and_column(CHUNK, CHUNK)
     sees = target >= source
     return sees if last is None else sees & (target <= gpu.per_row(last, CHUNK))

@@ -2,8 +2,8 @@
 
     y, final_state = ssd(x, dt, A, B, C, D, initial_state, segment_ids)
 
-`jax.grad` runs the backward kernels of `mosaic_backward`. `jax.vmap` folds what it maps over into the batch; a
-mapped A or D, which rows of a batch share, makes it run one after the other.
+`jax.grad` runs the backward kernels of `mosaic_backward`. `jax.vmap` folds what it maps over into the batch;
+a mapped A or D, which rows of a batch share, makes it run one after the other.
 """
 
 import functools
@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-
 from mamba2_jax.pallas.mosaic_backward import backward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_forward import forward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import unsupported  # pyright: ignore[reportMissingImports]
@@ -89,7 +88,7 @@ SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
 
 
 def _foldable(run: Callable) -> Callable:
-    """Let `jax.vmap` fold its axis into the batch of `run(x, dt, A, B, C, D, ...)`, the first axis of the rest."""
+    """Let `jax.vmap` fold its axis into the batch, the first axis of all arguments of `run` but A and D."""
     run_with_rule = custom_vmap(run)
 
     @run_with_rule.def_vmap

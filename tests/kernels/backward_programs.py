@@ -23,7 +23,9 @@ class Program:
     dtype: str = "bfloat16"
     D: str | None = "h"
     documents: bool = False
-    spill_budget: int = dataclasses.field(default=0, kw_only=True)  # bytes a thread of the walk stores and loads
+    spill_budget: int = dataclasses.field(
+        default=0, kw_only=True
+    )  # bytes a thread of the walk stores and loads
     smoke: bool = dataclasses.field(default=False, kw_only=True)
     slow: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -44,16 +46,18 @@ class Program:
         return ", ".join(filter(None, [shape, *options]))
 
 
-# At state_dim 256 the gradient of the state alone takes 128 of a thread's 240 registers.
-WIDE = 320
+# Words that are stored before a loop and loaded once a chunk, or once a chunk and strip, of 64 tokens: with
+# documents at most 18 of them; and at state_dim 256, where the walk holds 128 of a thread's 240 registers in
+# the gradient of the state alone, at most 40.
+DOCUMENTS, WIDE = 80, 320
 PROGRAMS = [
     Program("A", **SHAPES["A"], smoke=True),
-    Program("A, documents", **SHAPES["A"], documents=True),
-    Program("B", **SHAPES["B"], slow=True),
-    Program("B, documents", **SHAPES["B"], documents=True),
+    Program("A, documents", **SHAPES["A"], documents=True, spill_budget=DOCUMENTS),
+    Program("B", **SHAPES["B"]),
+    Program("B, documents", **SHAPES["B"], documents=True, spill_budget=DOCUMENTS, slow=True),
     Program("C", **SHAPES["C"], slow=True),
-    Program("head_dim 128, documents", p=128, h=64, D="hp", documents=True, slow=True),
-    Program("head_dim 128, state_dim 64, few blocks", l=520, p=128, n=64, h=8, g=1, D="hp"),
+    Program("head_dim 128", p=128, h=64, D="hp", slow=True),
+    Program("head_dim 128, state_dim 64, few blocks", l=520, p=128, n=64, h=8, g=1, D="hp", slow=True),
     Program("state_dim 64", n=64, D=None, slow=True),
     Program("state_dim 256", n=256, h=32, g=1, spill_budget=WIDE),
     Program("state_dim 256, documents", n=256, h=32, g=1, documents=True, spill_budget=WIDE, slow=True),
@@ -82,6 +86,17 @@ def build(abstract, **kwargs):
     batch, heads, *matrix = state.shape
     saved = abstract((batch, -(-x.shape[1] // 256), heads, *matrix), kwargs["dtype"])
     return mosaic_backward.backward, (x, dt, A, B, C, D, saved, ids, x, state)
+
+
+def traced(program):
+    """The backward as a function of arrays only, followed by their shapes."""
+    function, shapes = build(jax.ShapeDtypeStruct, **program.kwargs)
+
+    def call(*arrays):
+        arrays = iter(arrays)
+        return function(*(None if shape is None else next(arrays) for shape in shapes))
+
+    return call, *(shape for shape in shapes if shape is not None)
 
 
 def build_step(abstract, **kwargs):
