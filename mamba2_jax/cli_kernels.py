@@ -1,5 +1,7 @@
 """What `mamba2-jax info --kernels` prints: which implementation of the scan runs on the devices here."""
 
+from typing import Any
+
 import jax
 from rich import box
 from rich.console import Console
@@ -31,7 +33,7 @@ def describe_kernels(path: str | None) -> None:
         console.print(_table(f"the scan on {where}; jax {jax.__version__}", _rows(config, device)))
 
 
-def _rows(config: Mamba2Config, device: jax.Device) -> list[tuple[str, str]]:
+def _rows(config: Mamba2Config, device: Any) -> list[tuple[str, str]]:
     """Return what runs for each dtype, then each kernel's reason not to."""
     sizes = (1, LENGTH, config.num_heads, config.head_dim, config.n_groups, config.state_size)
     problems = {dtype: dispatch.describe(dtype, *sizes, device=device) for dtype in DTYPES}
