@@ -9,7 +9,6 @@ import jax.numpy as jnp
 def main() -> None:
     """Print how many launches the lowered program holds."""
     import jax_triton.triton_lib as library
-
     from mamba2_jax.pallas import triton_gpu
 
     # the one question that jax_triton asks the device
