@@ -48,7 +48,8 @@ def launch(
         num_stages: how far loads run ahead in loops.
         **constants: the kernel's `tl.constexpr` arguments.
     """
-    import jax_triton  # only here: without a GPU's jaxlib it does not import
+    # Only here: without a GPU's jaxlib it does not import.
+    import jax_triton  # pyright: ignore[reportMissingImports]
 
     return jax_triton.triton_call(
         *inputs,

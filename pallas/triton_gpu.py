@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Struct
-from mamba2_jax.pallas import triton_call  # pyright: ignore[reportAttributeAccessIssue]
+from mamba2_jax.pallas import triton_call  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.batching import fold_vmap  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
 
@@ -97,16 +97,14 @@ def _scan_documents(x, dt, A, B, C, D, initial_state, documents):
 
 
 def _scan_fwd(x, dt, A, B, C, D, initial_state, *documents):
-    run = _scan_documents if documents else _scan
     inputs = (x, dt, A, B, C, D, initial_state, *documents)
-    return run(*inputs), inputs
+    return (_scan_documents if documents else _scan)(*inputs), inputs
 
 
 def _scan_bwd(inputs, cotangents):
     x, dt, A, B, C, D, initial_state, *documents = inputs
-    dy, dstate = cotangents
-    backward = _backward_documents if documents else _backward
-    results = backward(x, dt, B, C, initial_state, dy, dstate, *documents, A, D)
+    rows = (x, dt, B, C, initial_state, *cotangents, *documents)
+    results = (_backward_documents if documents else _backward)(*rows, A, D)  # pyright: ignore[reportCallIssue]
     dx, ddt, dB, dC, dinitial, dA, dD = results
     gradients = (dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dinitial)
     return gradients + (None,) * len(documents)
@@ -216,7 +214,7 @@ def _join(state: jax.Array, decays: jax.Array, added: jax.Array, *, reverse: boo
 
 def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write_entering: bool = False):
     """Launch `forward_walk`: y, the states at the pieces' ends, and those entering the chunks."""
-    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportMissingImports]
 
     inputs = (scan.x, scan.dt, scan.A, scan.B, scan.C, scan.D, starts)
     outputs = _walk_outputs(scan, write_y, write_entering, starts)
@@ -226,7 +224,7 @@ def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write
 
 def _walk_backward(scan: Scan, dy: jax.Array, ends: jax.Array, *, write_dx: bool = False):
     """Launch `backward_walk`: dx, the gradients of the pieces' first states, and of those leaving chunks."""
-    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportMissingImports]
 
     inputs = (dy, scan.dt, scan.A, scan.B, scan.C, scan.D, ends)
     outputs = _walk_outputs(scan, write_dx, write_dx, ends)
@@ -257,7 +255,7 @@ def _launch_walk(scan: Scan, kernel, inputs, outputs, flags):
 
 def _gradients_of_chunks(scan: Scan, dy: jax.Array, entering: jax.Array, leaving: jax.Array):
     """Launch `backward_chunks`: dB, dC, and ddt, dA, dD in parts that the caller sums."""
-    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportAttributeAccessIssue]
+    from mamba2_jax.pallas import triton_kernels  # pyright: ignore[reportMissingImports]
 
     batch, length, num_heads, head_dim = scan.x.shape
     num_groups, state_dim = scan.B.shape[2:]

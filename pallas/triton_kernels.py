@@ -18,6 +18,9 @@ No atomics: every number is written once, by one program, so that the results ar
 Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
 """
 
+# The bodies are Triton's language, and triton is there only where these kernels run.
+# pyright: reportMissingImports=false, reportOperatorIssue=false
+
 import triton
 import triton.language as tl
 

@@ -40,3 +40,18 @@ def test_compiles_within_its_budget(capability, index):
         assert kernel["stack"] <= SPILLS.get((dtype, state_dim), 16), kernel
         assert kernel["shared"] <= SHARED[capability], kernel
         assert 0 < kernel["registers"] <= 255, kernel
+
+
+def test_lowers_through_jax_triton():
+    script = SCRIPT.with_name("triton_lowering.py")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), "80"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**environment, "JAX_PLATFORMS": "cpu"},
+    )
+    assert done.returncode == 0, done.stderr
+    # two pieces: forward twice; backward: forward twice, backward twice, and the chunks
+    assert done.stdout.split() == ["7"]
