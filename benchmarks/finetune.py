@@ -1,10 +1,10 @@
 """Training: ours against transformers on PyTorch, on this machine's CPU; and what a step needs of memory.
 
-The first table trains one small model on one batch with both, each in a process of its own, taking turns. The
-losses of all steps are compared before any time is shown. The second one asks XLA's compiler, for the CPU, how
-much memory a compiled step of two published sizes takes; nothing of that size is allocated.
+The first table trains one small model on one batch with both, each in a process of its own, taking turns.
+The losses of all steps are compared before any time is shown. The second one asks XLA's compiler, for the
+CPU, how much memory a compiled step of two published sizes takes; nothing of that size is allocated.
 
-    python benchmarks/finetune.py                                          # about ten minutes on an idle machine
+    python benchmarks/finetune.py                                          # ten minutes on an idle machine
     python benchmarks/finetune.py --output benchmarks/results/finetune.md
 """
 
@@ -23,8 +23,8 @@ import time
 import numpy as np
 
 SIZES = {
-    "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 64, "state_size": 64, "n_groups": 1,
-    "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
+    "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 64, "state_size": 64,
+    "n_groups": 1, "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
     "pad_token_id": 0, "rescale_prenorm_residual": False,
 }  # fmt: skip
 BATCH, LENGTH = 4, 256
@@ -72,9 +72,10 @@ def compare(rounds: int, steps: int):
     )
     yield f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start; {versions}."
     yield ""
-    yield f"A model of {SIZES['num_hidden_layers']} layers of width {SIZES['hidden_size']}, vocabulary "
-    yield f"{SIZES['vocab_size']}, float32; batch {BATCH} x {LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps;"
-    yield "peak memory is the process's resident set, compiler and libraries included."
+    layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, float32; batch {BATCH} x"
+    yield f"{LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps, the two taking turns; peak memory is the"
+    yield "process's resident set, compiler and libraries included."
     yield ""
     found = {"ours": [], "transformers": []}
     with tempfile.TemporaryDirectory() as folder:
@@ -176,12 +177,10 @@ def memory_table(presets: list[str]):
     for preset in presets:
         for lora in (False, True):
             for remat in ("none", "block"):
-                arguments, temporaries, peak = (size / 1e9 for size in step_memory(preset, lora, remat))
-                rows, length = SHAPES[preset]
-                yield (
-                    f"| {preset} | {rows} x {length} | {'LoRA' if lora else 'all'} | {remat} | {arguments:.2f} GB "
-                    f"| {temporaries:.2f} GB | {peak:.2f} GB |"
-                )
+                sizes = [f"{size / 1e9:.2f} GB" for size in step_memory(preset, lora, remat)]
+                shape = " x ".join(map(str, SHAPES[preset]))
+                trained = "LoRA" if lora else "all"
+                yield f"| {preset} | {shape} | {trained} | {remat} | {' | '.join(sizes)} |"
 
 
 def step_memory(preset: str, lora: bool, remat: str) -> tuple[int, int, int]:

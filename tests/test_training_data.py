@@ -75,11 +75,17 @@ def test_records_that_cannot_be_used_are_counted_and_named(tmp_path):
     assert [learnt(document) for document in found] == ["ne<end>", "wo<end>", "hree<end>"]
     reasons = {unusable.where.rpartition("/")[2]: unusable.reason for unusable in found.report.unusable}
     expected = {
-        "mixed.jsonl:2": "is not JSON", "mixed.jsonl:3": "is empty",
-        "mixed.jsonl:4": "has the fields 'words'", "mixed.jsonl:5": "is empty", "mixed.jsonl:6": "is a list", "mixed.jsonl:7": "is not UTF-8",
-        "mixed.jsonl:8": "'completion' is empty", "mixed.jsonl:9": "'text' is not a string",
-        "mixed.jsonl:10": "'messages' do not fit the chat template", "b.bin": "is not UTF-8",
-    }  # fmt: skip
+        "mixed.jsonl:2": "is not JSON",
+        "mixed.jsonl:3": "is empty",
+        "mixed.jsonl:4": "has the fields 'words'",
+        "mixed.jsonl:5": "is empty",
+        "mixed.jsonl:6": "is a list",
+        "mixed.jsonl:7": "is not UTF-8",
+        "mixed.jsonl:8": "'completion' is empty",
+        "mixed.jsonl:9": "'text' is not a string",
+        "mixed.jsonl:10": "'messages' do not fit the chat template",
+        "b.bin": "is not UTF-8",
+    }
     assert reasons.keys() == expected.keys()
     for where, reason in expected.items():
         assert reasons[where].startswith(reason)

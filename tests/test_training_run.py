@@ -104,8 +104,8 @@ def test_sigterm_saves_and_exits_and_it_goes_on_to_the_same_bits(straight, tmp_p
     output = tmp_path / "run"
     options = (
         f"finetune --model {model_folder()} --data {texts_file()} --output {output} --steps {STEPS}"
-        " --batch-size 2 --data.max-length 48 --optim.learning-rate 1e-2 --optim.warmup 3 --checkpoint.every 5"
-        " --no-tensorboard --no-progress --dtype float32"
+        " --batch-size 2 --data.max-length 48 --optim.learning-rate 1e-2 --optim.warmup 3"
+        " --checkpoint.every 5 --no-tensorboard --no-progress --dtype float32"
     ).split()
     done = child(
         tmp_path,
