@@ -24,8 +24,8 @@ import numpy as np
 
 SIZES = {
     "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 64, "state_size": 64,
-    "n_groups": 1, "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0,
-    "pad_token_id": 0, "rescale_prenorm_residual": False,
+    "n_groups": 1, "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rescale_prenorm_residual": False,
 }  # fmt: skip
 BATCH, LENGTH = 4, 256
 RATE = 1e-3
@@ -74,8 +74,8 @@ def compare(rounds: int, steps: int):
     yield ""
     layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
     yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, float32; batch {BATCH} x"
-    yield f"{LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps, the two taking turns; peak memory is the"
-    yield "process's resident set, compiler and libraries included."
+    yield f"{LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps, the two taking turns; peak memory is"
+    yield "the process's resident set, compiler and libraries included."
     yield ""
     found = {"ours": [], "transformers": []}
     with tempfile.TemporaryDirectory() as folder:
