@@ -27,7 +27,7 @@ SIZES = {
     "n_groups": 1, "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rescale_prenorm_residual": False,
 }  # fmt: skip
-BATCH, LENGTH = 4, 256
+BATCH, LENGTH = 4, 512
 RATE = 1e-3
 SHAPES = {"mamba2-130m": (8, 1024), "mamba2-2.7b": (2, 1024)}
 
