@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(straight, tmp_path):
     done = child(
         tmp_path,
         f"""
-        import resource
+        import resource, time
         from mamba2_jax.training.metrics import Metrics
         from training_runs import make_trainer
         write = Metrics.write
@@ -145,10 +145,13 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(straight, tmp_path):
         def write_and_fill(self, step, values):
             write(self, step, values)
             if step == 7:  # no file may grow beyond this any more: writing fails as on a full disk
+                while not (output / "checkpoints" / "5").exists():
+                    time.sleep(0.01)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
 
         Metrics.write = write_and_fill
-        make_trainer(pathlib.Path({str(output)!r}), pathlib.Path({str(texts_file())!r})).fit()
+        output = pathlib.Path({str(output)!r})
+        make_trainer(output, pathlib.Path({str(texts_file())!r})).fit()
         """,
     )
     assert done.returncode == 1
