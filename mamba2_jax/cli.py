@@ -201,7 +201,11 @@ class Convert:
 class Finetune:
     """Train a model on texts, all its weights or adapters, and save it for transformers."""
 
-    # Stands in the list of commands only: the options are in cli_finetune, which imports JAX.
+    # Stands here for the list of commands: the options are in cli_finetune, which imports JAX.
+
+    def run(self) -> None:
+        """Say which options are missing; `main` takes those that are given to where they are known."""
+        _finetune([])
 
 
 class CommandError(Exception):
