@@ -32,7 +32,7 @@ test: $(VENV)/.installed
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-kernels:
-	@KERNELS_VENV=$(KERNELS_VENV) KERNELS_PYTHON=$(KERNELS_PYTHON) tests/kernels/run
+	@KERNELS_VENV=$(KERNELS_VENV) KERNELS_PYTHON=$(KERNELS_PYTHON) tests/kernels/run $(PYTEST_ARGS)
 
 $(GPU_VENV)/.installed: PYTHONS := $(or $(PYTHON),python3.12 python3.13 python3.14 python3)
 gpu: $(GPU_VENV)/.installed

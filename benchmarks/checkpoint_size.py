@@ -1,8 +1,9 @@
 """A full-size checkpoint on a small machine: written, inspected, converted, loaded, decoding.
 
 Random weights of Codestral's shape (7.29 billion parameters, bfloat16, 14.6 GB in three shards), with every
-step in a process of its own. For each it prints seconds, GB/s, and the peaks of anonymous and of mapped memory
-above what the process had before the step, from /proc. Reading starts from a cold cache, as `cat` does beside it.
+step in a process of its own. For each it prints seconds, GB/s, CPU seconds, and the peaks of anonymous and of
+mapped memory above what the process had before the step, from /proc. Reading starts from a cold cache, as it
+does for `cat` beside it.
 
     python benchmarks/checkpoint_size.py --folder /scratch              # 45 GB of disk, 20 GB of memory
     python benchmarks/checkpoint_size.py --folder /scratch --layers 4   # a quick look
@@ -77,11 +78,17 @@ def main() -> None:
         )
 
 
+def proc_fields(file: str, *names: str) -> tuple[int, ...]:
+    """Numbers of bytes from a file of /proc."""
+    fields = dict(line.split(":") for line in pathlib.Path(file).read_text().splitlines())
+    return tuple(1024 * int(fields[name].split()[0]) for name in names)
+
+
 def machine() -> str:
-    total = int(next(line for line in open("/proc/meminfo") if line.startswith("MemTotal")).split()[1])
+    (total,) = proc_fields("/proc/meminfo", "MemTotal")
     load = os.getloadavg()[0]
     return (
-        f"{os.cpu_count()} cores of {platform.machine()}, {total / 2**20:.1f} GiB of memory; "
+        f"{os.cpu_count()} cores of {platform.machine()}, {total / 2**30:.1f} GiB of memory; "
         f"load average {load:.1f} when it began."
     )
 
@@ -160,8 +167,7 @@ class Watch:
 
     @staticmethod
     def now() -> tuple[int, int]:
-        fields = dict(line.split(":") for line in open("/proc/self/status"))
-        return tuple(1024 * int(fields[name].split()[0]) for name in ("RssAnon", "RssFile"))
+        return proc_fields("/proc/self/status", "RssAnon", "RssFile")
 
     def result(self) -> dict:
         anonymous, mapped = (peak - base for peak, base in zip(self.peak, self.base, strict=True))

@@ -15,6 +15,7 @@ from flax import nnx
 
 from mamba2_jax.cache import AttentionConvState, KeyValues
 from mamba2_jax.config import AttentionConfig, Mamba2Config
+from mamba2_jax.lora.adapters import Adaptable
 from mamba2_jax.ops import (
     attention_step,
     causal_attention,
@@ -24,7 +25,6 @@ from mamba2_jax.ops import (
     silu_gate,
     write_slots,
 )
-from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.parts import (
     LayerState,
@@ -34,13 +34,12 @@ from mamba2_jax.parts import (
     residual_gain,
     split_pair,
     uniform,
-    value_of,
     zeros,
 )
 from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
-class QKVProjection(nnx.Module):
+class QKVProjection(Adaptable):
     """`d -> q, k, v`: matrices `(d, h*p)`, `(d, kv*p)`, `(d, kv*p)`.
 
     Where a gated MLP runs beside the heads, a fourth for its value and gate `(d, 2, m)`.
@@ -70,17 +69,12 @@ class QKVProjection(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array | None]:
         """Return q `(b, l, h*p)`, k and v `(b, l, kv*p)`, and the MLP's `(b, l, 2, m)` or None."""
-        project = lambda weight, bias: linear(  # noqa: E731
-            hidden, weight[...], value_of(bias), dtype=self.dtype
-        ).astype(self.dtype)
-        q = project(self.weight_q, self.bias_q)
-        k = project(self.weight_k, self.bias_k)
-        v = project(self.weight_v, self.bias_v)
-        mlp = None if self.weight_mlp is None else project(self.weight_mlp, self.bias_mlp)
+        q, k, v = (self.project(hidden, part).astype(self.dtype) for part in ("_q", "_k", "_v"))
+        mlp = None if self.weight_mlp is None else self.project(hidden, "_mlp").astype(self.dtype)
         return q, k, v, mlp
 
 
-class QKVConv1d(nnx.Module):
+class QKVConv1d(Adaptable):
     """The depthwise convolution over q, k and v: taps `(k, h*p)` and `(k, kv*p)`, no activation."""
 
     def __init__(self, attention: AttentionConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -98,22 +92,23 @@ class QKVConv1d(nnx.Module):
     ) -> tuple[Array, Array, Array, AttentionConvState]:
         """Convolve q, k and v `(b, l, ...)`; returns them and the state after them."""
 
-        def convolve(x, weight, bias, before):
+        def convolve(x, part, bias, before):
+            weight = self.taps(f"weight_{part}")
             if one_token:
-                y, after = causal_conv1d_step(x[:, 0], weight[...], bias[...], before, activation=None)
+                y, after = causal_conv1d_step(x[:, 0], weight, bias[...], before, activation=None)
                 return y[:, None], keep_rows(rows.mask, after, before)
             return causal_conv1d(
                 x,
-                weight[...],
+                weight,
                 bias[...],
                 initial_state=before,
                 segment_ids=rows.marks,
                 activation=None,
             )
 
-        q, state_q = convolve(q, self.weight_q, self.bias_q, state.q)
-        k, state_k = convolve(k, self.weight_k, self.bias_k, state.k)
-        v, state_v = convolve(v, self.weight_v, self.bias_v, state.v)
+        q, state_q = convolve(q, "q", self.bias_q, state.q)
+        k, state_k = convolve(k, "k", self.bias_k, state.k)
+        v, state_v = convolve(v, "v", self.bias_v, state.v)
         return q, k, v, AttentionConvState(state_q, state_k, state_v)
 
 

@@ -197,6 +197,13 @@ class Convert:
         _tell(f"wrote {self.target}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Finetune:
+    """Train a model on texts, all its weights or adapters, and save it for transformers."""
+
+    # Stands in the list of commands only: the options are in cli_finetune, which imports JAX.
+
+
 class CommandError(Exception):
     """A mistake of the user's, to be told in one message."""
 
@@ -207,6 +214,7 @@ Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
+    | Annotated[Finetune, subcommand("finetune")]
 )
 
 
@@ -218,18 +226,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0; 1 when the output cannot be written; 2 for a mistake in the arguments or the
-        checkpoint; 130 after Ctrl-C; 141 when nobody reads the output any more.
+        checkpoint; 130 after Ctrl-C; 141 when nobody reads the output any more; 128 and its number when a
+        signal ended training early, after a checkpoint.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a mark
     try:
         if arguments == ["--version"]:
-            print(PROGRAM, importlib.metadata.version("mamba2-jax-flax"))
-        else:
-            # without PyTorch beside it, transformers advises to install it at each start
-            os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-            tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
+            print(PROGRAM, importlib.metadata.version("mamba2-jax-flax"), flush=True)
+            return 0
+        # without PyTorch beside it, transformers advises to install it at each start
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        if arguments[:1] == ["finetune"]:
+            return _finetune(arguments[1:])
+        tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
         sys.stdout.flush()
     except CommandError as error:
         _tell(f"{PROGRAM}: {error}")
@@ -243,6 +254,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _tell(f"{PROGRAM}: cannot write: {error}")
         return 1
     return 0
+
+
+def _finetune(arguments: list[str]) -> int:
+    from mamba2_jax.cli_finetune import finetune
+
+    try:
+        return finetune(arguments, f"{PROGRAM} finetune", _tell)
+    except (*_MISTAKES, FloatingPointError) as error:
+        raise CommandError(str(error)) from error
 
 
 def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:

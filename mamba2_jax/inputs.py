@@ -9,8 +9,9 @@ import numpy as np
 from mamba2_jax.cache import Mamba2Cache, bucket
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
+from mamba2_jax.ops.segments import document_starts
 from mamba2_jax.parts import Rows
-from mamba2_jax.typing import Array
+from mamba2_jax.typing import Array, Int
 
 IGNORED_LABEL = -100  # transformers' mark for "no loss here"
 
@@ -140,3 +141,18 @@ def join_rows(attention_mask: Array | None, segment_ids: Array | None) -> Rows:
     if mask is not None:
         segment_ids = jnp.where(mask, segment_ids, 0)
     return Rows(segment_ids != 0, segment_ids)
+
+
+def next_token_targets(labels: Int[Array, "b l"], rows: Rows) -> Int[Array, "b l"]:
+    """Say which token each position is scored on: the label of the next, `IGNORED_LABEL` for none.
+
+    Padding, the first token of a document, and nothing behind a row's end are never a target.
+    """
+    targets = labels[:, 1:]
+    counts = targets != IGNORED_LABEL
+    if rows.mask is not None:
+        counts &= rows.mask[:, 1:] & rows.mask[:, :-1]
+    if rows.segment_ids is not None:
+        counts &= ~document_starts(rows.segment_ids)[:, 1:]
+    targets = jnp.where(counts, targets, IGNORED_LABEL)
+    return jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)

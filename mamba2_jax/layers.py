@@ -19,8 +19,8 @@ from flax import nnx
 from mamba2_jax.attention import AttentionMixer
 from mamba2_jax.cache import ConvState
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.lora.adapters import Adaptable
 from mamba2_jax.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, silu_gate, ssd, ssd_step
-from mamba2_jax.ops.linear import linear
 from mamba2_jax.parts import (
     GatedMLP,
     LayerState,
@@ -37,7 +37,7 @@ from mamba2_jax.parts import (
 from mamba2_jax.typing import Array, DTypeLike, Float
 
 
-class InProjection(nnx.Module):
+class InProjection(Adaptable):
     """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
 
     Where a gated MLP runs beside the SSM, a fourth for its gate and value `(d, 2, m)`.
@@ -59,21 +59,20 @@ class InProjection(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
         """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
-        zx = linear(hidden, self.weight_zx[...], value_of(self.bias_zx), dtype=self.dtype).astype(self.dtype)
-        BC = linear(hidden, self.weight_BC[...], value_of(self.bias_BC), dtype=self.dtype).astype(self.dtype)
-        dt = linear(hidden, self.weight_dt[...], value_of(self.bias_dt), dtype=self.dtype)
+        zx = self.project(hidden, "_zx").astype(self.dtype)
+        BC = self.project(hidden, "_BC").astype(self.dtype)
+        dt = self.project(hidden, "_dt")
         return *split_pair(zx), BC, dt
 
     def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
         """Return the gated MLP beside the SSM, `silu(z0) * x0`, or None."""
         if self.weight_z0x0 is None:
             return None
-        z0x0 = linear(hidden, self.weight_z0x0[...], value_of(self.bias_z0x0), dtype=self.dtype)
-        gate, value = split_pair(z0x0.astype(self.dtype))
+        gate, value = split_pair(self.project(hidden, "_z0x0").astype(self.dtype))
         return silu_gate(value, gate)
 
 
-class CausalConv1d(nnx.Module):
+class CausalConv1d(Adaptable):
     """The depthwise convolution over x, B and C: taps `(k, e)` and `(k, 2, gn)`, then silu."""
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -91,14 +90,14 @@ class CausalConv1d(nnx.Module):
         """Convolve a sequence; returns x, BC and the state after it."""
         x, state_x = causal_conv1d(
             x,
-            self.weight_x[...],
+            self.taps("weight_x"),
             value_of(self.bias_x),
             initial_state=None if state is None else state.x,
             segment_ids=rows.marks,
         )
         BC, state_BC = causal_conv1d(
             BC,
-            self.weight_BC[...],
+            self.taps("weight_BC"),
             value_of(self.bias_BC),
             initial_state=None if state is None else state.BC,
             segment_ids=rows.marks,
@@ -109,8 +108,8 @@ class CausalConv1d(nnx.Module):
         self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
     ) -> tuple[Array, Array, ConvState]:
         """Convolve one token; returns x, BC and the state after it."""
-        x, state_x = causal_conv1d_step(x, self.weight_x[...], value_of(self.bias_x), state.x)
-        BC, state_BC = causal_conv1d_step(BC, self.weight_BC[...], value_of(self.bias_BC), state.BC)
+        x, state_x = causal_conv1d_step(x, self.taps("weight_x"), value_of(self.bias_x), state.x)
+        BC, state_BC = causal_conv1d_step(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
 

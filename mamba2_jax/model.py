@@ -1,5 +1,6 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,12 +10,19 @@ from flax import nnx
 
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.inputs import IGNORED_LABEL, batch_and_length, check_inputs, check_labels, join_rows
+from mamba2_jax.inputs import (
+    IGNORED_LABEL,
+    batch_and_length,
+    check_inputs,
+    check_labels,
+    join_rows,
+    next_token_targets,
+)
 from mamba2_jax.layers import Mamba2Block
+from mamba2_jax.lora.adapters import Head
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
-from mamba2_jax.ops.linear import embedding_lookup, vocabulary_logits
-from mamba2_jax.ops.segments import document_index, document_positions, document_starts
+from mamba2_jax.ops.segments import document_index, document_positions
 from mamba2_jax.parts import Embedding, LayerState, RMSNorm, Rows
 from mamba2_jax.pretrained import PretrainedModel
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
@@ -119,12 +127,23 @@ class Mamba2Model(PretrainedModel):
         return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
 
     def forward(
-        self, input_ids, attention_mask, segment_ids, cache, inputs_embeds, output_hidden_states=False
+        self,
+        input_ids,
+        attention_mask,
+        segment_ids,
+        cache,
+        inputs_embeds,
+        output_hidden_states=False,
+        wrap_block: Callable[[Callable], Callable] | None = None,
     ) -> Mamba2Output:
-        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses."""
+        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses.
+
+        `wrap_block` is given the function that runs a block: training makes it one that recomputes.
+        """
+        run_block = _run_block if wrap_block is None else wrap_block(_run_block)
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
-            inputs_embeds = embedding_lookup(self.embeddings.weight[...], input_ids)
+            inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
         hidden = inputs_embeds.astype(self.dtype)
         batch, length = hidden.shape[:2]
         if cache is None:
@@ -135,7 +154,7 @@ class Mamba2Model(PretrainedModel):
 
         states, hidden_states = [], []
         for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
-            hidden, state = _run_block(block, hidden, LayerState._make(before), rows)
+            hidden, state = run_block(block, hidden, LayerState._make(before), rows)
             states.append(state)
             hidden_states.append(hidden)
         hidden = self.norm_f(hidden).astype(self.dtype)
@@ -173,6 +192,7 @@ class Mamba2ForCausalLM(PretrainedModel):
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
+        self.head = Head()  # no weights of its own
 
     def __call__(
         self,
@@ -217,8 +237,8 @@ class Mamba2ForCausalLM(PretrainedModel):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Score the vocabulary, float32: the head's matrix, or the embedding's when they are tied."""
-        head = self.backbone.embeddings if self.lm_head is None else self.lm_head
-        return vocabulary_logits(hidden, head.weight[...], dtype=self.dtype)
+        table = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        return self.head(hidden, table.weight[...], dtype=self.dtype)
 
 
 @partial(jax.jit, static_argnames="output_hidden_states")
@@ -246,14 +266,10 @@ _run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, row
 
 def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
     """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
-    targets = labels[:, 1:]
+    targets = next_token_targets(labels, rows)
     counts = targets != IGNORED_LABEL
-    if rows.mask is not None:
-        counts &= rows.mask[:, 1:] & rows.mask[:, :-1]
-    if rows.segment_ids is not None:
-        counts &= ~document_starts(rows.segment_ids)[:, 1:]
-    chosen = jnp.take_along_axis(logits[:, :-1], jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits[:, :-1], axis=-1) - chosen
+    chosen = jnp.take_along_axis(logits, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
     return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
 
 

@@ -9,8 +9,9 @@ from flax import nnx
 
 from mamba2_jax.cache import KeyValues
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.lora.adapters import Adaptable
 from mamba2_jax.ops import rms_norm, silu_gate
-from mamba2_jax.ops.linear import linear
+from mamba2_jax.ops.linear import embedding_lookup, linear
 from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
@@ -36,11 +37,19 @@ class LayerState(NamedTuple):
     attention: KeyValues | None
 
 
-class Embedding(nnx.Module):
+class Embedding(Adaptable):
     """A table of `(v, d)`; drawn from a normal of `std`."""
 
     def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
+
+    def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
+        """Look tokens up, in `dtype`."""
+        rows = embedding_lookup(self.weight[...], ids)
+        for adapter in self.adapters_in_use():
+            low = adapter.scale * embedding_lookup(adapter.A[...], ids)
+            rows = rows + linear(low, adapter.B["weight"][...], dtype=dtype)
+        return rows.astype(dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -55,7 +64,7 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], eps=self.eps)
 
 
-class Projection(nnx.Module):
+class Projection(Adaptable):
     """`x @ weight + bias`: one matrix `(in, *out)`, drawn uniformly from `+-gain / sqrt(in)`."""
 
     def __init__(
@@ -75,7 +84,7 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "b l in"]) -> Float[Array, "b l *out"]:
         """Project, in float32."""
-        return linear(x, self.weight[...], value_of(self.bias), dtype=self.dtype)
+        return self.project(x)
 
 
 class GatedMLP(nnx.Module):

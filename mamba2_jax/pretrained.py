@@ -13,6 +13,7 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.export import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
+from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, load_weights, outgoing_weights
 
@@ -118,8 +119,8 @@ class PretrainedModel(nnx.Module):
             ImportError: the format "state-spaces" without PyTorch.
             NotImplementedError: the format has no words for something in this model; the message names the
                 format that has.
-            ValueError: parameters that have no place in a checkpoint, a value too large for its type, or a
-                folder that cannot be replaced as a whole.
+            ValueError: adapters in use, parameters that have no place in a checkpoint, a value too large
+                for its type, or a folder that cannot be replaced as a whole.
 
         >>> import tempfile
         >>> from mamba2_jax import Mamba2ForCausalLM
@@ -132,6 +133,11 @@ class PretrainedModel(nnx.Module):
         """
         if format not in FORMATS:
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
+        if adapters_in_use(self):
+            raise ValueError(
+                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
+                " them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+            )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:
             tokenizer = resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
@@ -197,7 +203,7 @@ class PretrainedModel(nnx.Module):
 
     def _arrays(self) -> dict[str, Array]:
         """Return the parameters by their path in a checkpoint's table."""
-        parameters = nnx.to_flat_state(nnx.state(self, nnx.Param))
+        parameters = nnx.to_flat_state(nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
         return {self._path(path): leaf[...] for path, leaf in parameters}
 
     @classmethod

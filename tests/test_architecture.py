@@ -19,25 +19,29 @@ ARROWS = {
     "config_checks": "",
     "config_forms": "",
     "config": "config_checks config_forms hub",
+    "sharding": "config",
     "tokenizer": "config hub",
     "weights": "config typing",
     "pallas": "",
     "ops": "pallas typing",
     "cache": "config typing",
-    "parts": "cache config ops typing",
-    "attention": "cache config ops parts typing",
-    "layers": "attention cache config ops parts typing",
+    "lora": "config hub ops typing weights",
+    "parts": "cache config lora ops typing",
+    "attention": "cache config lora ops parts typing",
+    "layers": "attention cache config lora ops parts typing",
     "inputs": "cache config ops parts typing",
     "export": "config weights",
     "convert": "config export hub typing weights",
-    "pretrained": "config export hub typing weights",
-    "model": "cache config inputs layers ops parts pretrained typing",
+    "pretrained": "config export hub lora typing weights",
+    "model": "cache config inputs layers lora ops parts pretrained typing",
     "sampling": "ops typing",
     "generation": "cache config inputs model ops sampling typing",
     "streaming": "cache generation model tokenizer typing",
+    "training": "inputs lora model ops typing",
     "cli_kernels": "config hub ops",
     "cli_info": "cache config hub weights",
-    "cli": "cli_info cli_kernels convert hub model sampling streaming tokenizer",
+    "cli_finetune": "hub model tokenizer training",
+    "cli": "cli_finetune cli_info cli_kernels convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -47,6 +51,7 @@ OUTSIDE = {
     "config_checks": "",
     "config_forms": "",
     "config": "",
+    "sharding": "jax",
     "tokenizer": "sentencepiece tokenizers transformers",
     "weights": "jax ml_dtypes numpy rich torch",
     "pallas": "jax jax_triton triton",
@@ -54,6 +59,7 @@ OUTSIDE = {
     "cache": "jax",
     "parts": "flax jax",
     "attention": "flax jax",
+    "lora": "flax jax numpy safetensors",
     "layers": "flax jax",
     "inputs": "jax numpy",
     "export": "",
@@ -64,11 +70,13 @@ OUTSIDE = {
     "generation": "jax numpy",
     "streaming": "jax numpy",
     "cli_kernels": "jax rich",
+    "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli_info": "jax rich",
+    "cli_finetune": "tyro",
     "cli": "jax tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_info", "cli_kernels"}
+COMMAND_LINE = {"cli", "cli_finetune", "cli_info", "cli_kernels"}
 
 
 def source_files() -> list[pathlib.Path]:
@@ -148,3 +156,10 @@ def test_public_names_exist():
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
+
+
+def test_one_module_imports_pytorch():
+    users = [
+        file.name for file in source_files() if "torch" in {n.split(".")[0] for n in imported_names(file)}
+    ]
+    assert users == ["torch_file.py"]

@@ -93,7 +93,7 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
         (["generate", "x", "--stop", ""], "--stop is empty"),
         (["info", "/no/such"], "/no/such: no such folder"),
         (["info", "a", "b"], "Unrecognized options: b"),
-        (["translate"], "Available subcommands: convert, generate, info"),
+        (["translate"], "Available subcommands: generate, info, convert"),
         ([], "Missing subcommand"),
     ],
 )
@@ -193,14 +193,14 @@ def test_info_of_the_embedded_model(capsys):
         assert words in out
 
 
-def test_info_without_weights_and_of_what_is_not_built(folder, capsys):
+def test_info_without_weights_and_of_a_hybrid(folder, capsys):
     original = {"d_model": 192, "n_layer": 6, "vocab_size": 2050, "ssm_cfg": {"layer": "Mamba2"}}
-    original |= {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 4}}
+    original |= {"attn_layer_idx": [1], "attn_cfg": {"num_heads": 4, "causal": True}}
     (folder / "config.json").write_text(json.dumps(original))
     (folder / "model.safetensors").unlink()
     assert run("info", str(folder)) == 0
     out = capsys.readouterr().out
-    assert "attention layers" in out
+    assert "layers 1: 4 heads of 48 channels" in out
     assert "2 are padding" in out
     assert "no weights here" in out
     (folder / "model.safetensors").write_text("junk")

@@ -164,11 +164,12 @@ class TestCache:
             model(ids, cache=other)
 
 
-class TestGeneration:
-    @pytest.fixture(scope="class")
-    def new(self, model, ids):
-        return generate(model, ids, max_new_tokens=12, eos_token_id=())
+@pytest.fixture(scope="module")
+def new(model, ids):
+    return generate(model, ids, max_new_tokens=12, eos_token_id=())
 
+
+class TestGeneration:
     def test_it_is_the_argmax_of_the_whole_text(self, model, ids, new):
         text = np.concatenate([ids, new.tokens], 1)
         np.testing.assert_array_equal(model(text).logits[:, LENGTH - 1 : -1].argmax(-1), new.tokens)
@@ -209,7 +210,7 @@ class TestGeneration:
         assert text == tokenizer.decode([*ids, *want])[len(tokenizer.decode(ids)) :]
 
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_decoding_holds_no_second_copy_of_weights_or_buffers(self, dtype):
+    def test_decoding_holds_no_copy_of_weights_and_one_of_the_buffers(self, dtype):
         attention = {"num_heads": 16, "num_heads_kv": 16, "head_dim": 64}
         model = nnx.eval_shape(
             lambda: Mamba2ForCausalLM(
@@ -233,6 +234,7 @@ class TestGeneration:
         run = jax.jit(lambda *a: decode(*a, size=64, eos=(0,), pad=0), donate_argnums=1)
         budget = jax.ShapeDtypeStruct((), jnp.int32)
         compiled = run.lower(model, state, make_sampler("test"), None, budget).compile()
-        weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(nnx.state(model)))
-        print(dtype, weights, state.cache.nbytes, compiled.memory_analysis().temp_size_in_bytes)
-        assert compiled.memory_analysis().temp_size_in_bytes < weights / 10 + state.cache.nbytes
+        # XLA on CPU attends in float32, so it holds the buffers once more, in that type; the weights are
+        # ten times as large.
+        in_float32 = sum(4 * leaf.size for leaf in jax.tree.leaves(state.cache))
+        assert compiled.memory_analysis().temp_size_in_bytes < 1.25 * in_float32

@@ -76,7 +76,7 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.11" in text
     extras = set(re.findall(r"^Provides-Extra: (\w+)", text, re.MULTILINE))
-    assert extras == {"cuda", "torch", "train", "eval", "notebooks", "dev"}
+    assert extras == {"cuda", "torch", "train", "wandb", "eval", "notebooks", "dev"}
     assert any(n.endswith("licenses/LICENSE") for n in held.namelist())
     assert "# mamba2-jax" in text  # the README
 

@@ -282,10 +282,12 @@ def test_bias_flags_are_explained(tmp_path):
         load_weights(tmp_path, config.replace(use_bias=True))
 
 
-def test_unsupported_variants_say_so(tmp_path):
+def test_tensors_of_another_variant_are_named(tmp_path):
     _, config = write_checkpoint(tmp_path)
-    with pytest.raises(NotImplementedError, match="rmsnorm=False"):
+    with pytest.raises(CheckpointError, match=r"layers.0.mixer.norm.weight' .* is unexpected"):
         load_weights(tmp_path, config.replace(rmsnorm=False))
+    with pytest.raises(CheckpointError, match=r"layers.1.norm2.weight' is missing"):
+        load_weights(tmp_path, config.replace(d_intermediate=16))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])

@@ -38,7 +38,7 @@ Placement = Sharding | jax.Device | None
 """Where an array goes; None is JAX's default device."""
 
 _BLOCK_BYTES = 1 << 20
-_THREADS = 4
+_THREADS = 2  # one waits for the disk while one works; more share the cache and take half as long again
 _ALIGNMENT = 64  # JAX on CPU takes an aligned host array as it is, without a second copy
 
 

@@ -49,6 +49,11 @@ class Leaf:
     rows_last: bool = False
     keep_precision: bool = False
 
+    @property
+    def name(self) -> str:
+        """The last part of its path."""
+        return self.path.rpartition(".")[2]
+
     def as_rows(self, array: np.ndarray) -> np.ndarray:
         """View a contiguous array of the leaf's shape as `(rows, numbers per row)`, as the file orders them.
 

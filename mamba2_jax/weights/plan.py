@@ -1,5 +1,7 @@
 """Does a checkpoint fit the config? Asked of names, shapes and types, before anything is allocated."""
 
+import re
+
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
@@ -66,8 +68,13 @@ def _why_missing(name: str, config: Mamba2Config) -> str:
     """Explain the commonest reasons for a missing tensor."""
     if name == HEAD:
         return " (tie_word_embeddings is false; a tied head, or a bare Mamba2Model, has none)"
-    flag = "use_conv_bias" if ".conv1d." in name else "use_bias"
-    return f" ({flag} is true in the config)" if name.endswith(".bias") and getattr(config, flag) else ""
+    if not name.endswith(".bias"):
+        return ""
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    if layer and int(layer[1]) in config.attn_layer_idx:
+        flag = {"in_proj": "qkv_proj_bias", "out_proj": "out_proj_bias"}.get(name.split(".")[-2])
+        return f" ({flag} is true in attn_cfg)" if flag else ""
+    return f" ({'use_conv_bias' if '.conv1d.' in name else 'use_bias'} is true in the config)"
 
 
 def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> str:

@@ -203,6 +203,14 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     return checkpoint
 
 
+def open_file(folder: str | os.PathLike[str], name: str) -> Checkpoint:
+    """Open one safetensors file of a folder, such as an adapter's, as `open_checkpoint` opens the model's."""
+    folder = Path(folder)
+    checkpoint = Checkpoint(folder)
+    checkpoint.tensors = checkpoint._add_file(folder / name, resolve_inside(folder, name))
+    return checkpoint
+
+
 def find_form(folder: Path) -> Form | None:
     """Return the form of the weights that a folder holds, None if it holds none."""
     return next((f for f in FORMS for name in (f.index, f.single) if os.path.lexists(folder / name)), None)

@@ -1,0 +1,50 @@
+"""Low-rank adapters (LoRA) on any projection, the convolution, the embedding and the head.
+
+    W' = W + scale A B        scale = alpha / rank, or alpha / sqrt(rank) with use_rslora
+
+`A` `(in, r)` and `B` `(r, out)` are small; `W` stays as it is, so one base serves many adapters. Usable
+without an optimizer; for training, `lora_filter` says which leaves change. Files are in PEFT's form.
+
+>>> import jax
+>>> import jax.numpy as jnp
+>>> from flax import nnx
+>>> from mamba2_jax import Mamba2ForCausalLM, generate
+>>> model = Mamba2ForCausalLM.from_pretrained()
+>>> add_lora(model, LoraConfig(rank=4, targets=("in_proj", "out_proj")), rngs=nnx.Rngs(0))
+>>> generate(model, jnp.array([[5, 6, 7]]), max_new_tokens=3).tokens.shape
+(1, 3)
+>>> trained = sum(leaf.size for leaf in jax.tree.leaves(lora_parameters(model)))
+>>> trained < 0.05 * model.config.num_parameters()
+True
+>>> merge_lora(model)  # now the weights alone say what weights and adapter said
+>>> unmerge_lora(model)  # as they were, bit for bit
+
+Source: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (use_rslora).
+"""
+
+from mamba2_jax.lora.attach import (
+    add_lora,
+    lora_filter,
+    lora_parameters,
+    merge_lora,
+    remove_lora,
+    set_dropout_key,
+    unmerge_lora,
+    use_lora,
+)
+from mamba2_jax.lora.files import load_lora, save_lora
+from mamba2_jax.lora.settings import LoraConfig
+
+__all__ = [
+    "LoraConfig",
+    "add_lora",
+    "load_lora",
+    "lora_filter",
+    "lora_parameters",
+    "merge_lora",
+    "remove_lora",
+    "save_lora",
+    "set_dropout_key",
+    "unmerge_lora",
+    "use_lora",
+]

@@ -1,0 +1,228 @@
+"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes them."""
+
+import json
+import os
+import pathlib
+import tempfile
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors.numpy import save_file
+
+from mamba2_jax.hub import resolve_folder
+from mamba2_jax.lora.adapters import Adapter
+from mamba2_jax.lora.attach import Site, adapter_names, attach, sites_of, weights_of
+from mamba2_jax.lora.peft import (
+    PREFIX,
+    REFUSED_BY_PEFT,
+    factor_shapes,
+    from_peft,
+    is_targeted,
+    peft_config,
+    read_peft_config,
+    to_peft,
+)
+from mamba2_jax.lora.settings import LoraConfig
+from mamba2_jax.lora.targets import Target
+from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weights.files import CheckpointError, show
+from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.weights.reader import Checkpoint, open_file
+
+CONFIG_NAME = "adapter_config.json"
+TENSORS_NAME = "adapter_model.safetensors"
+PICKLE_NAME = "adapter_model.bin"  # of older versions of PEFT; read only, as plain tensors
+_BASE_KEYS = ("base_layer.weight", "weight")
+_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", *_BASE_KEYS)
+
+
+def save_lora(
+    model: nnx.Module, folder: str | os.PathLike[str], *, name: str = "default", base_model: str | None = None
+) -> None:
+    """Write one adapter, nothing of the base, so that `load_lora` and PEFT read it.
+
+    Warns when it adapts `out_proj` or `conv1d`: PEFT takes no adapter there on Mamba-2, and will not read it.
+
+    Args:
+        model: a model with adapters.
+        folder: made if it does not exist; an adapter that is there is replaced.
+        name: the adapter.
+        base_model: folder or hub id of the base, noted in the file for PEFT.
+
+    Raises:
+        ValueError: the model has no such adapter, or `folder` is a file.
+    """
+    folder = pathlib.Path(folder)
+    if name not in adapter_names(model):
+        raise ValueError(f"save_lora: no adapter {name!r}; the model has {adapter_names(model)}")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"save_lora: {folder} is a file; want a folder")
+    whole = hasattr(model, "backbone")
+    sites = {
+        path if whole else path.removeprefix("backbone."): site for path, site in sites_of(model).items()
+    }
+    adapters = {
+        path: adapters[name] for path, site in sites.items() if name in (adapters := site.module.lora or {})
+    }
+    tensors = {
+        f"{PREFIX}{path}.{key}": array
+        for path, adapter in adapters.items()
+        for key, array in to_peft(sites[path].target, adapter).items()
+    }
+    config = peft_config(adapters, sites, base_model, "CAUSAL_LM" if whole else "FEATURE_EXTRACTION")
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
+        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
+        pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (TENSORS_NAME, CONFIG_NAME):
+            os.replace(f"{part}/{file}", folder / file)
+    refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
+    if refused:
+        warnings.warn(
+            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of Mamba-2, so only load_lora reads"
+            f" {folder}; for transformers, merge_lora and save the model",
+            stacklevel=2,
+        )
+
+
+def load_lora(
+    model: nnx.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    param_dtype: DTypeLike | None = None,
+    revision: str | None = None,
+) -> None:
+    """Give the model an adapter that `save_lora` or PEFT wrote, and use it alone.
+
+    Everything is checked against the model before anything of it changes.
+
+    Args:
+        model: Mamba2ForCausalLM or Mamba2Model.
+        path: a folder or a hub id.
+        name: what the adapter is called here.
+        param_dtype: dtype of the adapter; None keeps what is stored.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        FileNotFoundError: no such folder, or a hub id that cannot be reached.
+        CheckpointError: files that are broken, ask for what is not built (DoRA, trained biases, ...), or do
+            not fit the model; lists every problem.
+        ValueError: a name that is taken.
+    """
+    path = path if isinstance(path, str) else pathlib.Path(path)
+    folder = resolve_folder(path, revision, [CONFIG_NAME, "adapter_model.*"])
+    settings, pattern = read_peft_config(folder, CONFIG_NAME)
+    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
+    file = PICKLE_NAME if older else TENSORS_NAME
+    sites = sites_of(model)
+    with open_file(folder, file) as checkpoint:
+        found, problems = _group(checkpoint, sites)
+        for module in sites:
+            if is_targeted(module, settings, pattern) and not _factors(found.get(module, {})):
+                problems.append(f"target_modules names {module}, but the file has no tensor of it")
+        for module, tensors in found.items():
+            problems += _check_shapes(checkpoint, sites[module].target, tensors, settings.rank_of(module))
+        if problems:
+            raise CheckpointError(folder / file, problems)
+        adapters = {}
+        for module, tensors in found.items():
+            problems += _check_base(checkpoint, model, sites[module], tensors)
+            if _factors(tensors):
+                adapters[module], more = _read(
+                    checkpoint, sites[module].target, tensors, settings, param_dtype
+                )
+                problems += more
+    if problems:
+        raise CheckpointError(folder / file, problems)
+    attach(model, name, adapters, "load_lora")
+
+
+def _group(checkpoint: Checkpoint, sites: dict[str, Site]) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """Sort the stored names by module: module -> key below it -> stored name; and what belongs to none."""
+    found: dict[str, dict[str, str]] = {}
+    problems = []
+    for stored in checkpoint.tensors:
+        ending = next((key for key in _KEYS if stored.endswith(f".{key}")), "")
+        inner = stored.removeprefix(PREFIX).removesuffix(f".{ending}")
+        module = next((path for path in (inner, f"backbone.{inner}") if path in sites), None)
+        if module is None or not ending or not stored.startswith(PREFIX):
+            problems.append(f"tensor {show(stored)} belongs to no module of this model that takes an adapter")
+        elif ending in found.setdefault(module, {}):
+            problems.append(f"tensor {show(stored)} repeats {show(found[module][ending])}")
+        else:
+            found[module][ending] = stored
+    return found, problems
+
+
+def _factors(tensors: dict[str, str]) -> set[str]:
+    return tensors.keys() - set(_BASE_KEYS)
+
+
+def _check_shapes(checkpoint: Checkpoint, target: Target, tensors: dict[str, str], rank: int) -> list[str]:
+    """Both factors there, of the rank that the config says and the shapes that the model wants."""
+    if not _factors(tensors):
+        return []
+    problems = []
+    wanted = factor_shapes(target, rank)
+    for key in wanted.keys() | _factors(tensors):
+        if key not in tensors:
+            problems.append(f"{target.name} has no {key}")
+        elif key not in wanted:
+            problems.append(f"tensor {show(tensors[key])}: {target.name} has {' and '.join(wanted)} instead")
+        else:
+            info = checkpoint.tensors[tensors[key]]
+            if info.shape != wanted[key]:
+                shapes = f"has shape {info.shape}, the model at rank {rank} wants {wanted[key]}"
+                problems.append(f"tensor {show(info.name)} {shapes}")
+            if info.dtype not in FLOAT_DTYPES:
+                problems.append(f"tensor {show(info.name)} is {info.dtype}, want {', '.join(FLOAT_DTYPES)}")
+    return sorted(problems)
+
+
+def _check_base(checkpoint: Checkpoint, model: nnx.Module, site: Site, tensors: dict[str, str]) -> list[str]:
+    """PEFT stores the weights of an adapted embedding or head again: they must be this model's."""
+    for key in _BASE_KEYS:
+        if key not in tensors:
+            continue
+        info = checkpoint.tensors[tensors[key]]
+        weights = [np.asarray(weight) for _, weight in weights_of(model, site)]
+        same = (
+            len(weights) == 1
+            and info.dtype in FLOAT_DTYPES
+            and info.shape == weights[0].shape
+            and np.array_equal(checkpoint.read(info.name).astype(weights[0].dtype), weights[0])
+        )
+        if not same:
+            message = "brings a weight that is not this model's: it has another base, or trained that"
+            return [f"tensor {show(info.name)} {message}; merge the adapter with PEFT and load the result"]
+    return []
+
+
+def _read(
+    checkpoint: Checkpoint,
+    target: Target,
+    tensors: dict[str, str],
+    settings: LoraConfig,
+    param_dtype: DTypeLike | None,
+) -> tuple[Adapter, list[str]]:
+    """One module's adapter, and what is wrong with its numbers."""
+    A, B = (checkpoint.read(tensors[key]) for key in factor_shapes(target, settings.rank_of(target.name)))
+    problems = [
+        f"{target.name} has NaN or infinite values in its adapter"
+        for factor in (A, B)
+        if not np.isfinite(factor.astype(np.float64)).all()
+    ][:1]
+    dtype = jax.dtypes.canonicalize_dtype(A.dtype if param_dtype is None else param_dtype)
+    A, parts = from_peft(target, A, B)
+    adapter = Adapter(
+        jnp.asarray(A.astype(dtype)),
+        {leaf: jnp.asarray(part.astype(dtype)) for leaf, part in parts.items()},
+        alpha=settings.alpha_of(target.name),
+        use_rslora=settings.use_rslora,
+        dropout=settings.dropout,
+    )
+    return adapter, problems

@@ -1,0 +1,175 @@
+"""PEFT's form of an adapter: its config, and the layout of its tensors.
+
+A projection's factors are `lora_A.weight (r, in)` and `lora_B.weight (out, r)`, an embedding's
+`lora_embedding_A (r, v)` and `lora_embedding_B (d, r)`. The convolution's are `lora_A.weight (r, 1, k)` and
+`lora_B.weight (channels, r, 1)`, whose product is the stored weight `(channels, 1, k)`: PEFT itself takes no
+adapter on `conv1d` and `out_proj` of Mamba-2.
+"""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mamba2_jax.lora.adapters import Adapter
+from mamba2_jax.lora.settings import LoraConfig, check_pattern
+from mamba2_jax.lora.targets import Target, ends_in
+from mamba2_jax.weights.files import (
+    CheckpointError,
+    open_regular,
+    parse_json,
+    read_exactly,
+    resolve_inside,
+    show,
+)
+
+PREFIX = "base_model.model."
+REFUSED_BY_PEFT = {"out_proj", "conv1d"}
+_MAX_BYTES = 1 << 20
+_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+_MEANINGLESS_HERE = {
+    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
+    *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+_HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is left as it was
+
+
+def factor_shapes(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
+    """The names below the module's, and the shapes, of its two tensors in PEFT's form."""
+    middle = (1,) * (len(target.stored.shape) - 2)  # a convolution has an axis of length one
+    A, B = (rank, *middle, target.in_size), (target.out_size, rank, *middle)
+    if target.is_embedding:
+        return {"lora_embedding_A": A, "lora_embedding_B": B}
+    return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
+    """An adapter's two tensors in PEFT's form, by their names below the module's."""
+    A = np.asarray(adapter.A[...]).T
+    B = {name: np.ascontiguousarray(value[...]) for name, value in adapter.B.items()}
+    if target.is_embedding:
+        rows = [B["weight"].T]
+    else:
+        rows = [leaf.as_rows(B[leaf.name]) for leaf in target.stored.leaves]
+    shapes = factor_shapes(target, adapter.rank)
+    pair = zip(shapes.items(), (A, np.concatenate(rows)), strict=True)
+    return {key: np.ascontiguousarray(array).reshape(shape) for (key, shape), array in pair}
+
+
+def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The inverse of `to_peft`: `A (in, r)`, and `B` by the name of the leaf."""
+    rank = A.shape[0]
+    A, B = A.reshape(rank, -1).T, B.reshape(-1, rank)
+    if target.is_embedding:
+        return A, {"weight": B.T}
+    parts = {}
+    for leaf in target.stored.leaves:
+        part = np.empty(target.shape_of_B(leaf, rank), B.dtype)
+        leaf.as_rows(part)[...] = B[slice(*leaf.rows)]
+        parts[leaf.name] = part
+    return A, parts
+
+
+def peft_config(
+    adapters: Mapping[str, Adapter], modules: Iterable[str], base_model: str | None, task: str
+) -> dict:
+    """`adapter_config.json` of adapters by module path; `modules` are all that could have had one."""
+    ranks = {path: adapter.rank for path, adapter in adapters.items()}
+    alphas = {path: adapter.alpha for path, adapter in adapters.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    first = next(iter(adapters.values()))
+    last = {path: path.rpartition(".")[2] for path in modules}
+    complete = set(last.values()) - {name for path, name in last.items() if path not in adapters}
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": first.dropout,
+        "use_rslora": first.use_rslora,
+        "target_modules": sorted({last[path] if last[path] in complete else path for path in adapters}),
+        "rank_pattern": {path: value for path, value in ranks.items() if value != rank},
+        "alpha_pattern": {path: value for path, value in alphas.items() if value != alpha},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "use_dora": False,
+    }
+
+
+def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
+    """Read `adapter_config.json`; whatever would change the numbers and is not built is refused by name.
+
+    Returns:
+        The settings, and the regular expression that stands for the targets, if one does.
+
+    Raises:
+        CheckpointError: not readable, or not what is built here; lists every problem.
+    """
+    path = folder / name
+    with open_regular(path, resolve_inside(folder, name)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _MAX_BYTES:
+            raise CheckpointError(path, [f"{size} bytes; a config of more than {_MAX_BYTES} is not read"])
+        text = bytearray(size)
+        read_exactly(file, path, 0, text, "the config")
+    fields = parse_json(text, path, "the config")
+    problems = [
+        f"{show(key)}={show(str(value))} is not built here; merge the adapter with PEFT and load the result"
+        for key, value in fields.items()
+        if value and not _understood(key, value)
+    ]
+    if fields.get("peft_type") != "LORA":
+        problems.append(f"peft_type={show(str(fields.get('peft_type')))}; only 'LORA' is read")
+    targets = fields.get("target_modules")
+    if not (isinstance(targets, str) or (isinstance(targets, list) and _all(targets, str))) or not targets:
+        problems.append(f"target_modules={show(str(targets))}; want names, or one regular expression")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(fields.get(key) or {}, dict):
+            problems.append(f"{key}={show(str(fields[key]))}; want an object")
+    if not isinstance(fields.get("use_rslora", False), bool):
+        problems.append(f"use_rslora={show(str(fields['use_rslora']))}; want true or false")
+    if problems:
+        raise CheckpointError(path, problems)
+    pattern = targets if isinstance(targets, str) else None
+    try:
+        if pattern is not None:
+            check_pattern("target_modules", pattern)
+        settings = LoraConfig(
+            rank=fields.get("r", 8),
+            alpha=fields.get("lora_alpha", 8),
+            targets=(targets,) if isinstance(targets, str) else tuple(targets or ()),
+            dropout=fields.get("lora_dropout", 0.0),
+            use_rslora=fields.get("use_rslora", False),
+            rank_pattern=fields.get("rank_pattern") or {},
+            alpha_pattern=fields.get("alpha_pattern") or {},
+        )
+    except ValueError as error:
+        raise CheckpointError(path, [str(error)]) from None
+    return settings, pattern
+
+
+def is_targeted(path: str, settings: LoraConfig, pattern: str | None) -> bool:
+    """Whether the config asks for an adapter on a module, under its path or a bare model's."""
+    names = (path, path.removeprefix("backbone."))
+    if pattern is not None:
+        return any(re.fullmatch(pattern, name) for name in names)
+    return any(ends_in(name, end) for name in names for end in settings.targets)
+
+
+def _understood(key: str, value: object) -> bool:
+    if key == "bias":
+        return value == "none"
+    if key == "init_lora_weights":
+        return value in _HARMLESS_INIT
+    return key in _READ or key in _MEANINGLESS_HERE
+
+
+def _all(values: list, kind: type) -> bool:
+    return all(isinstance(value, kind) and value for value in values)

@@ -1,0 +1,67 @@
+"""Fine-tuning: texts in, a model out; and the pieces of it for a loop of your own.
+
+from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax.training import TrainConfig, Trainer
+
+model = Mamba2ForCausalLM.from_pretrained("folder")
+config = TrainConfig(output="run", epochs=3)
+Trainer(model, config, "texts.jsonl", tokenizer=load_tokenizer("folder")).fit()
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
+    from mamba2_jax.training.config import LoraOptions, TrainConfig
+    from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
+    from mamba2_jax.training.loss import loss_fn
+    from mamba2_jax.training.optim import OptimConfig, make_optimizer
+    from mamba2_jax.training.step import TrainState, eval_step, split_model, train_step
+    from mamba2_jax.training.trainer import Evaluation, Trainer, TrainResult
+
+__all__ = [
+    "CheckpointConfig",
+    "Checkpoints",
+    "DataConfig",
+    "Documents",
+    "Evaluation",
+    "LoraOptions",
+    "OptimConfig",
+    "SaveError",
+    "TrainConfig",
+    "TrainResult",
+    "TrainState",
+    "Trainer",
+    "eval_step",
+    "load_documents",
+    "loss_fn",
+    "make_optimizer",
+    "make_pipeline",
+    "split_model",
+    "train_step",
+]
+
+_MODULES = {
+    "checkpoint": ("CheckpointConfig", "Checkpoints", "SaveError"),
+    "config": ("LoraOptions", "TrainConfig"),
+    "data": ("DataConfig", "Documents", "load_documents", "make_pipeline"),
+    "loss": ("loss_fn",),
+    "optim": ("OptimConfig", "make_optimizer"),
+    "step": ("TrainState", "eval_step", "split_model", "train_step"),
+    "trainer": ("Evaluation", "TrainResult", "Trainer"),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    # fetched when first used, so that the options can be looked at without waiting for JAX
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,257 @@
+"""Checkpoints of a run: written in the background, whole or not at all, and checked when they are read.
+
+Orbax writes them, and renames a folder into place once all of it is on the disk. It does not notice bytes
+that change later; so every array's checksum is stored beside it, and what does not match is not taken.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from mamba2_jax.training.step import TrainState
+from mamba2_jax.typing import Array
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; the ones before are untouched."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are written, and which are kept.
+
+    Raises:
+        ValueError: a value that makes no sense, named.
+    """
+
+    every: int = 500
+    """Steps between two; one more is written at the end."""
+    keep: int = 2
+    """How many of the newest stay."""
+    keep_best: bool = True
+    """With evaluation data, also the one with the lowest loss on it."""
+
+    def __post_init__(self):
+        for name in ("every", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"CheckpointConfig: {name}={getattr(self, name)} must be at least 1")
+
+
+class Checkpoints:
+    """The checkpoints in a folder.
+
+    Args:
+        folder: made when it does not exist.
+        config: the options.
+        warn: told what was found damaged.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        config: CheckpointConfig,
+        warn: Callable[[str], None] = lambda message: None,
+    ):
+        self._folder, self._warn = folder.absolute(), warn
+        policies = checkpoint_managers.preservation_policy
+        preserved: list[Any] = [policies.LatestN(config.keep)]
+        if config.keep_best:
+            preserved.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: -metrics["eval_loss"],
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        self._manager = ocp.CheckpointManager(
+            self._folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(preserved),
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints here, whole or damaged, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(self, state: TrainState, extra: dict[str, Any], eval_loss: float | None = None) -> None:
+        """Begin to write a checkpoint of `state`; the arrays are copied before this returns.
+
+        Args:
+            state: may be donated to the next step at once.
+            extra: what else a run needs to go on; JSON.
+            eval_loss: by which the best one is kept.
+
+        Raises:
+            SaveError: this or the one before could not be written.
+        """
+        arrays, step = _flatten(state), int(state.step)
+        content = {
+            "step": step,
+            "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
+            "checksums": {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()},
+            "extra": extra,
+        }
+        text = json.dumps(content, sort_keys=True)
+        meta = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        try:
+            if not self._manager.save(step, args=args, metrics=metrics, force=True):
+                raise SaveError(f"{self._folder}: a checkpoint of step {step} is there already")
+        except SaveError:
+            raise
+        except Exception as error:  # of whatever kind the layers below raise
+            raise self._failed(step, error) from error
+
+    def wait(self) -> None:
+        """Return once everything is on the disk.
+
+        Raises:
+            SaveError: it could not be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:  # of whatever kind the layers below raise
+            raise self._failed(None, error) from error
+
+    def close(self) -> None:
+        """Let go of threads; call `wait` before."""
+        self._manager.close()
+
+    def _failed(self, step: int | None, error: Exception) -> SaveError:
+        self._manager.reload()
+        good = self.steps()
+        name = "the last checkpoint" if step is None else f"the checkpoint of step {step}, or the one before,"
+        last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
+        return SaveError(
+            f"{self._folder}: {name} could not be written ({_first_line(error)}); {last}. "
+            "Make room on the disk, then go on from there with resume"
+        )
+
+    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+        """Read the newest checkpoint that is whole. Newer, damaged ones are put aside.
+
+        Args:
+            like: a state of the same run; the arrays take its dtypes, shapes and shardings.
+
+        Returns:
+            The state and `extra`, or None when there is no checkpoint at all.
+
+        Raises:
+            ValueError: it belongs to another model or other options; or none of them is whole.
+        """
+        damaged = []
+        for step in reversed(self.steps()):
+            try:
+                content = self._read_meta(step)
+                _check_same_run(self._folder / str(step), content["arrays"], _flatten(like))
+                arrays = self._read_arrays(step, content, like)
+            except _OtherRunError as error:
+                raise ValueError(str(error)) from None
+            except Exception as error:  # a damaged file raises anything
+                damaged.append(step)
+                self._warn(f"checkpoint of step {step}: damaged, not used ({_first_line(error)})")
+                continue
+            for bad in damaged:
+                self._put_aside(bad)
+            return _unflatten(arrays, like), content["extra"]
+        if damaged:
+            raise ValueError(
+                f"{self._folder}: not one of the checkpoints of steps {damaged[::-1]} is whole; "
+                "start again in another output folder"
+            )
+        return None
+
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
+            raise ValueError("its description does not match its checksum")
+        content = json.loads(meta["content"])
+        if content["step"] != step:
+            raise ValueError(f"it was written as step {content['step']}")
+        return content
+
+    def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:
+        target = jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(like))
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
+        )
+        found = jax.device_get(_checksums(restored["arrays"]))
+        wrong = [name for name, value in content["checksums"].items() if int(found[name]) != value]
+        if wrong:
+            raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
+        return restored["arrays"]
+
+    def _put_aside(self, step: int) -> None:
+        aside = self._folder.with_name(f"{self._folder.name}-damaged")
+        aside.mkdir(exist_ok=True)
+        count = sum(1 for _ in aside.glob(f"{step}.*"))
+        (self._folder / str(step)).rename(aside / f"{step}.{count}")
+        self._manager.reload()
+
+
+class _OtherRunError(Exception):
+    pass
+
+
+def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:
+    here = {name: [str(a.dtype), list(a.shape)] for name, a in wanted.items()}
+    for name in sorted(stored.keys() | here.keys()):
+        if stored.get(name) != here.get(name):
+            raise _OtherRunError(
+                f"{path}: {name} is {stored.get(name, 'absent')} there and {here.get(name, 'absent')} here; "
+                "a run goes on only with the model and the options it began with"
+            )
+
+
+_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
+
+
+def _flatten(state: TrainState) -> dict[str, Array]:
+    """A flat dict by dotted path; the key as plain integers."""
+    leaves, _ = jax.tree.flatten_with_path(_plain(state))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _unflatten(arrays: dict[str, Array], like: TrainState) -> TrainState:
+    plain = jax.tree.unflatten(jax.tree.structure(_plain(like)), [arrays[name] for name in _flatten(like)])
+    plain["key"] = jax.random.wrap_key_data(plain["key"], impl=jax.random.key_impl(like.key))
+    return TrainState(**plain)
+
+
+def _plain(state: TrainState) -> dict[str, Any]:
+    return {name: getattr(state, name) for name in _PARTS} | {"key": jax.random.key_data(state.key)}
+
+
+@jax.jit
+def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
+    """A 32-bit sum per array, the same for every sharding: each word times an odd number of its place.
+
+    A single word that changes always changes the sum, because odd numbers are invertible modulo 2^32.
+    """
+
+    def one(array: Array) -> Array:
+        unsigned = np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
+        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
+        place, stride = jnp.zeros(words.shape, jnp.uint32), 1
+        for axis in reversed(range(words.ndim)):
+            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
+            stride *= words.shape[axis]
+        return jnp.sum(words * (place * np.uint32(0x9E3779B2) + np.uint32(1)), dtype=jnp.uint32)
+
+    return {name: one(array) for name, array in arrays.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,291 @@
+"""From texts to batches: tokens once, then a Grain pipeline that shuffles, packs or pads, and can be resumed.
+
+A packed row holds several documents side by side, told apart by `segment_ids`; none sees another.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from itertools import groupby, islice
+from typing import Any, Literal
+
+import numpy as np
+
+from mamba2_jax.inputs import IGNORED_LABEL
+from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.training.records import Source, Text, Unusable, read_texts
+
+_TEXTS_AT_ONCE = 512
+_LISTED = 10  # unusable records that a report names
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """How texts become rows.
+
+    Raises:
+        ValueError: a value that makes no sense, named.
+    """
+
+    max_length: int = 512
+    """Tokens of a row. Longer texts are cut into several documents; with a prompt, the end is dropped."""
+    rows: Literal["pack", "pad"] = "pack"
+    """Pack several documents into a row, or pad one to the full length."""
+    shuffle: bool = True
+    text_field: str = "text"
+    """The field of a record that holds its text."""
+    split: str = "train"
+    """Of a hub dataset."""
+    eval_share: float = 0.0
+    """Hold out this share of the documents, unless evaluation data is given."""
+
+    def __post_init__(self):
+        check_choice("DataConfig", "rows", self.rows, ("pack", "pad"))
+        if self.max_length < 2:
+            raise ValueError(f"DataConfig: max_length={self.max_length} must be at least 2 tokens")
+        if not 0 <= self.eval_share < 1:
+            raise ValueError(f"DataConfig: eval_share={self.eval_share} must lie in 0..1, 1 excluded")
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What reading found; `str()` tells it."""
+
+    texts: int
+    documents: int
+    tokens: int
+    truncated: int
+    unusable: tuple[Unusable, ...] = ()
+
+    def __str__(self) -> str:
+        lines = [f"{self.texts:,} texts, {self.documents:,} documents, {self.tokens:,} tokens"]
+        if self.truncated:
+            lines.append(f"{self.truncated:,} texts were longer than a row and lost their end")
+        if self.unusable:
+            lines.append(f"{len(self.unusable):,} records could not be used:")
+            lines += [f"  {record}" for record in self.unusable[:_LISTED]]
+            if len(self.unusable) > _LISTED:
+                lines.append(f"  and {len(self.unusable) - _LISTED:,} more")
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents(Sequence[dict[str, np.ndarray]]):
+    """Tokenised documents, one after the other in memory; each a dict of `input_ids` and `labels`."""
+
+    tokens: np.ndarray  # (sum of lengths,) int32
+    trained: np.ndarray  # (sum of lengths,) bool: whether a token is learnt
+    starts: np.ndarray  # (documents + 1,) int64
+    num_bytes: np.ndarray  # (documents,) int64, UTF-8 bytes of the text that is scored
+    report: Report
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index) -> dict[str, np.ndarray]:
+        """One document."""
+        begin, end = self.starts[index], self.starts[index + 1]
+        tokens = self.tokens[begin:end]
+        return {"input_ids": tokens, "labels": np.where(self.trained[begin:end], tokens, IGNORED_LABEL)}
+
+    def fingerprint(self) -> str:
+        """A hash of the content, by which a resumed run knows its data again."""
+        digest = hashlib.sha256()
+        for array in (self.starts, self.tokens, self.trained):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def hold_out(self, share: float, seed: int) -> tuple["Documents", "Documents"]:
+        """Cut off a random share of the documents, at least one; returns the rest and the share."""
+        count = max(1, round(share * len(self)))
+        if count >= len(self):
+            raise ValueError(
+                f"DataConfig: eval_share={share} of {len(self)} documents leaves none to train on; "
+                "give more data, or a file of its own for evaluation"
+            )
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self._pick(np.sort(order[count:])), self._pick(np.sort(order[:count]))
+
+    def _pick(self, chosen: np.ndarray) -> "Documents":
+        lengths = np.diff(self.starts)[chosen]
+        spans = [slice(self.starts[i], self.starts[i + 1]) for i in chosen]
+        report = dataclasses.replace(self.report, documents=len(chosen), tokens=int(lengths.sum()))
+        return Documents(
+            tokens=np.concatenate([self.tokens[span] for span in spans]),
+            trained=np.concatenate([self.trained[span] for span in spans]),
+            starts=np.concatenate([[0], np.cumsum(lengths)]),
+            num_bytes=self.num_bytes[chosen],
+            report=report,
+        )
+
+
+def load_documents(sources: Iterable[Source] | Source, tokenizer: Any, config: DataConfig) -> Documents:
+    """Read and tokenise everything.
+
+    Args:
+        sources: as for `read_texts`; one or several.
+        tokenizer: a fast tokenizer of transformers.
+        config: the options.
+
+    Raises:
+        FileNotFoundError: a source that does not exist.
+        ValueError: not one usable record; the first reasons are listed.
+    """
+    if isinstance(sources, str) or not isinstance(sources, Iterable):
+        sources = [sources]
+    sources = list(sources)
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError("load_documents: wants a fast tokenizer of transformers, as load_tokenizer returns")
+    records = read_texts(sources, tokenizer, text_field=config.text_field, split=config.split)
+    pieces: list[tuple[np.ndarray, np.ndarray, int]] = []
+    unusable: list[Unusable] = []
+    count = truncated = 0
+    while group := list(islice(records, _TEXTS_AT_ONCE)):
+        unusable += [record for record in group if isinstance(record, Unusable)]
+        texts = [record for record in group if isinstance(record, Text)]
+        for text, tokenised in zip(texts, _tokenise(texts, tokenizer), strict=True):
+            made, shortened = _cut(text, *tokenised, config.max_length)
+            count += bool(made)
+            truncated += shortened
+            pieces += made
+            if not made:
+                reason = "its prompt fills a whole row" if shortened else "is too short to predict a token"
+                unusable.append(Unusable(text.where, reason))
+    report = Report(
+        count, len(pieces), sum(len(tokens) for tokens, _, _ in pieces), truncated, tuple(unusable)
+    )
+    if not pieces:
+        raise ValueError(f"no usable record in {', '.join(map(_name, sources)) or 'no source'}: {report}")
+    tokens, trained, num_bytes = zip(*pieces, strict=True)
+    starts = np.concatenate([[0], np.cumsum([len(piece) for piece in tokens])])
+    return Documents(np.concatenate(tokens), np.concatenate(trained), starts, np.array(num_bytes), report)
+
+
+def _name(source: Source) -> str:
+    return str(source) if not isinstance(source, dict) else "a record"
+
+
+def _tokenise(texts: list[Text], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Token ids and offsets `(l, 2)` of each text, with an end-of-text where it belongs."""
+    eos = tokenizer.eos_token_id
+    for special, alike in groupby(texts, key=lambda text: text.special_tokens):
+        group = [text.text for text in alike]
+        encoded = tokenizer(group, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        for text, ids, offsets in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            offsets = np.array(offsets, np.int64).reshape(-1, 2)
+            if special and eos is not None and (not ids or ids[-1] != eos):
+                ids = [*ids, eos]
+                offsets = np.concatenate([offsets, [[len(text), len(text)]]])
+            yield np.array(ids, np.int32), offsets
+
+
+def _cut(
+    text: Text, ids: np.ndarray, offsets: np.ndarray, max_length: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray, int]], bool]:
+    """Documents of at most `max_length` tokens, and whether the end was lost.
+
+    A text that is trained on as a whole is cut into pieces, each beginning with the token that the one before
+    ended with, so that every token is predicted once.
+    """
+    begins, ends = offsets.T
+    trained = np.zeros(len(ids), bool)
+    for begin, end in text.spans:
+        trained |= (ends > begin) & (begins < end)
+    closing = (begins == ends) & (begins == len(text.text)) & (np.arange(len(ids)) > 0)
+    trained |= closing & (text.special_tokens & (text.spans[-1][1] == len(text.text)))
+    starts = [0]
+    if text.whole:
+        starts = list(range(0, max(1, len(ids) - 1), max_length - 1))
+    pieces = []
+    for start in starts:
+        here = slice(start, start + max_length)
+        if not trained[here][1:].any():
+            continue
+        scored = slice(ends[here][0], ends[here].max())
+        spans = [text.text[max(begin, scored.start) : min(end, scored.stop)] for begin, end in text.spans]
+        pieces.append((ids[here], trained[here], sum(len(span.encode()) for span in spans)))
+    return pieces, not text.whole and len(ids) > max_length
+
+
+def make_pipeline(
+    documents: Documents, config: DataConfig, batch_size: int, *, seed: int, epochs: int | None
+) -> Any:
+    """Build the Grain pipeline of batches; a pure function of documents and seed.
+
+    Args:
+        documents: what is read.
+        config: the options.
+        batch_size: rows of a batch; the last one is filled up with empty rows.
+        seed: of the order.
+        epochs: how often all documents are read, each time in another order; None: without end.
+
+    Returns:
+        A `grain.IterDataset` of dicts `input_ids`, `segment_ids`, `labels`, each `(batch_size, max_length)`.
+        Its iterators have `get_state` and `set_state`.
+    """
+    grain = _import_grain()
+    dataset = grain.MapDataset.source(documents).seed(seed)
+    if config.shuffle:
+        dataset = dataset.shuffle()
+    dataset = dataset.repeat(epochs)
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    if config.rows == "pack":
+        dataset = grain.experimental.FirstFitPackIterDataset(
+            dataset,
+            length_struct={"input_ids": config.max_length, "labels": config.max_length},
+            num_packing_bins=max(batch_size, 32),
+            padding_struct={"input_ids": 0, "labels": IGNORED_LABEL},
+            seed=seed,
+            shuffle_bins=config.shuffle,
+        )
+        dataset = dataset.map(_packed_row)
+    else:
+        dataset = dataset.map(partial(_padded_row, length=config.max_length))
+    return dataset.batch(batch_size, drop_remainder=False, batch_fn=partial(_stack, batch_size=batch_size))
+
+
+def eval_batches(documents: Documents, config: DataConfig, batch_size: int) -> Iterator[Batch]:
+    """Every document once, in order, packed."""
+    config = dataclasses.replace(config, shuffle=False, rows="pack")
+    return iter(make_pipeline(documents, config, batch_size, seed=0, epochs=1))
+
+
+def _packed_row(row: Batch) -> Batch:
+    return {
+        "input_ids": row["input_ids"],
+        "segment_ids": row["input_ids_segment_ids"],
+        "labels": row["labels"],
+    }
+
+
+def _padded_row(document: Batch, length: int) -> Batch:
+    padding = (0, length - len(document["input_ids"]))
+    return {
+        "input_ids": np.pad(document["input_ids"], padding),
+        "segment_ids": np.pad(np.ones(len(document["input_ids"]), np.int32), padding),
+        "labels": np.pad(document["labels"], padding, constant_values=IGNORED_LABEL),
+    }
+
+
+def _stack(rows: Sequence[Batch], batch_size: int) -> Batch:
+    missing = batch_size - len(rows)
+    fill = {"input_ids": 0, "segment_ids": 0, "labels": IGNORED_LABEL}
+    return {
+        name: np.pad(
+            np.stack([row[name] for row in rows]).astype(np.int32),
+            ((0, missing), (0, 0)),
+            constant_values=value,
+        )
+        for name, value in fill.items()
+    }
+
+
+def _import_grain() -> Any:
+    try:
+        import grain
+    except ImportError as error:
+        raise ImportError("training needs the extra 'train': pip install 'mamba2-jax-flax[train]'") from error
+    return grain

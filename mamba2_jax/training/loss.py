@@ -1,0 +1,112 @@
+"""Next-token cross entropy in slices of the sequence: the logits of a whole batch never exist at once.
+
+With 50,000 tokens in the vocabulary, float32 logits are the largest array of a training step by far. Here a
+slice's logits live for one turn of a loop, going forward and again, recomputed, going back.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mamba2_jax.inputs import IGNORED_LABEL, join_rows, next_token_targets
+from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.typing import Array, Float, Int
+
+TOKENS_PER_SLICE = 1024
+"""Rows of one product with the head: they keep a device busy; 0.2 GB of logits for 50,000 tokens."""
+
+REMAT: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds of a block's forward pass: all, the products with weights, its input only."""
+
+
+def loss_fn(
+    model: Mamba2ForCausalLM,
+    batch: Mapping[str, Array],
+    *,
+    remat: str = "none",
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    r"""Sum of the cross entropies of the tokens that count, and how many they are.
+
+    $$\sum_t -\log p(\mathrm{label}_{t+1} \mid \mathrm{tokens}_{\le t})$$
+
+    A sum, so that batches can be put together from unequal parts: divide once, at the end.
+
+    Args:
+        model: its parameters are what a gradient is taken by.
+        batch: `input_ids (b, l)`; `segment_ids (b, l)`, 0 is padding and any change starts a document, or
+            `attention_mask (b, l)`, or neither; `labels (b, l)` to score on, -100 where nothing is,
+            `input_ids` when absent.
+        remat: `"none"`, `"dots"` or `"block"`; what is kept for the backward pass, most first.
+        tokens_per_slice: of the batch whose logits exist at once.
+
+    Returns:
+        nats: the sum, float32.
+        tokens: how many labels it is over.
+
+    >>> from mamba2_jax import Mamba2ForCausalLM
+    >>> model = Mamba2ForCausalLM.from_pretrained()
+    >>> nats, tokens = loss_fn(model, {"input_ids": jnp.array([[17, 300, 5, 9]])})
+    >>> int(tokens)
+    3
+    """
+    check_choice("loss_fn", "remat", remat, REMAT)
+    input_ids = batch["input_ids"]
+    attention_mask, segment_ids = batch.get("attention_mask"), batch.get("segment_ids")
+    targets = next_token_targets(batch.get("labels", input_ids), join_rows(attention_mask, segment_ids))
+    wrap = None if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
+    out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
+    width = max(1, tokens_per_slice // input_ids.shape[0])
+    nats = sliced_cross_entropy(model.logits, out.last_hidden_state, targets, positions_per_slice=width)
+    return nats, (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+
+
+def sliced_cross_entropy(
+    logits: Callable[[Array], Array],
+    hidden: Float[Array, "b l d"],
+    targets: Int[Array, "b l"],
+    *,
+    positions_per_slice: int,
+) -> Float[Array, ""]:
+    """Sum of `-log softmax(logits(hidden))[target]`, a few positions of every row at a time.
+
+    Args:
+        logits: `(b, s, d) -> (b, s, v)` in float32; may close over parameters.
+        hidden: `(b, l, d)`.
+        targets: `(b, l)`; -100 costs nothing.
+        positions_per_slice: `s`; the last slice is filled up.
+
+    Returns:
+        The sum in nats, float32.
+    """
+    batch, length = targets.shape
+    width = min(positions_per_slice, length)
+    count = -(-length // width)
+    padding = count * width - length
+
+    def split(array, fill):
+        """(b, l, ...) -> (slices, b, s, ...)."""
+        pad = ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2)
+        array = jnp.pad(array, pad, constant_values=fill).reshape(batch, count, width, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    @jax.checkpoint
+    def one_slice(total, inputs):
+        hidden, targets = inputs
+        scores = logits(hidden)  # (b, s, v) float32
+        counts = targets != IGNORED_LABEL
+        chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+        nats = jax.nn.logsumexp(scores, axis=-1) - chosen
+        return total + jnp.where(counts, nats, 0.0).sum(dtype=jnp.float32), None
+
+    total, _ = jax.lax.scan(
+        one_slice, jnp.zeros((), jnp.float32), (split(hidden, 0), split(targets, IGNORED_LABEL))
+    )
+    return total

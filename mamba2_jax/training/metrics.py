@@ -1,0 +1,152 @@
+"""Where a run's numbers go: a file of JSON lines, TensorBoard, Weights & Biases, and a curve at the end."""
+
+import json
+import pathlib
+import resource
+import sys
+import time
+from typing import Any
+
+import jax
+
+METRICS_FILE = "metrics.jsonl"
+CURVE_FILE = "loss.png"
+
+
+class Metrics:
+    """Writes the numbers of each step.
+
+    Args:
+        folder: of the run.
+        after: the step that the run goes on from; what was written beyond it is dropped.
+        tensorboard: also write event files, in `folder/tensorboard`.
+        wandb: also send to this project.
+        settings: told to Weights & Biases.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        after: int,
+        tensorboard: bool,
+        wandb: str | None,
+        settings: dict[str, Any],
+    ):
+        path = folder / METRICS_FILE
+        kept = [line for line in read_metrics(path) if line["step"] <= after] if after else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        self._events = _EventFile(folder / "tensorboard", after) if tensorboard else None
+        self._wandb = None
+        if wandb is not None:
+            self._wandb = _import("wandb", "wandb").init(project=wandb, config=settings, dir=str(folder))
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        """Write the values of a step."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events.write(step, values)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def close(self) -> None:
+        """Write what is waiting."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+class _EventFile:
+    """TensorBoard's event file, written without TensorFlow."""
+
+    def __init__(self, folder: pathlib.Path, after: int):
+        writer = _import("tensorboard.summary.writer.event_file_writer", "train")
+        self._event = _import("tensorboard.compat.proto.event_pb2", "train")
+        self._summary = _import("tensorboard.compat.proto.summary_pb2", "train").Summary
+        self._file = writer.EventFileWriter(str(folder))
+        if after:  # what TensorBoard has of later steps is from before the interruption
+            log = self._event.SessionLog(status=self._event.SessionLog.START)
+            self._file.add_event(self._event.Event(wall_time=time.time(), step=after + 1, session_log=log))
+
+    def write(self, step: int, values: dict[str, float | int]) -> None:
+        summary = self._summary(
+            value=[self._summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        )
+        self._file.add_event(self._event.Event(wall_time=time.time(), step=step, summary=summary))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read a metrics file; a last line that was cut off is left out."""
+    lines = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+    return lines
+
+
+def draw_curve(folder: pathlib.Path) -> pathlib.Path:
+    """Draw the loss of training and evaluation, and the learning rate, over the steps."""
+    Figure = _import("matplotlib.figure", "train").Figure
+    lines = read_metrics(folder / METRICS_FILE)
+    train = [(line["step"], line["loss"], line["learning_rate"]) for line in lines if "loss" in line]
+    held_out = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axis = figure.subplots()
+    if train:
+        steps, losses, rates = zip(*train, strict=True)
+        axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
+        axis.plot(steps, _smooth(losses), color="tab:blue", label="training, smoothed")
+        right = axis.twinx()
+        right.plot(steps, rates, color="tab:gray", linestyle=":", linewidth=1)
+        right.set_ylabel("learning rate (dotted)")
+        right.set_ylim(bottom=0)
+    if held_out:
+        axis.plot(
+            *zip(*held_out, strict=True), color="tab:orange", marker="o", markersize=4, label="held out"
+        )
+    axis.set_xlabel("step")
+    axis.set_ylabel("loss, nats per token")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper right")
+    path = folder / CURVE_FILE
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _smooth(values: tuple[float, ...]) -> list[float]:
+    """A running mean that forgets over about a twentieth of the run; unbiased at its start."""
+    keep = 1 - 1 / max(1.0, len(values) / 20)
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        total, weight = keep * total + value, keep * weight + 1
+        smoothed.append(total / weight)
+    return smoothed
+
+
+def peak_memory() -> int:
+    """Bytes the run took at most: of the first device where it tells, else of this process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _import(module: str, extra: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        name = module.partition(".")[0]
+        raise ImportError(f"{name} is missing: pip install 'mamba2-jax-flax[{extra}]'") from error

@@ -1,0 +1,260 @@
+"""One training step as a pure function: state and batch in, state and numbers out.
+
+The model is cut once into what is trained (a flat dict from path to float32 array), what is frozen, and its
+structure; a step puts it together again while it is traced. So one compiled program has the weights as
+arguments, may reuse their buffers, and inherits whatever sharding they have.
+
+    structure, trained, frozen = split_model(model)
+    optimizer = make_optimizer(OptimConfig(), trained, steps=100)
+    state = TrainState.start(trained, optimizer, jax.random.key(0))
+    state, metrics = train_step(state, frozen, batch, structure=structure, optimizer=optimizer)
+    model = structure.merge(state.params, frozen)
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from mamba2_jax.lora import set_dropout_key
+from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
+from mamba2_jax.typing import Array, Bool, Float, Int
+
+Params = dict[str, Array]
+
+
+class Structure(NamedTuple):
+    """A model without its arrays; hashable, so that it can be a static argument of `jax.jit`."""
+
+    treedef: Any
+    names: tuple[str, ...]  # of the leaves, in order
+
+    def merge(self, trained: Mapping[str, Array], frozen: Mapping[str, Array]) -> Mamba2ForCausalLM:
+        """Put a model together from its arrays; also while tracing."""
+        leaves = [trained[name] if name in trained else frozen[name] for name in self.names]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Structure, Params, Params]:
+    """Cut a model into structure, trained and frozen arrays.
+
+    Args:
+        model: it is left as it is, and shares the frozen arrays.
+        trainable: an `nnx` filter of what is trained. None: the adapters (`nnx.LoRAParam`) if it has any,
+            else every parameter.
+
+    Returns:
+        structure: what `merge` needs beside the arrays.
+        trained: path -> array, half precision widened to float32: small updates would be rounded away.
+        frozen: path -> array, as they are.
+
+    Raises:
+        ValueError: nothing is trained.
+    """
+    if trainable is None:
+        adapters = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
+        trainable = nnx.LoRAParam if adapters else nnx.Param
+    chosen = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, trainable))}
+    if not chosen:
+        raise ValueError(
+            f"split_model: the model has no parameter that fits {trainable}; nothing would be trained"
+        )
+    leaves, treedef = jax.tree.flatten_with_path(model)
+    arrays = {_name(path): leaf for path, leaf in leaves}
+    structure = Structure(treedef, tuple(arrays))
+    trained = {
+        name: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))  # a copy: steps reuse the buffers
+        for name, leaf in arrays.items()
+        if name in chosen
+    }
+    return structure, trained, {name: leaf for name, leaf in arrays.items() if name not in chosen}
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that a step changes: saved and restored, the run goes on with the same bits."""
+
+    step: Int[Array, ""]
+    """Batches read."""
+    params: Params
+    """What is trained, float32."""
+    opt_state: optax.OptState
+    key: Array
+    """Source of all chance in training; the step's own key is folded from it and `step`."""
+    skipped: Int[Array, ""]
+    """Steps whose loss or gradients were not finite, in all: they changed nothing."""
+    skipped_in_a_row: Int[Array, ""]
+
+    @classmethod
+    def start(cls, params: Params, optimizer: optax.GradientTransformation, key: Array) -> "TrainState":
+        """Begin a run."""
+        # each counter is a buffer of its own: a donated one may not be handed in twice
+        return cls(jnp.int32(0), params, optimizer.init(params), key, jnp.int32(0), jnp.int32(0))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepMetrics:
+    """What a step tells; arrays, so that nothing waits for the device."""
+
+    loss: Float[Array, ""]
+    """Mean cross entropy in nats over the batch's tokens, before the update."""
+    tokens: Int[Array, ""]
+    """Tokens that were scored."""
+    grad_norm: Float[Array, ""]
+    """Of all gradients together, before clipping."""
+    finite: Bool[Array, ""]
+    """Whether the update was made."""
+    skipped: Int[Array, ""]
+    skipped_in_a_row: Int[Array, ""]
+
+
+@partial(
+    jax.jit,
+    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice"),
+    donate_argnames="state",
+)
+def train_step(
+    state: TrainState,
+    frozen: Params,
+    batch: Mapping[str, Array],
+    *,
+    structure: Structure,
+    optimizer: optax.GradientTransformation,
+    remat: str = "none",
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+) -> tuple[TrainState, StepMetrics]:
+    """Update once. The state given is used up.
+
+    Args:
+        state: of `TrainState.start`, or of the step before.
+        frozen: of `split_model`.
+        batch: as for `loss_fn`; with a leading axis `(a, b, l)` the gradients of `a` parts are summed and
+            divided by the tokens of all, which is the gradient of the whole.
+        structure: of `split_model`.
+        optimizer: of `make_optimizer`, or any other of Optax.
+        remat: passed to `loss_fn`.
+        tokens_per_slice: passed to `loss_fn`.
+
+    Returns:
+        The state after the step, and its numbers. With a loss or a gradient that is not finite, parameters
+        and moments stay as they were.
+    """
+    key = jax.random.fold_in(state.key, state.step)
+
+    def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int):
+        model = structure.merge(params, frozen)
+        set_dropout_key(model, jax.random.fold_in(key, index))
+        return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
+
+    nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
+    count = jnp.maximum(tokens, 1).astype(jnp.float32)
+    grads = jax.tree.map(lambda g: g / count, grads)
+    loss, norm = nats / count, optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    skipped = state.skipped + ~finite
+    in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    new = TrainState(
+        step=state.step + 1,
+        params=keep(params, state.params),
+        opt_state=keep(opt_state, state.opt_state),
+        key=state.key,
+        skipped=skipped,
+        skipped_in_a_row=in_a_row,
+    )
+    return new, StepMetrics(loss, tokens, norm, finite, skipped, in_a_row)
+
+
+def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
+    """Nats, tokens and gradients, summed over the parts of a batch `(a, b, l)`, or of one `(b, l)`."""
+    gradient = jax.value_and_grad(summed_loss, has_aux=True)
+    if batch["input_ids"].ndim == 2:
+        (nats, tokens), grads = gradient(params, batch, 0)
+        return nats, tokens, grads
+
+    def add(total, numbered):
+        index, part = numbered
+        (nats, tokens), grads = gradient(params, part, index)
+        return jax.tree.map(jnp.add, total, (nats, tokens, grads)), None
+
+    zeros = (jnp.zeros((), jnp.float32), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+    numbers = jnp.arange(batch["input_ids"].shape[0])
+    return jax.lax.scan(add, zeros, (numbers, batch))[0]
+
+
+@partial(jax.jit, static_argnames=("structure", "tokens_per_slice"))
+def eval_step(
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, Array],
+    *,
+    structure: Structure,
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """Sum of nats and tokens of a batch `(b, l)`, as `loss_fn`."""
+    return loss_fn(structure.merge(params, frozen), batch, tokens_per_slice=tokens_per_slice)
+
+
+def first_not_finite(
+    params: Params, frozen: Params, batch: Mapping[str, Any], structure: Structure
+) -> str | None:
+    """Find where a step that is not finite went wrong, in the order of the computation.
+
+    Args:
+        params: trained arrays.
+        frozen: the others.
+        batch: the one that failed; with a leading axis of parts, each is looked at.
+        structure: of `split_model`.
+
+    Returns:
+        The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient;
+        None when all are finite.
+    """
+    parts = [batch]
+    if batch["input_ids"].ndim == 3:
+        parts = [
+            {name: array[i] for name, array in batch.items()} for i in range(batch["input_ids"].shape[0])
+        ]
+    for part in parts:
+        for name, finite in _finite_by_name(params, frozen, part, structure=structure):
+            if not finite:
+                return name
+    return None
+
+
+def _finite_by_name(params: Params, frozen: Params, batch, *, structure: Structure) -> list[tuple[str, bool]]:
+    def look(params, frozen, batch):
+        def outputs(params):
+            model = structure.merge(params, frozen)
+            inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("segment_ids"), None, None)
+            return model.backbone.forward(*inputs, output_hidden_states=True).hidden_states
+
+        blocks = list(outputs(params) or [])
+        gradient = jax.value_and_grad(lambda params: loss_fn(structure.merge(params, frozen), batch)[0])
+        loss, grads = gradient(params)
+        found = [(f"parameter {name}", a) for name, a in [*params.items(), *frozen.items()]]
+        found += [(f"output of backbone.layers.{i}", a) for i, a in enumerate(blocks[:-1])]
+        found += [("output of backbone.norm_f", blocks[-1]), ("loss", loss)]
+        found += [(f"gradient of {name}", a) for name, a in grads.items()]
+        found = [(name, a) for name, a in found if jnp.issubdtype(a.dtype, jnp.inexact)]
+        names[:] = [name for name, _ in found]
+        return jnp.stack([jnp.isfinite(a).all() for _, a in found])
+
+    names: list[str] = []
+    finite = jax.jit(look)(params, frozen, batch)
+    return list(zip(names, finite.tolist(), strict=True))

@@ -1,0 +1,347 @@
+"""The loop: batches in, checkpoints and metrics out; stopped at any moment, it goes on to the same bits."""
+
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from mamba2_jax.lora import add_lora
+from mamba2_jax.lora.attach import adapter_names
+from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.training.checkpoint import Checkpoints
+from mamba2_jax.training.config import TrainConfig
+from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
+from mamba2_jax.training.export import save_result
+from mamba2_jax.training.metrics import Metrics, draw_curve, peak_memory
+from mamba2_jax.training.optim import learning_rate, make_optimizer
+from mamba2_jax.training.progress import training_bar
+from mamba2_jax.training.records import Source
+from mamba2_jax.training.signals import StopSignals
+from mamba2_jax.training.step import (
+    StepMetrics,
+    TrainState,
+    eval_step,
+    first_not_finite,
+    split_model,
+    train_step,
+)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How well held-out text is predicted."""
+
+    loss: float
+    """Nats per token."""
+    perplexity: float
+    bits_per_byte: float
+    """Does not depend on the tokenizer."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    output: pathlib.Path
+    step: int
+    loss: float | None
+    """Of the last step; None when there was none to make."""
+    evaluation: Evaluation | None
+    skipped: int
+    """Steps that were not finite and changed nothing."""
+    stopped_by: int | None
+    """The number of the signal that ended it early, after a checkpoint; None: it is complete."""
+
+
+class _Pending(NamedTuple):
+    """A step whose numbers have not been fetched from the device yet."""
+
+    step: int
+    metrics: StepMetrics
+    batch: Batch
+
+
+class Trainer:
+    """Trains a model on texts.
+
+    The model's weights are left as they are until `fit` has ended; then it has the trained ones.
+
+    Args:
+        model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some.
+        config: the options.
+        data: files, folders, a hub dataset's id, records, or `Documents`.
+        tokenizer: of the model; not needed for `Documents`.
+        eval_data: likewise, to be held out; None: `config.data.eval_share` of the data.
+        report: told, in lines of text, what happens; `print` prints them.
+
+    Raises:
+        FileExistsError: the output folder is in use, and `resume` is not set.
+        FileNotFoundError: data that does not exist.
+        ValueError: no usable data, or options that do not fit it.
+    """
+
+    def __init__(
+        self,
+        model: Mamba2ForCausalLM,
+        config: TrainConfig,
+        data: Iterable[Source] | Source | Documents,
+        *,
+        tokenizer: Any = None,
+        eval_data: Iterable[Source] | Source | Documents | None = None,
+        report: Callable[[str], None] = lambda message: None,
+    ):
+        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self._report = report
+        self._output = pathlib.Path(config.output).expanduser()
+        if self._output.exists() and not self._output.is_dir():
+            raise FileExistsError(f"{self._output}: is a file; name a folder")
+        if not config.resume and self._output.is_dir() and any(self._output.iterdir()):
+            raise FileExistsError(
+                f"{self._output}: is not empty; go on from what is in it with resume, or name another folder"
+            )
+        self._documents = self._load("data", data)
+        self._held_out = None if eval_data is None else self._load("evaluation data", eval_data)
+        if self._held_out is None and config.data.eval_share:
+            self._documents, self._held_out = self._documents.hold_out(config.data.eval_share, config.seed)
+        settings = config.lora.config()
+        if settings is not None and not adapter_names(model):
+            add_lora(model, settings, rngs=nnx.Rngs(config.seed))
+        self.steps = config.steps or self._count_steps()
+        self._structure, self._trained, self._frozen = split_model(model)
+        self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
+        self._learning_rate = learning_rate(config.optim, self.steps)
+
+    def fit(self) -> TrainResult:
+        """Train to the end, or until SIGTERM or Ctrl-C, which leave a checkpoint.
+
+        Raises:
+            FloatingPointError: too many steps in a row were not finite; names the first bad tensor.
+            SaveError: a checkpoint could not be written; those before are untouched.
+            ValueError: a checkpoint of another run in the output folder, or none that is whole.
+        """
+        self._output.mkdir(parents=True, exist_ok=True)
+        checkpoints = Checkpoints(self._output / "checkpoints", self.config.checkpoint, self._report)
+        state, batches = self._start(checkpoints)
+        first = int(state.step)
+        metrics = Metrics(
+            self._output,
+            after=first,
+            tensorboard=self.config.tensorboard,
+            wandb=self.config.wandb,
+            settings=dataclasses.asdict(self.config),
+        )
+        try:
+            with training_bar(self.steps, first, self.config.progress) as show, StopSignals() as stop:
+                run = _Run(self, checkpoints, metrics, show)
+                state = run.steps(state, batches, stop)
+                checkpoints.wait()
+        finally:
+            metrics.close()
+            checkpoints.close()
+        self._update_model(state)
+        if stop.received is None:
+            save_result(self.model, self._output, self.tokenizer, self.config.lora.merge, self._report)
+            draw_curve(self._output)
+        return TrainResult(
+            self._output, int(state.step), run.loss, run.evaluation, int(state.skipped), stop.received
+        )
+
+    def evaluate(self, params: dict[str, jax.Array] | None = None) -> Evaluation:
+        """Predict the held-out documents.
+
+        Args:
+            params: trained arrays by path; None: the model's as they are.
+        """
+        if self._held_out is None:
+            raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
+        params = self._trained if params is None else params
+        nats, tokens = 0.0, 0
+        for batch in eval_batches(self._held_out, self.config.data, self.config.batch_size):
+            sums = eval_step(
+                params,
+                self._frozen,
+                batch,
+                structure=self._structure,
+                tokens_per_slice=self.config.tokens_per_slice,
+            )
+            nats, tokens = nats + float(sums[0]), tokens + int(sums[1])
+        loss = nats / max(tokens, 1)
+        bits_per_byte = nats / math.log(2) / max(int(self._held_out.num_bytes.sum()), 1)
+        return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte)
+
+    def _load(self, what: str, data: Any) -> Documents:
+        if isinstance(data, Documents):
+            return data
+        if self.tokenizer is None:
+            raise ValueError("Trainer: give the model's tokenizer, or Documents")
+        documents = load_documents(data, self.tokenizer, self.config.data)
+        highest = int(documents.tokens.max())
+        if highest >= self.model.config.vocab_size:
+            raise ValueError(
+                f"Trainer: token {highest} lies outside the model's vocabulary of "
+                f"{self.model.config.vocab_size}; was another model's tokenizer used?"
+            )
+        self._report(f"{what}: {documents.report}")
+        return documents
+
+    def _pipeline(self) -> Any:
+        config = self.config
+        epochs = config.epochs if config.steps is None else None
+        rows = config.batch_size * config.accumulate
+        return make_pipeline(self._documents, config.data, rows, seed=config.seed, epochs=epochs)
+
+    def _count_steps(self) -> int:
+        """Read the whole pipeline once without training: how full packed rows get shows only then."""
+        return sum(1 for _ in self._pipeline())
+
+    def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
+        """The state and the batches at the beginning, or where the newest checkpoint left them."""
+        params = {name: array.copy() for name, array in self._trained.items()}  # steps reuse the buffers
+        state = TrainState.start(params, self._optimizer, jax.random.key(self.config.seed))
+        batches = iter(self._pipeline())
+        restored = checkpoints.restore(state)
+        if restored is None:
+            return state, batches
+        state, extra = restored
+        here = self._identity()
+        for name, value in extra["run"].items():
+            if here.get(name) != value:
+                raise ValueError(
+                    f"{self._output}: the run there has {name}={value}, this one {here.get(name)}; a run "
+                    "goes on only with the data and the options it began with"
+                )
+        batches.set_state(extra["batches"])
+        self._report(f"going on from step {int(state.step)} of {self.steps}")
+        return state, batches
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change when a run goes on."""
+        config = self.config
+        return {
+            "data": self._documents.fingerprint(),
+            "seed": config.seed,
+            "batch_size": config.batch_size,
+            "accumulate": config.accumulate,
+            "max_length": config.data.max_length,
+            "rows": config.data.rows,
+            "shuffle": config.data.shuffle,
+            "steps": self.steps,
+        }
+
+    def _update_model(self, state: TrainState) -> None:
+        """Hang the trained arrays into the model, in the dtypes it has."""
+        self._trained = state.params
+        leaves = jax.tree.leaves(self.model)
+        stored = dict(zip(self._structure.names, leaves, strict=True))
+        params = {name: array.astype(stored[name].dtype) for name, array in state.params.items()}
+        nnx.update(self.model, nnx.state(self._structure.merge(params, self._frozen)))
+
+
+class _Run:
+    """The steps of one `fit`, and what is remembered from one to the next."""
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints, metrics: Metrics, show):
+        self._trainer, self._checkpoints, self._metrics, self._show = trainer, checkpoints, metrics, show
+        self._identity = trainer._identity()
+        self._pending: _Pending | None = None
+        self._clock: float | None = None  # when the numbers of the step before arrived
+        self.loss: float | None = None
+        self.evaluation: Evaluation | None = None
+        self._eval_losses: dict[int, float] = {}  # by step
+
+    def steps(self, state: TrainState, batches: Any, stop: StopSignals) -> TrainState:
+        """Step until the end or a signal; the last step leaves a checkpoint."""
+        trainer, config = self._trainer, self._trainer.config
+        step, saved = int(state.step), int(state.step)
+        while step < trainer.steps and stop.received is None:
+            batch = _in_parts(next(batches), config.accumulate)
+            state, metrics = train_step(
+                state,
+                trainer._frozen,
+                batch,
+                structure=trainer._structure,
+                optimizer=trainer._optimizer,
+                remat=config.remat,
+                tokens_per_slice=config.tokens_per_slice,
+            )
+            step += 1
+            self._settle(state)
+            self._pending = _Pending(step, metrics, batch)
+            last = step == trainer.steps
+            if trainer._held_out is not None and (last or step % config.eval_every == 0):
+                self._settle(state)
+                self._evaluate(step, state)
+            if last or step % config.checkpoint.every == 0:
+                self._settle(state)
+                self._save(state, batches)
+                saved = step
+        self._settle(state)
+        if saved != step:
+            self._save(state, batches)
+        return state
+
+    def _settle(self, state: TrainState) -> None:
+        """Fetch and write the numbers of the step before: the device works on this one meanwhile."""
+        if self._pending is None:
+            return
+        (step, metrics, batch), self._pending = self._pending, None
+        trainer = self._trainer
+        numbers: Any = jax.device_get(metrics)
+        now = time.perf_counter()
+        values: dict[str, float | int] = {
+            "loss": float(numbers.loss),
+            "learning_rate": float(trainer._learning_rate(step - 1 - int(numbers.skipped))),
+            "grad_norm": float(numbers.grad_norm),
+            "tokens": int(numbers.tokens),
+            "skipped": int(numbers.skipped),
+            "memory": peak_memory(),
+        }
+        if self._clock is not None:  # not the first step, which compiles
+            values["tokens_per_second"] = round(
+                int((batch["segment_ids"] != 0).sum()) / (now - self._clock), 1
+            )
+        self._clock = now
+        self.loss = values["loss"]
+        self._metrics.write(step, values)
+        self._show(step, values)
+        in_a_row = int(numbers.skipped_in_a_row)
+        if in_a_row >= trainer.config.max_skipped:
+            bad = first_not_finite(state.params, trainer._frozen, batch, trainer._structure)
+            raise FloatingPointError(
+                f"step {step}: {in_a_row} steps in a row were not finite; the first such tensor is "
+                f"{bad or 'not to be found any more'}. A lower learning rate or a longer warm-up may help"
+            )
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        self.evaluation = result = self._trainer.evaluate(state.params)
+        values = {
+            "eval_loss": result.loss,
+            "eval_perplexity": result.perplexity,
+            "eval_bits_per_byte": result.bits_per_byte,
+        }
+        self._eval_losses[step] = result.loss
+        self._metrics.write(step, values)
+        self._trainer._report(
+            f"step {step}: held out {result.loss:.4f} nats per token, perplexity {result.perplexity:.2f}, "
+            f"{result.bits_per_byte:.4f} bits per byte"
+        )
+        self._clock = None
+
+    def _save(self, state: TrainState, batches: Any) -> None:
+        extra = {"run": self._identity, "batches": batches.get_state()}
+        self._checkpoints.save(state, extra, self._eval_losses.get(int(state.step)))
+        self._clock = None
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+    """`(a * b, l)` -> `(a, b, l)`; as it is when there is one part."""
+    if parts == 1:
+        return batch
+    return {name: np.reshape(array, (parts, -1, array.shape[-1])) for name, array in batch.items()}

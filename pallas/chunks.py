@@ -1,0 +1,56 @@
+"""What the kernels are told about each chunk of tokens: two numbers per token and head, two per token.
+
+Computed by XLA before a kernel starts. In a chunk, token `s` enters the output at token `q >= s` with weight
+
+    dt[s] * exp(A * (dt[s+1] + ... + dt[q])) = exp2(target[q] - source[s])
+
+so `target` is the base-2 logarithm of the decay from the chunk's start through a token, and `source` the same
+less `log2(dt)`. A token with dt = 0 has source = +inf and weight 0.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def log_weights(dt: jax.Array, A: jax.Array, chunk: int) -> jax.Array:
+    """Return `(b, h, c, 2, chunk)` float32: target, source. `dt (b, l, h)` is padded with zeros."""
+    dt = split(dt.astype(jnp.float32), chunk).transpose(0, 3, 1, 2)  # (b, h, c, chunk)
+    target = jnp.cumsum(dt * (A.astype(jnp.float32) * math.log2(math.e))[:, None, None], axis=-1)
+    return jnp.stack([target, target - jnp.log2(dt)], axis=3)
+
+
+def document_ends(segment_ids: jax.Array, chunk: int) -> jax.Array:
+    """Return where in the chunk each token's document ends, and where the first one starts.
+
+    Returns:
+        `(b, c, 2, chunk)` int32. The first row holds the position of the last token in the chunk of the same
+        document. The second holds, at every token alike, the position of the first token in the chunk that
+        starts a document, or `chunk` when none does.
+    """
+    starts = split(document_starts(segment_ids), chunk)  # (b, c, chunk); what is added starts nothing
+    here = jnp.where(starts, jnp.arange(chunk, dtype=jnp.int32), chunk)
+    at_or_after = lax.cummin(here, axis=2, reverse=True)
+    after = jnp.concatenate([at_or_after[..., 1:], jnp.full_like(here[..., :1], chunk)], axis=-1)
+    first = jnp.broadcast_to(at_or_after[..., :1], here.shape)
+    return jnp.stack([after - 1, first], axis=2)
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """Mark the tokens at which the state is reset, `(b, l)`: the first of each document but the row's first.
+
+    Segment id 0 is padding and belongs to the document before it; any other id that differs from its left
+    neighbour's starts a document. The initial state passes over padding to the row's first document.
+    """
+    left = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = (segment_ids != 0) & (segment_ids != left)
+    return starts & (jnp.cumsum(starts, axis=1) > 1)
+
+
+def split(array: jax.Array, chunk: int) -> jax.Array:
+    """`(b, l, ...) -> (b, c, chunk, ...)`, the last chunk filled up with zeros."""
+    missing = -array.shape[1] % chunk
+    array = jnp.pad(array, ((0, 0), (0, missing)) + ((0, 0),) * (array.ndim - 2))
+    return array.reshape(array.shape[0], -1, chunk, *array.shape[2:])

@@ -1,0 +1,139 @@
+"""The backward's configurations that are compiled ahead of time, and what each may cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from forward_programs import SHAPES
+from jax.sharding import PartitionSpec
+from mamba2_jax.pallas import mosaic_backward, mosaic_gpu
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A shape and its options. Two kernels: the walk, then the chunks."""
+
+    name: str
+    b: int = 1
+    l: int = 4096
+    h: int = 128
+    g: int = 8
+    p: int = 64
+    n: int = 128
+    dtype: str = "bfloat16"
+    D: str | None = "h"
+    documents: bool = False
+    spill_budget: int = dataclasses.field(
+        default=0, kw_only=True
+    )  # bytes a thread of the walk stores and loads
+    smoke: bool = dataclasses.field(default=False, kw_only=True)
+    slow: bool = dataclasses.field(default=False, kw_only=True)
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def kwargs(self) -> dict:
+        """What `build` takes."""
+        fields = dataclasses.asdict(self)
+        return {k: v for k, v in fields.items() if k not in ("name", "spill_budget", "smoke", "slow")}
+
+    @property
+    def described(self) -> str:
+        """The shape and options in one line."""
+        options = [self.dtype, "documents" * self.documents]
+        shape = f"b{self.b} l{self.l} h{self.h} g{self.g} p{self.p} n{self.n}"
+        return ", ".join(filter(None, [shape, *options]))
+
+
+# Words that are stored before a loop and loaded once a chunk, or once a chunk and strip, of 64 tokens: with
+# documents at most 18 of them; and at state_dim 256, where the walk holds 128 of a thread's 240 registers in
+# the gradient of the state alone, at most 40.
+DOCUMENTS, WIDE = 80, 320
+PROGRAMS = [
+    Program("A", **SHAPES["A"], smoke=True),
+    Program("A, documents", **SHAPES["A"], documents=True, spill_budget=DOCUMENTS),
+    Program("B", **SHAPES["B"]),
+    Program("B, documents", **SHAPES["B"], documents=True, spill_budget=DOCUMENTS, slow=True),
+    Program("C", **SHAPES["C"], slow=True),
+    Program("head_dim 128", p=128, h=64, D="hp", slow=True),
+    Program("head_dim 128, state_dim 64, few blocks", l=520, p=128, n=64, h=8, g=1, D="hp", slow=True),
+    Program("state_dim 64", n=64, D=None, slow=True),
+    Program("state_dim 256", n=256, h=32, g=1, spill_budget=WIDE),
+    Program("state_dim 256, documents", n=256, h=32, g=1, documents=True, spill_budget=WIDE, slow=True),
+    Program("float16, odd heads, any length", l=4001, h=24, g=8, dtype="float16", slow=True),
+]
+
+
+def arguments(abstract, b, l, h, g, p, n, dtype, D, documents):
+    """What `mosaic_gpu.ssd` takes."""
+    d_shape = {"h": (h,), "hp": (h, p), None: None}[D]
+    return (
+        abstract((b, l, h, p), dtype),
+        abstract((b, l, h), jnp.float32),
+        abstract((h,), jnp.float32),
+        abstract((b, l, g, n), dtype),
+        abstract((b, l, g, n), dtype),
+        d_shape and abstract(d_shape, jnp.float32),
+        abstract((b, h, p, n), jnp.float32),
+        abstract((b, l), jnp.int32) if documents else None,
+    )
+
+
+def build(abstract, **kwargs):
+    """The backward pass as a function of arrays, and its arguments."""
+    x, dt, A, B, C, D, state, ids = arguments(abstract, **kwargs)
+    batch, heads, *matrix = state.shape
+    saved = abstract((batch, -(-x.shape[1] // 256), heads, *matrix), kwargs["dtype"])
+    return mosaic_backward.backward, (x, dt, A, B, C, D, saved, ids, x, state)
+
+
+def traced(program):
+    """The backward as a function of arrays only, followed by their shapes."""
+    function, shapes = build(jax.ShapeDtypeStruct, **program.kwargs)
+
+    def call(*arrays):
+        arrays = iter(arrays)
+        return function(*(None if shape is None else next(arrays) for shape in shapes))
+
+    return call, *(shape for shape in shapes if shape is not None)
+
+
+def build_step(abstract, **kwargs):
+    """A gradient as a training step takes it: rematerialised layers in a scan, the rows of each mapped."""
+
+    def layer(x, dt, A, B, C, D, state, ids):
+        def row(*arrays):
+            x, dt, B, C, state, ids = jax.tree.map(lambda array: array[None], arrays)
+            return jax.tree.map(lambda array: array[0], mosaic_gpu.ssd(x, dt, A, B, C, D, state, ids))
+
+        return jax.vmap(row)(x, dt, B, C, state, ids)
+
+    def loss(x, *rest):
+        x, states = jax.lax.scan(lambda x, _: jax.checkpoint(layer)(x, *rest), x, None, length=2)
+        return x.astype(jnp.float32).sum() + states.sum()
+
+    return jax.grad(loss, argnums=tuple(range(7))), arguments(abstract, **kwargs)
+
+
+def build_sharded(abstract, **kwargs):
+    """The same of one layer, its batch split over two devices."""
+    shapes = arguments(abstract, **kwargs)
+    rows, shared = PartitionSpec("device"), PartitionSpec()
+    specs = (rows, rows, shared, rows, rows, shared, rows)
+
+    def loss(*arrays):
+        ssd = jax.shard_map(
+            lambda *arrays: mosaic_gpu.ssd(*arrays, None),
+            mesh=shapes[0].sharding.mesh,
+            in_specs=specs,
+            out_specs=(rows, rows),
+            check_vma=False,
+        )
+        y, states = ssd(*arrays)
+        return y.astype(jnp.float32).sum() + states.sum()
+
+    return jax.grad(loss, argnums=tuple(range(7))), shapes[:7]
+
+
+build_sharded.devices = 2
