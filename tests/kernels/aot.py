@@ -185,9 +185,7 @@ def _compile(target: str, kwargs: dict) -> None:
     module, _, name = target.partition(":")
     build = getattr(importlib.import_module(module), name)
     devices = getattr(build, "devices", 1)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H100, topology=f"1x{devices}x1"
-    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x{devices}x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (devices,), ("device",)), PartitionSpec())
     function, arguments = build(
         lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), **kwargs
