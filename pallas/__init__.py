@@ -15,7 +15,6 @@ of a kernel has two functions:
 """
 
 import importlib
-import importlib.util
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -40,8 +39,6 @@ class Kernel(NamedTuple):
 
     def unsupported(self, problem: Problem) -> str | None:
         """Tell why this kernel cannot run `problem` here, and what can; None if it can run it."""
-        if importlib.util.find_spec(self.module) is None:
-            return "it is not built in this version of mamba2_jax"
         if problem.platform != "gpu" or problem.compute_capability is None:
             return f"it needs an NVIDIA GPU, this runs on {problem.platform}"
         if jax.__version_info__ < MINIMAL_JAX:
