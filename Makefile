@@ -38,7 +38,7 @@ $(GPU_VENV)/.installed: PYTHONS := $(or $(PYTHON),python3.12 python3.13 python3.
 gpu: $(GPU_VENV)/.installed
 	@$(GPU_VENV)/bin/python benchmarks/ssd.py --check
 	@echo "==> pytest: the kernels on this GPU against the float64 recurrence"
-	@JAX_PLATFORMS=cuda,cpu $(GPU_VENV)/bin/python -m pytest tests/gpu -m gpu -n 0 -p no:doctest --override-ini addopts= -rs $(PYTEST_ARGS)
+	@JAX_PLATFORMS=cuda,cpu $(GPU_VENV)/bin/python -m pytest tests/gpu -m gpu -n 0 --override-ini addopts= -rs $(PYTEST_ARGS)
 	@echo "==> benchmarks/ssd.py: medians of device time"
 	@$(GPU_VENV)/bin/python benchmarks/ssd.py
 
