@@ -85,7 +85,7 @@ class Kernel:
 
 def missing() -> str | None:
     """Return what is missing to compile ahead of time here, or None."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda13"))):
         return "the CUDA plugin of jax (jax-cuda13-plugin and jax-cuda13-pjrt) is not installed"
     if _tool("ptxas") is None:
         return "ptxas (the wheels nvidia-cuda-nvcc and nvidia-nvvm) is not installed"
