@@ -1,8 +1,9 @@
-# `make demo` and `make test` set up all they need, each in a virtual environment of its own.
+# `make demo`, `make test` and `make test-kernels` set up all they need, in virtual environments of their own.
 SHELL := /bin/bash
 
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
+KERNEL_VENVS ?= .venv-kernels
 # The first of these that works and is new enough; `make test PYTHON=/path/to/python` names another.
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.14 python)
 # The parity tests compare with PyTorch on the CPU. On Linux the plain name may bring gigabytes of CUDA, so
@@ -12,10 +13,12 @@ TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
 PYTEST_ARGS ?=
 
 help:
-	@echo "make demo    the model inside the package writes Python"
-	@echo "make test    run the tests"
-	@echo "make lint    ruff and pyright"
-	@echo "make clean   remove the virtual environments and what tools left"
+	@echo "make demo           the model inside the package writes Python"
+	@echo "make test           run the tests"
+	@echo "make test-kernels   run the tests of the GPU kernels, which need no GPU but Python >= 3.12"
+	@echo "make gpu            on a machine with an NVIDIA GPU: test the kernels there, then time them"
+	@echo "make lint           ruff and pyright"
+	@echo "make clean          remove the virtual environments and what tools left"
 
 demo: $(DEMO_VENV)/.installed
 	@echo "==> mamba2-jax generate: a few seconds of compiling, then Python"
@@ -25,7 +28,18 @@ demo: $(DEMO_VENV)/.installed
 
 test: $(VENV)/.installed
 	@echo "==> pytest"
-	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/kernels -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-kernels:
+	@PYTHON="$(PYTHON)" .ci/test-kernels $(KERNEL_VENVS)
+
+# On this machine's own Python, which has jax for CUDA, pytest and jaxtyping, and perhaps the peers to compare
+# with. Needs no network. make gpu PYTHON=/path/to/python BENCHMARK_ARGS="--shapes A B"
+gpu:
+	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
+	@$(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py -m gpu -rs
+	@echo "==> benchmarks/ssd.py"
+	@$(or $(PYTHON),python3) benchmarks/ssd.py --output benchmarks/results $(BENCHMARK_ARGS)
 
 lint: $(VENV)/.installed
 	@echo "==> ruff, pyright"
@@ -34,9 +48,9 @@ lint: $(VENV)/.installed
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
 clean:
-	rm -rf $(VENV) $(DEMO_VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage
+	rm -rf $(VENV) $(DEMO_VENV) $(KERNEL_VENVS) build dist *.egg-info .pytest_cache .ruff_cache .coverage
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test test-kernels gpu lint clean
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	$(call make-venv,$(DEMO_VENV))

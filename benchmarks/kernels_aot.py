@@ -20,6 +20,7 @@ import jax
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "kernels"))
 import aot
+import backward_programs
 import forward_programs
 import traffic
 
@@ -43,25 +44,28 @@ def main() -> None:
         "",
         "Registers are per thread: the most that any warpgroup uses, of 255, and what the block is launched",
         "with, which the warpgroups then share out among themselves. Spills count both ways, per thread.",
-        "HBM counts every byte that the kernel and the XLA code before it read or write, each once; L2",
+        "HBM counts every byte that a call's kernels and XLA code read or write, each once; L2",
         "counts what all blocks load and store, the same bytes as often as they ask for them.",
         "",
         HEAD,
         "|" + "---|" * (HEAD.count("|") - 1),
     ]
     print("\n".join(lines), flush=True)
-    for program in forward_programs.PROGRAMS:
-        hbm = sum(traffic.hbm_bytes(*forward_programs.traced(program)).values())
-        bytes_moved = (hbm, forward_programs.l2_bytes(program))
-        for kernel in aot.compile_kernels("forward_programs:build", **program.kwargs):
-            lines.append(row(f"forward: {program}", program.described, kernel, *bytes_moved))
-            print(lines[-1], flush=True)
+    for pass_name, programs in (("forward", forward_programs), ("backward", backward_programs)):
+        for program in programs.PROGRAMS:
+            hbm = sum(traffic.hbm_bytes(*programs.traced(program)).values())
+            l2 = programs.l2_bytes(program) if programs is forward_programs else None
+            kernels = aot.compile_kernels(f"{programs.__name__}:build", **program.kwargs)
+            for i, kernel in enumerate(kernels):
+                name = f"{pass_name}: {program}" + f", kernel {i + 1} of {len(kernels)}" * (len(kernels) > 1)
+                lines.append(row(name, program.described, kernel, hbm, l2))
+                print(lines[-1], flush=True)
     if arguments.output is not None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text("# What the kernels take of an H100\n\n" + "\n".join(lines) + "\n")
 
 
-def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int) -> str:
+def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int | None) -> str:
     cells = [
         name,
         shape,
@@ -71,7 +75,7 @@ def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int) -> str:
         kernel.smem_bytes,
         "" if kernel.wgmma is None else kernel.wgmma,
         f"{kernel.blocks_per_sm}, {kernel.bound}",
-        *(f"{count / 1e6:.0f}" for count in bytes_moved),
+        *("not counted" if count is None else f"{count / 1e6:.0f}" for count in bytes_moved),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

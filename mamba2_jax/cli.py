@@ -146,13 +146,16 @@ class Info:
 
     path: Positional[_Path] = None
     """A folder or a hub id (None: the small Python-writing model in the package)."""
+    kernels: bool = False
+    """Tell instead which implementation of the scan would run on the devices here, and why."""
 
     def run(self) -> None:
         """Print the tables."""
         from mamba2_jax.cli_info import describe
+        from mamba2_jax.cli_kernels import describe_kernels
 
         try:
-            describe(self.path)
+            (describe_kernels if self.kernels else describe)(self.path)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
 
@@ -198,7 +201,11 @@ class Convert:
 class Finetune:
     """Train a model on texts, all its weights or adapters, and save it for transformers."""
 
-    # Stands in the list of commands only: the options are in cli_finetune, which imports JAX.
+    # Stands here for the list of commands: the options are in cli_finetune, which imports JAX.
+
+    def run(self) -> None:
+        """Say which options are missing; `main` takes those that are given to where they are known."""
+        _finetune([])
 
 
 class CommandError(Exception):

@@ -5,7 +5,7 @@ import signal
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import tyro
 from tyro.conf import arg
@@ -70,11 +70,12 @@ def finetune(arguments: Sequence[str], program: str, tell: Callable[[str], None]
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: what was wrong, to be told.
     """
-    options = {"default": _read_config(file)} if (file := _config_file(arguments)) else {}
+    file = _config_file(arguments)
+    default = None if file is None else _read_config(file)
     with warnings.catch_warnings():
         # tyro: a default instance given for options that are not required
         warnings.simplefilter("ignore", UserWarning)
-        command = tyro.cli(Finetune, prog=program, args=list(arguments), **options)
+        command = cast(Finetune, tyro.cli(Finetune, prog=program, args=list(arguments), default=default))
     result = command.run(tell)
     if result.stopped_by is not None:
         name = signal.Signals(result.stopped_by).name

@@ -22,13 +22,14 @@ import math
 import re
 import warnings
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
 
-AXES = ("data", "fsdp", "sequence", "tensor")
+AXES: tuple[str, ...] = ("data", "fsdp", "sequence", "tensor")
 """Mesh axes, the farthest apart first: devices that differ in the last axis only are neighbours."""
 
 BATCH = ("data", "fsdp")
@@ -75,7 +76,7 @@ def make_mesh(
     fsdp: int = 1,
     sequence: int = 1,
     tensor: int = 1,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Arrange devices in a mesh of the four axes.
 
@@ -92,7 +93,7 @@ def make_mesh(
     Raises:
         ValueError: sizes that do not multiply to the number of devices; says what would fit.
     """
-    sizes = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
     devices = jax.devices() if devices is None else list(devices)
     for name, size in sizes.items():
         if type(size) is not int or (size < 1 and size != -1):

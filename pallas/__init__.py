@@ -1,15 +1,53 @@
 """GPU kernels of the SSD scan, installed as `mamba2_jax.pallas`. Imports only jax and siblings.
 
-Two kernels are meant for this room, and neither is here yet:
+- `"mosaic_gpu"`: Hopper (H100, H200), Pallas Mosaic GPU; forward and backward.
+- `"triton"`: Ampere and Ada (A100, RTX 30, L4, RTX 4090), Triton kernels through jax_triton.
 
-- `"mosaic_gpu"`: Hopper (H100, H200), Pallas Mosaic GPU, jax >= 0.11.2; forward and backward.
-- `"triton"`: Ampere and Ada (A100, L4, RTX 4090), a Triton kernel through jax_triton.
+`KERNELS` lists them in the order of preference; `mamba2_jax.ops.dispatch` is its only reader. The module
+of a kernel has two functions:
 
-Each enters `KERNELS` under its name, as a function of
-`(x, dt, A, B, C, D, initial_state, segment_ids)` with shapes as in `mamba2_jax.ops.ssd`;
-`mamba2_jax.ops.dispatch` is its only reader. Until then XLA runs everywhere.
+- `ssd(x, dt, A, B, C, D, initial_state, segment_ids) -> (y, final_state)`: differentiable, shapes as in
+  `mamba2_jax.ops.ssd`. `x`, `B` and `C` share a dtype; `dt`, `A`, `D` and `initial_state` are float32;
+  `D` may be None. `segment_ids` is None or int32 document numbers 1, 2, 3, ... along each row (what
+  `ops.segments.document_index` gives): where the number changes, the state starts afresh. Padding
+  carries its left neighbour's number and dt = 0.
+- `unsupported(problem: Problem) -> str | None`: why it cannot run this here and what can; None if it can.
 """
 
+import importlib
 from collections.abc import Callable
+from typing import NamedTuple
 
-KERNELS: dict[str, Callable] = {}
+import jax
+from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
+
+__all__ = ["KERNELS", "Kernel", "Problem"]
+
+MINIMAL_JAX = (0, 11, 2)
+
+
+class Kernel(NamedTuple):
+    """An entry of the table. The module is imported when something is asked of it: it wants a newer jax."""
+
+    module: str
+    automatic: tuple[tuple[int, int], ...]  # compute capabilities where it is taken unasked
+
+    @property
+    def run(self) -> Callable:
+        """The differentiable function."""
+        return importlib.import_module(self.module).ssd
+
+    def unsupported(self, problem: Problem) -> str | None:
+        """Tell why this kernel cannot run `problem` here, and what can; None if it can run it."""
+        if problem.platform != "gpu" or problem.compute_capability is None:
+            return f"it needs an NVIDIA GPU, this runs on {problem.platform}"
+        if jax.__version_info__ < MINIMAL_JAX:
+            wanted = ".".join(map(str, MINIMAL_JAX))
+            return f"it needs jax >= {wanted} (Python >= 3.12), this is jax {jax.__version__}"
+        return importlib.import_module(self.module).unsupported(problem)
+
+
+KERNELS: dict[str, Kernel] = {
+    "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu", automatic=((9, 0),)),
+    "triton": Kernel("mamba2_jax.pallas.triton_gpu", automatic=((8, 0), (8, 6), (8, 9))),
+}

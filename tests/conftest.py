@@ -3,13 +3,12 @@
 import os
 import pathlib
 
+import checkout  # noqa: F401
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
-jax.config.update("jax_platforms", "cpu")
-
 _CHECKED = ["mamba2_jax.ops.ssd_chunked", "mamba2_jax.ops.ssd_recurrent", "mamba2_jax.ops.segments"]
-_hook = install_import_hook(_CHECKED, "beartype.beartype")
 
 # What needs several devices. JAX fixes their number once, so these tests want a process of their own:
 # `pytest tests/sharded` is one, and test_sharded.py starts it for everybody else.
@@ -17,6 +16,17 @@ SHARDED = pathlib.Path(__file__).with_name("sharded")
 
 
 def pytest_configure(config):
+    if config.getoption("markexpr") == "gpu":  # a process that sees the GPU; all others stay on the CPU
+        if jax.default_backend() != "gpu":
+            pytest.exit(
+                f"pytest -m gpu: no NVIDIA GPU here that jax {jax.__version__} can use (it runs on "
+                f"{jax.default_backend()}). Install jax for CUDA, or name a Python that has it: "
+                "make gpu PYTHON=/path/to/python",
+                returncode=1,
+            )
+        return  # and with shapes unchecked: beartype may be missing there
+    jax.config.update("jax_platforms", "cpu")
+    install_import_hook(_CHECKED, "beartype.beartype")
     paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
     if paths and all(SHARDED in (path.resolve(), *path.resolve().parents) for path in paths):
         jax.config.update("jax_num_cpu_devices", 8)

@@ -39,8 +39,9 @@ ARROWS = {
     "streaming": "cache generation model tokenizer typing",
     "training": "inputs lora model ops typing",
     "cli_info": "cache config hub weights",
+    "cli_kernels": "config hub ops",
     "cli_finetune": "hub model tokenizer training",
-    "cli": "cli_finetune cli_info convert hub model sampling streaming tokenizer",
+    "cli": "cli_finetune cli_info cli_kernels convert hub model sampling streaming tokenizer",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -53,7 +54,7 @@ OUTSIDE = {
     "sharding": "jax",
     "tokenizer": "sentencepiece tokenizers transformers",
     "weights": "jax ml_dtypes numpy rich torch",
-    "pallas": "jax",
+    "pallas": "jax jax_triton triton",
     "ops": "jax numpy",
     "cache": "jax",
     "parts": "flax jax",
@@ -70,11 +71,12 @@ OUTSIDE = {
     "streaming": "jax numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli_info": "jax rich",
+    "cli_kernels": "jax rich",
     "cli_finetune": "tyro",
     "cli": "jax tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_finetune", "cli_info"}
+COMMAND_LINE = {"cli", "cli_finetune", "cli_info", "cli_kernels"}
 
 
 def source_files() -> list[pathlib.Path]:

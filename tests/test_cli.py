@@ -7,10 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from mamba2_jax import Mamba2ForCausalLM, cli, load_tokenizer, stream
+from mamba2_jax.cli_kernels import describe_kernels
 from mamba2_jax.hub import EMBEDDED_MODEL
 
 PROMPT = "import os\n"
@@ -206,6 +208,40 @@ def test_info_without_weights_and_of_a_hybrid(folder, capsys):
     (folder / "model.safetensors").write_text("junk")
     assert run("info", str(folder)) == 2
     assert "model.safetensors: 4 bytes" in capsys.readouterr().err
+
+
+def test_info_of_the_kernels_here(capsys):
+    assert run("info", "--kernels") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the scan on cpu, with jax" in out
+    assert "mamba2-2.7b, float16 mamba2-2.7b, float32 tiny-python, bfloat16 tiny-python, float32" in out
+    assert "runs unasked xla mosaic_gpu no: it needs an NVIDIA GPU" in out
+    assert run("info", "--kernels", "/no/such") == 2
+    assert "/no/such: no such folder" in capsys.readouterr().err
+
+
+def test_info_of_the_kernels_on_other_devices(capsys, monkeypatch):
+    def kernel(capability, dtypes):
+        def unsupported(problem):
+            if problem.compute_capability != capability:
+                return "another GPU"
+            return None if problem.dtype in dtypes else f"x is {problem.dtype}"
+
+        return SimpleNamespace(automatic=(capability,), unsupported=unsupported)
+
+    table = {"fast": kernel((9, 0), ("bfloat16", "float16")), "old": kernel((8, 9), ("float32", "float16"))}
+    monkeypatch.setattr("mamba2_jax.ops.dispatch.kernels", lambda: table)
+    hopper = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100")
+    ada = SimpleNamespace(platform="gpu", compute_capability="8.9", device_kind="NVIDIA L4")
+    describe_kernels(None, [hopper, hopper, ada])
+    out = " ".join(capsys.readouterr().out.split())
+    assert out.count("NVIDIA H100, compute capability 9.0") == 1
+    on_hopper, on_ada = out.split("NVIDIA L4, compute capability 8.9")
+    assert "tiny-python, bfloat16 runs unasked fast fast can run old no: another GPU" in on_hopper
+    assert "tiny-python, float32 runs unasked xla fast no: x is float32 old no: another GPU" in on_hopper
+    assert "mamba2-2.7b, float16 runs unasked old fast no: another GPU old can run" in on_ada
+    assert "tiny-python, float32 runs unasked xla fast no: another GPU old can run" in on_ada
+    assert "tiny-python, bfloat16 runs unasked xla fast no: another GPU old no: x is bfloat16" in on_ada
 
 
 def test_help_and_version(capsys):

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_groups, check_integer, check_shape
-from mamba2_jax.ops.dispatch import IMPLEMENTATIONS, choose
+from mamba2_jax.ops.dispatch import IMPLEMENTATIONS, choose, describe
 from mamba2_jax.typing import Array, Float, Int
 
 
@@ -34,7 +34,7 @@ def ssd(
         initial_state: `(b, h, p, n)`, zeros when absent; it belongs to the row's first document.
         segment_ids: `(b, l)` integers; 0 is padding (its dt counts as 0, its `y` means nothing), any
             change starts a document with a fresh state.
-        chunk_size: tokens per chunk; any length works with any chunk. None: the platform's own.
+        chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
         implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
             `"triton"`. A choice made by name is never replaced by another.
 
@@ -69,7 +69,9 @@ def ssd(
         initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), full)
     else:
         initial_state = initial_state.astype(full)
-    run = choose(implementation, chunk_size)
+    D_per_channel = D is not None and D.ndim == 2
+    problem = describe(x.dtype, *x.shape, *B.shape[2:], D_per_channel=D_per_channel)
+    run = choose(implementation, chunk_size, problem)
     return run(x, dt, A, B, C, D, initial_state, segment_ids)
 
 

@@ -126,8 +126,15 @@ class Checkpoints:
             raise self._failed(None, error) from error
 
     def close(self) -> None:
-        """Let go of threads; call `wait` before."""
-        self._manager.close()
+        """Wait, and let go of threads.
+
+        Raises:
+            SaveError: as `wait`.
+        """
+        try:
+            self._manager.close()
+        except Exception as error:  # of whatever kind the layers below raise
+            raise self._failed(None, error) from error
 
     def _failed(self, step: int | None, error: Exception) -> SaveError:
         self._manager.reload()

@@ -5,10 +5,10 @@ A packed row holds several documents side by side, told apart by `segment_ids`; 
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby, islice
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -134,9 +134,8 @@ def load_documents(sources: Iterable[Source] | Source, tokenizer: Any, config: D
         FileNotFoundError: a source that does not exist.
         ValueError: not one usable record; the first reasons are listed.
     """
-    if isinstance(sources, str) or not isinstance(sources, Iterable):
-        sources = [sources]
-    sources = list(sources)
+    one = isinstance(sources, str | Mapping) or not isinstance(sources, Iterable)
+    sources = cast("list[Source]", [sources] if one else list(cast(Iterable, sources)))
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError("load_documents: wants a fast tokenizer of transformers, as load_tokenizer returns")
     records = read_texts(sources, tokenizer, text_field=config.text_field, split=config.split)
@@ -165,7 +164,7 @@ def load_documents(sources: Iterable[Source] | Source, tokenizer: Any, config: D
 
 
 def _name(source: Source) -> str:
-    return str(source) if not isinstance(source, dict) else "a record"
+    return "a record" if isinstance(source, Mapping) else str(source)
 
 
 def _tokenise(texts: list[Text], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:

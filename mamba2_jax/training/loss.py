@@ -13,15 +13,16 @@ import jax.numpy as jnp
 from mamba2_jax.inputs import IGNORED_LABEL, join_rows, next_token_targets
 from mamba2_jax.model import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.training.remat import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
 TOKENS_PER_SLICE = 1024
 """Rows of one product with the head: they keep a device busy; 0.2 GB of logits for 50,000 tokens."""
 
-REMAT: dict[str, Callable | None] = {
+REMAT: dict[str, Callable[[Callable], Callable] | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "block": recomputed,
 }
 """What the backward pass finds of a block's forward pass: all, the products with weights, its input only."""
 
@@ -61,7 +62,7 @@ def loss_fn(
     input_ids = batch["input_ids"]
     attention_mask, segment_ids = batch.get("attention_mask"), batch.get("segment_ids")
     targets = next_token_targets(batch.get("labels", input_ids), join_rows(attention_mask, segment_ids))
-    wrap = None if remat == "none" else partial(jax.checkpoint, policy=REMAT[remat])
+    wrap = REMAT[remat]
     out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
     width = max(1, tokens_per_slice // input_ids.shape[0])
     nats = sliced_cross_entropy(model.logits, out.last_hidden_state, targets, positions_per_slice=width)

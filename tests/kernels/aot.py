@@ -85,7 +85,7 @@ class Kernel:
 
 def missing() -> str | None:
     """Return what is missing to compile ahead of time here, or None."""
-    if importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
+    if not all(map(importlib.util.find_spec, ("jax_plugins", "jax_plugins.xla_cuda13"))):
         return "the CUDA plugin of jax (jax-cuda13-plugin and jax-cuda13-pjrt) is not installed"
     if _tool("ptxas") is None:
         return "ptxas (the wheels nvidia-cuda-nvcc and nvidia-nvvm) is not installed"
@@ -185,9 +185,7 @@ def _compile(target: str, kwargs: dict) -> None:
     module, _, name = target.partition(":")
     build = getattr(importlib.import_module(module), name)
     devices = getattr(build, "devices", 1)
-    topology = topologies.get_topology_desc(
-        platform="cuda", target_config=H100, topology=f"1x{devices}x1"
-    )
+    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology=f"1x{devices}x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (devices,), ("device",)), PartitionSpec())
     function, arguments = build(
         lambda shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding), **kwargs

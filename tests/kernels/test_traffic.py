@@ -1,10 +1,15 @@
 """Bytes of HBM per call against the least that the operation can touch; and that the count is right."""
 
+import ast
+import json
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+import backward_programs
 import forward_programs
 import traffic
 from forward_programs import SHAPES, Program
@@ -43,3 +48,20 @@ def test_the_count_on_a_sum_that_is_easy_to_count():
     counted = traffic.hbm_bytes(function, a, b)
     assert counted["launches"] == (256 + 40 + 16) + (16 + 256 + 16)
     assert counted["xla"] == (40 + 40) + (16 + 16)
+
+
+def test_the_notebook_shows_what_is_counted():
+    notebook = pathlib.Path(__file__).parents[2] / "notebooks" / "03_ssd_kernels.ipynb"
+    cells = ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"]]
+    (line,) = [line for cell in cells for line in cell.splitlines() if line.startswith("COUNTED = ")]
+    shown = ast.literal_eval(line.removeprefix("COUNTED = "))
+    assert set(shown) == set(SHAPES)
+    for name, (forward, backward) in shown.items():
+
+        def megabytes(programs, program):
+            return sum(traffic.hbm_bytes(*programs.traced(program)).values()) / 1e6
+
+        run = megabytes(forward_programs, Program(name, **SHAPES[name]))
+        saving = megabytes(forward_programs, Program(name, **SHAPES[name], save_states=True))
+        back = megabytes(backward_programs, backward_programs.Program(name, **SHAPES[name]))
+        assert (forward, backward) == (round(run, 1), round(back + saving - run, 1)), name

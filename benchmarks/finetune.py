@@ -1,0 +1,224 @@
+"""Training: ours against transformers on PyTorch, on this machine's CPU; and what a step needs of memory.
+
+The first table trains one small model on one batch with both, each in a process of its own, taking turns.
+The losses of all steps are compared before any time is shown. The second one asks XLA's compiler, for the
+CPU, how much memory a compiled step of two published sizes takes; nothing of that size is allocated.
+
+    python benchmarks/finetune.py                                          # ten minutes on an idle machine
+    python benchmarks/finetune.py --output benchmarks/results/finetune.md
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+SIZES = {
+    "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 64, "state_size": 64,
+    "n_groups": 1, "vocab_size": 4096, "chunk_size": 64, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rescale_prenorm_residual": False,
+}  # fmt: skip
+BATCH, LENGTH = 4, 512
+RATE = 1e-3
+SHAPES = {"mamba2-130m": (8, 1024), "mamba2-2.7b": (2, 1024)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="also write the tables to this Markdown file")
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each")
+    parser.add_argument("--steps", type=int, default=6, help="of each process; the first is not timed")
+    parser.add_argument("--presets", nargs="*", default=list(SHAPES), help="sizes of the second table")
+    parser.add_argument("--side", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        train = train_ours if arguments.side == "ours" else train_theirs
+        print(json.dumps(train(arguments.folder, arguments.steps)))
+        return
+    lines = ["# Training: ours against transformers, and memory by the compiler", ""]
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+        if arguments.output is not None:
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
+            arguments.output.write_text("\n".join(lines) + "\n")
+
+    for line in compare(arguments.rounds, arguments.steps):
+        tell(line)
+    for line in memory_table(arguments.presets):
+        tell(line)
+
+
+def batch() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, SIZES["vocab_size"], (BATCH, LENGTH))
+
+
+def compare(rounds: int, steps: int):
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers")
+    )
+    yield f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start; {versions}."
+    yield ""
+    layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, float32; batch {BATCH} x"
+    yield f"{LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps, the two taking turns; peak memory is"
+    yield "the process's resident set, compiler and libraries included."
+    yield ""
+    found = {"ours": [], "transformers": []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(folder)
+        for _ in range(rounds):
+            for side, results in found.items():
+                results.append(run_side(side, folder, steps))
+    ours, theirs = found["ours"], found["transformers"]
+    for mine, peer in zip(ours, theirs, strict=True):
+        apart = max(abs(a / b - 1) for a, b in zip(mine["losses"], peer["losses"], strict=True))
+        if not apart < 1e-3:
+            raise SystemExit(f"the losses differ by {apart:.1e}: {mine['losses']} and {peer['losses']}")
+    seconds = [statistics.median(s for run in side for s in run["seconds"]) for side in (ours, theirs)]
+    speeds = [BATCH * LENGTH / s for s in seconds]
+    peaks = [max(run["peak"] for run in side) / 1e9 for side in (ours, theirs)]
+    yield "| what | ours | transformers | ratio |"
+    yield "|---|---|---|---|"
+    yield f"| tokens/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.2f}x |"
+    yield f"| peak memory | {peaks[0]:.2f} GB | {peaks[1]:.2f} GB | {peaks[0] / peaks[1]:.2f}x |"
+    yield f"| first step (ours compiles) | {ours[0]['first']:.1f} s | {theirs[0]['first']:.1f} s | |"
+    yield ""
+    yield f"Losses of the {steps} steps agree to {apart:.0e}."
+    yield ""
+
+
+def write_checkpoint(folder: str) -> None:
+    from flax import nnx
+
+    from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
+
+    Mamba2ForCausalLM(Mamba2Config(**SIZES), rngs=nnx.Rngs(0)).save_pretrained(folder)
+
+
+def run_side(side: str, folder: str, steps: int) -> dict:
+    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def train_ours(folder: str, steps: int) -> dict:
+    import jax
+
+    from mamba2_jax import Mamba2ForCausalLM
+    from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model, train_step
+
+    model = Mamba2ForCausalLM.from_pretrained(folder)
+    structure, trained, frozen = split_model(model)
+    config = OptimConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0)
+    optimizer = make_optimizer(config, trained, steps)
+    state = TrainState.start(trained, optimizer, jax.random.key(0))
+    inputs = {"input_ids": batch()}
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = train_step(state, frozen, inputs, structure=structure, optimizer=optimizer)
+        return float(metrics.loss)
+
+    return timed(step, steps)
+
+
+def train_theirs(folder: str, steps: int) -> dict:
+    import torch
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    model = transformers.Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
+    ids = torch.tensor(batch())
+
+    def step() -> float:
+        loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return timed(step, steps)
+
+
+def timed(step, steps: int) -> dict:
+    seconds, losses = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        losses.append(step())
+        seconds.append(time.perf_counter() - start)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return {"first": seconds[0], "seconds": seconds[1:], "losses": losses, "peak": peak}
+
+
+def memory_table(presets: list[str]):
+    yield "Memory of one compiled step by XLA's analysis for the CPU: bfloat16 compute; full training keeps"
+    yield "weights and moments in float32, LoRA (rank 8 on in_proj and out_proj) the base in bfloat16."
+    yield ""
+    yield "| model | batch | trained | remat | arguments | temporaries | peak |"
+    yield "|---|---|---|---|---|---|---|"
+    for preset in presets:
+        for lora in (False, True):
+            for remat in ("none", "block"):
+                sizes = [f"{size / 1e9:.2f} GB" for size in step_memory(preset, lora, remat)]
+                shape = " x ".join(map(str, SHAPES[preset]))
+                trained = "LoRA" if lora else "all"
+                yield f"| {preset} | {shape} | {trained} | {remat} | {' | '.join(sizes)} |"
+
+
+def step_memory(preset: str, lora: bool, remat: str) -> tuple[int, int, int]:
+    """Bytes of arguments and of temporaries, and the most at once, of a step of that model."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
+    from mamba2_jax.lora import LoraConfig, add_lora
+    from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model, train_step
+
+    structures, optimizers = [], []
+
+    def start():
+        stored = jnp.bfloat16 if lora else jnp.float32
+        model = Mamba2ForCausalLM(
+            Mamba2Config.preset(preset), dtype=jnp.bfloat16, param_dtype=stored, rngs=nnx.Rngs(0)
+        )
+        if lora:
+            add_lora(model, LoraConfig(rank=8), rngs=nnx.Rngs(1))
+        structure, trained, frozen = split_model(model)
+        structures.append(structure)
+        optimizers.append(make_optimizer(OptimConfig(), trained, 1000))
+        return TrainState.start(trained, optimizers[0], jax.random.key(0)), frozen
+
+    state, frozen = jax.eval_shape(start)
+    ids = jax.ShapeDtypeStruct(SHAPES[preset], jnp.int32)
+    inputs = {"input_ids": ids, "segment_ids": ids, "labels": ids}
+    lowered = train_step.lower(
+        state, frozen, inputs, structure=structures[0], optimizer=optimizers[0], remat=remat
+    )
+    # Buffers are assigned before machine code is made, so that may be done cheaply.
+    quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+    stats = lowered.compile(compiler_options=quick).memory_analysis()
+    held = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
+    return stats.argument_size_in_bytes, stats.temp_size_in_bytes, held + stats.temp_size_in_bytes
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The one door to jax_triton: which versions work together, and launching a kernel from JAX."""
+
+import importlib.metadata
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax import ShapeDtypeStruct
+
+# The combination that is compiled in the tests. jax_triton lives on private parts of jax and triton, so
+# that neighbouring releases break: 0.4.1 fails on jax 0.12, 0.3.1 on triton 3.7.
+TESTED = {"jax": "0.11.2", "jax-triton": "0.3.1", "triton": "3.6.0"}
+
+
+def missing() -> str | None:
+    """Tell which package is absent or of another version than was tested, and what to install."""
+    found = {name: _version(name) for name in TESTED}
+    if found == TESTED:
+        return None
+    wrong = ", ".join(
+        f"{name} is {version or 'not installed'}"
+        for name, version in found.items()
+        if version != TESTED[name]
+    )
+    wanted = " ".join(f"'{name}=={version}'" for name, version in TESTED.items())
+    wanted = wanted.replace("'jax==", "'jax[cuda13]==")
+    return f"it needs the versions it was tested with, but {wrong}; pip install {wanted} (Python >= 3.12)"
+
+
+def launch(
+    kernel: Any,
+    inputs: Sequence[jax.Array | int],
+    outputs: Sequence[ShapeDtypeStruct],
+    grid: tuple[int, int, int],
+    *,
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
+) -> list[jax.Array]:
+    """Launch a Triton kernel on arrays (and int scalars), inside or outside `jit`.
+
+    Args:
+        kernel: a function under `triton.jit`: inputs, then outputs, then constants.
+        inputs: its inputs in order.
+        outputs: shapes and dtypes of its outputs in order; each element must be written by the kernel.
+        grid: programs along the three axes.
+        num_warps: warps per program.
+        num_stages: how far loads run ahead in loops.
+        **constants: the kernel's `tl.constexpr` arguments.
+    """
+    # Only here: without a GPU's jaxlib it does not import.
+    import jax_triton  # pyright: ignore[reportMissingImports]
+
+    return jax_triton.triton_call(
+        *inputs,
+        kernel=kernel,
+        out_shape=list(outputs),
+        grid=grid,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **constants,
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,306 @@
+"""Whole runs: the same bits again, also after kill -9 and SIGTERM; what goes wrong destroys nothing."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from training_runs import STEPS, arrays_of, make_trainer, model_folder, texts_file, tiny_model, tokenizer
+
+from mamba2_jax import Mamba2ForCausalLM
+from mamba2_jax.cli import main
+from mamba2_jax.training import LoraOptions
+from mamba2_jax.training.metrics import read_metrics
+
+
+def child(tmp_path, code: str) -> subprocess.CompletedProcess:
+    """Run code in a process of its own, with the helpers of the tests at hand."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(pathlib.Path(__file__).parent)}
+    folder = f"training_runs.model_folder = lambda: pathlib.Path({str(model_folder())!r})"
+    code = "\n".join(["import pathlib", "import training_runs", folder, textwrap.dedent(code)])
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, timeout=300, env=environment, cwd=tmp_path,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run of 20 steps that nothing interrupts: its folder and its weights."""
+    output = tmp_path_factory.mktemp("runs") / "straight"
+    trainer = make_trainer(output)
+    result = trainer.fit()
+    assert (result.step, result.skipped, result.stopped_by) == (STEPS, 0, None)
+    return output, arrays_of(trainer)
+
+
+def losses(output: pathlib.Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in read_metrics(output / "metrics.jsonl")]
+
+
+def assert_same_run(trainer, output, straight):
+    folder, arrays = straight
+    for name, array in arrays_of(trainer).items():
+        np.testing.assert_array_equal(array, arrays[name], err_msg=name)
+    assert losses(output) == losses(folder)
+
+
+def test_a_run_learns_and_leaves_its_result(straight):
+    output, arrays = straight
+    lines = losses(output)
+    assert [step for step, _ in lines] == list(range(1, STEPS + 1))
+    assert lines[-1][1] < 0.8 * lines[0][1]
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["15", "20"]
+    assert (output / "loss.png").read_bytes().startswith(b"\x89PNG")
+    again = Mamba2ForCausalLM.from_pretrained(output / "model")
+    np.testing.assert_array_equal(again.backbone.norm_f.weight[...], arrays["backbone.norm_f.weight"])
+    assert (output / "model" / "tokenizer.json").exists()
+
+
+def test_a_second_run_has_the_same_bits(straight, tmp_path):
+    trainer = make_trainer(tmp_path / "again")
+    trainer.fit()
+    assert_same_run(trainer, tmp_path / "again", straight)
+
+
+def test_killed_while_it_saves_it_goes_on_to_the_same_bits(straight, tmp_path):
+    output = tmp_path / "run"
+    done = child(
+        tmp_path,
+        f"""
+        import os, signal, threading, time
+        from training_runs import make_trainer
+        output, texts = pathlib.Path({str(output)!r}), pathlib.Path({str(texts_file())!r})
+
+        def kill_in_mid_save():
+            while True:
+                folders = os.listdir(output / "checkpoints") if (output / "checkpoints").exists() else []
+                if any(name.startswith("15.") for name in folders):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(0.0002)
+
+        threading.Thread(target=kill_in_mid_save, daemon=True).start()
+        make_trainer(output, texts).fit()
+        """,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {path.name for path in (output / "checkpoints").iterdir()}
+    assert "10" in left
+    assert "15" not in left
+    assert any(name.startswith("15.") for name in left)
+    assert not (output / "model").exists()
+    trainer = make_trainer(output, resume=True)
+    assert trainer.fit().step == STEPS
+    assert_same_run(trainer, output, straight)
+
+
+def test_sigterm_saves_and_exits_and_it_goes_on_to_the_same_bits(straight, tmp_path):
+    output = tmp_path / "run"
+    options = (
+        f"finetune --model {model_folder()} --data {texts_file()} --output {output} --steps {STEPS}"
+        " --batch-size 2 --data.max-length 48 --optim.learning-rate 1e-2 --optim.warmup 3"
+        " --checkpoint.every 5 --no-tensorboard --no-progress --dtype float32"
+    ).split()
+    done = child(
+        tmp_path,
+        f"""
+        import os, signal, sys
+        from mamba2_jax.cli import main
+        from mamba2_jax.training.metrics import Metrics
+        write = Metrics.write
+
+        def write_and_stop(self, step, values):
+            write(self, step, values)
+            if step == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Metrics.write = write_and_stop
+        sys.exit(main({options!r}))
+        """,
+    )
+    assert done.returncode == 128 + signal.SIGTERM, done.stderr
+    assert "stopped by SIGTERM after step 9; --resume goes on" in done.stderr
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["5", "9"]
+    trainer = make_trainer(output, resume=True)
+    assert trainer.fit().step == STEPS
+    assert_same_run(trainer, output, straight)
+
+
+def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(straight, tmp_path):
+    output = tmp_path / "run"
+    done = child(
+        tmp_path,
+        f"""
+        import resource, time
+        from mamba2_jax.training.metrics import Metrics
+        from training_runs import make_trainer
+        write = Metrics.write
+
+        def write_and_fill(self, step, values):
+            write(self, step, values)
+            if step == 7:  # no file may grow beyond this any more: writing fails as on a full disk
+                while not (output / "checkpoints" / "5").exists():
+                    time.sleep(0.01)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+
+        Metrics.write = write_and_fill
+        output = pathlib.Path({str(output)!r})
+        make_trainer(output, pathlib.Path({str(texts_file())!r})).fit()
+        """,
+    )
+    assert done.returncode == 1
+    assert "mamba2_jax.training.checkpoint.SaveError: " in done.stderr
+    assert "the last good one is of step 5" in done.stderr
+    trainer = make_trainer(output, resume=True)
+    assert trainer.fit().step == STEPS
+    assert_same_run(trainer, output, straight)
+
+
+@pytest.fixture
+def copied(straight, tmp_path):
+    """A copy of the finished run, to be damaged."""
+    import shutil
+
+    return pathlib.Path(shutil.copytree(straight[0], tmp_path / "copy"))
+
+
+def flip_bits(folder: pathlib.Path) -> None:
+    """Invert bytes in the middle of the file that holds the arrays."""
+    file = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 8] = bytes(byte ^ 0x10 for byte in content[middle : middle + 8])
+    file.write_bytes(content)
+
+
+def test_the_newest_whole_checkpoint_is_restored(straight, copied):
+    flip_bits(copied / "checkpoints" / "20" / "arrays")
+    (copied / "checkpoints" / "25").mkdir()  # what a crash of another kind may leave
+    said = []
+    trainer = make_trainer(copied, resume=True, report=said.append)
+    assert trainer.fit().step == STEPS
+    assert_same_run(trainer, copied, straight)
+    assert [line.split(":")[0] for line in said if "damaged" in line] == [
+        "checkpoint of step 25",
+        "checkpoint of step 20",
+    ]
+    assert "going on from step 15 of 20" in said
+    aside = {path.name for path in (copied / "checkpoints-damaged").iterdir()}
+    assert aside == {"20.0", "25.0"}
+    flip_bits(copied / "checkpoints" / "15" / "arrays")
+    flip_bits(copied / "checkpoints" / "20" / "arrays")
+    with pytest.raises(ValueError, match=r"not one of the checkpoints of steps \[15, 20\] is whole"):
+        make_trainer(copied, resume=True).fit()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "the run there has seed=0, this one 1"),
+        ({"batch_size": 3}, "batch_size=2, this one 3"),
+        ({"data": [{"text": "other words."}]}, "the run there has data="),
+        ({"lora": LoraOptions(rank=2)}, "goes on only with the model and the options it began with"),
+    ],
+)
+def test_a_run_goes_on_only_as_it_began(copied, change, message):
+    before = sorted(path.name for path in copied.rglob("*"))
+    with pytest.raises(ValueError, match=message):
+        make_trainer(copied, resume=True, **change).fit()
+    assert sorted(path.name for path in copied.rglob("*")) == before
+
+
+def test_steps_that_are_not_finite_end_the_run_and_name_the_tensor(tmp_path):
+    trainer = make_trainer(tmp_path / "run", max_skipped=2)
+    name = "backbone.layers.0.norm.weight"
+    trainer._trained[name] = jnp.full_like(trainer._trained[name], jnp.inf)
+    with pytest.raises(FloatingPointError, match=f"step 2: 2 steps in a row .* is parameter {name}"):
+        trainer.fit()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--lora.rank", "0"], "rank=0; want an integer of at least 1"),
+        (["--lora.rank", "2", "--lora.targets", "q_proj"], "no module 'q_proj' that takes an adapter"),
+        (["--steps", "0"], "steps=0 must be an integer of at least 1"),
+        (["--optim.warmup", "20"], "warmup=20 leaves nothing of 20 steps"),
+        (["--data", "missing.jsonl"], "missing.jsonl: no such file or folder"),
+        (["--data", "empty.jsonl"], "no usable record in empty.jsonl"),
+        (["--output", "used"], "is not empty; go on from what is in it with resume"),
+        (["--output", "empty.jsonl"], "is a file; name a folder"),
+    ],
+)
+def test_bad_options_are_told(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("empty.jsonl").write_text('{"text": ""}\n{"words": "one"}\n')
+    pathlib.Path("used").mkdir()
+    pathlib.Path("used", "notes.txt").write_text("mine")
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    base = {"--model": str(model_folder()), "--data": str(texts_file()), "--output": "new", "--steps": "20"}
+    arguments = [word for pair in {**base, **given}.items() for word in pair]
+    try:
+        code = main(["finetune", *arguments])
+    except SystemExit as error:  # of the parser
+        code = error.code
+    assert code == 2
+    assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not pathlib.Path("new").exists()
+    assert pathlib.Path("used", "notes.txt").read_text() == "mine"
+
+
+def test_adapters_evaluation_and_a_config_file(tmp_path, capsys):
+    config = {
+        "model": str(model_folder()),
+        "data": {"files": str(texts_file()), "max_length": 48, "eval_share": 0.1},
+        "output": str(tmp_path / "run"),
+        "steps": 9,
+        "batch_size": 2,
+        "eval_every": 4,
+        "progress": False,
+        "lora": {"rank": 2, "targets": ["embeddings", "in_proj", "out_proj"], "merge": True, "dropout": 0.1},
+        "optim": {"learning_rate": 2e-2},
+    }
+    file = tmp_path / "run.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    assert main(["finetune", "--config", str(file), "--steps", "8"]) == 0
+    assert "PEFT takes no adapter on out_proj" in capsys.readouterr().err
+    lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    held_out = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in held_out] == [4, 8]
+    assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
+    # every character but the first is a byte; the end is a token without one
+    for line in held_out:
+        np.testing.assert_allclose(line["eval_perplexity"], np.exp(line["eval_loss"]))
+        ratio = line["eval_bits_per_byte"] / (line["eval_loss"] / np.log(2))
+        assert 1 < ratio < 1.1
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").exists()
+    merged = Mamba2ForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    base = tiny_model()
+    assert (merged.backbone.layers[0].mixer.A_log[...] == base.backbone.layers[0].mixer.A_log[...]).all()
+    assert not (merged.backbone.embeddings.weight[...] == base.backbone.embeddings.weight[...]).all()
+    assert tokenizer().eos_token_id == merged.config.eos_token_id
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[1, 2]", "wants names and values of options"),
+        ("output: x", "data is missing"),
+        ("{data: a, output: x, stepps: 3}", "there is no option 'stepps'"),
+        ("{data: a, output: x, steps: many}", "steps='many' is none of int, nothing"),
+        ("{data: a, output: x, optim: {learning_rate: fast}}", "learning_rate='fast' is not float"),
+        ("{data: [", "cannot be read as JSON or YAML"),
+    ],
+)
+def test_bad_config_files_are_told(text, message, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    assert main(["finetune", "--config", str(file)]) == 2
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,245 @@
+"""Loss, gradients and the step: against PyTorch, packed and alone, in parts and whole."""
+
+import copy
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from models import jax_model, random_ids, relative, torch_model
+
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
+from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
+from mamba2_jax.training.loss import sliced_cross_entropy
+from mamba2_jax.training.optim import learning_rate
+from mamba2_jax.training.step import first_not_finite
+from mamba2_jax.weights.names import checkpoint_table
+
+
+@partial(jax.jit, static_argnames=("structure", "remat", "tokens_per_slice"))
+def gradients(params, frozen, batch, structure, remat="none", tokens_per_slice=16):
+    def nats(params):
+        return loss_fn(structure.merge(params, frozen), batch, remat=remat, tokens_per_slice=tokens_per_slice)
+
+    (nats, tokens), grads = jax.value_and_grad(nats, has_aux=True)(params)
+    return nats, tokens, grads
+
+
+def model_parts(**changes):
+    return split_model(jax_model(**(changes or {"num_hidden_layers": 1})))
+
+
+def test_gradients_are_those_of_pytorch_with_padding_and_two_groups():
+    torch = pytest.importorskip("torch")
+    ids = random_ids(3, 37)
+    mask = np.ones_like(ids)
+    mask[1, :9] = 0  # at the left, where transformers is exact
+    labels = np.where(mask == 1, ids, -100)
+    labels[1, 9] = -100  # transformers would predict it from the padding
+    labels[0, 20:25] = -100
+
+    theirs = copy.deepcopy(torch_model(num_hidden_layers=2)).requires_grad_(True)
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    out = theirs(**{name: torch.tensor(array) for name, array in inputs.items()})
+    out.loss.backward()
+
+    structure, params, frozen = model_parts(num_hidden_layers=2)
+    assert structure.merge(params, frozen).config.n_groups == 2
+    nats, tokens, grads = gradients(params, frozen, inputs, structure)
+    assert int(tokens) == 3 * 36 - 9 - 5
+    np.testing.assert_allclose(float(nats / tokens), out.loss.item(), rtol=1e-5)
+    grads = {name: np.asarray(grad / tokens) for name, grad in grads.items()}
+    compared = set()
+    for stored in checkpoint_table(jax_model(num_hidden_layers=2).config):
+        if stored.leaves:
+            want = theirs.get_parameter(stored.name).grad.numpy()
+            assert relative(stored.assemble(grads), want) < 1e-4, stored.name
+            compared |= {leaf.path for leaf in stored.leaves}
+    assert compared == set(params)
+
+
+def documents_and_row():
+    lengths = (13, 1, 20, 6)
+    documents = [random_ids(1, length, seed=length)[0] for length in lengths]
+    row = np.concatenate([*documents, np.zeros(5, int)])
+    segments = np.repeat([1, 2, 3, 4, 0], [*lengths, 5])
+    return documents, row[None], segments[None]
+
+
+def test_packed_documents_are_documents_alone():
+    structure, params, frozen = model_parts()
+    documents, row, segments = documents_and_row()
+    batch = {"input_ids": row, "segment_ids": segments}
+    nats, tokens, grads = gradients(params, frozen, batch, structure)
+    # alone means each in a row of its own, padded at the right to one shape
+    alone = np.zeros((len(documents), 20), int)
+    mask = np.zeros_like(alone)
+    for i, document in enumerate(documents):
+        alone[i, : len(document)], mask[i, : len(document)] = document, 1
+    total = gradients(params, frozen, {"input_ids": alone, "attention_mask": mask}, structure)
+    assert int(tokens) == int(total[1]) == 12 + 0 + 19 + 5
+    np.testing.assert_allclose(nats, total[0], rtol=2e-6)
+    for name in grads:
+        assert relative(grads[name], total[2][name]) < 2e-5, name  # another order of float32 sums
+
+
+def test_remat_and_slices_change_nothing_but_memory():
+    structure, params, frozen = model_parts(num_hidden_layers=3)
+    _, row, segments = documents_and_row()
+    batch = {"input_ids": np.tile(row, 3), "segment_ids": np.tile(segments, 3)}
+    compiled = {
+        remat: gradients.lower(params, frozen, batch, structure, remat, width).compile()
+        for remat, width in (("none", 1024), ("block", 26))  # 135 positions: the last slice has a rest
+    }
+    plain, other = (compiled[remat](params, frozen, batch) for remat in ("none", "block"))
+    np.testing.assert_allclose(plain[0], other[0], rtol=1e-6)
+    for name, want in plain[2].items():
+        assert relative(other[2][name], want) < 1e-5, name
+    kept = {remat: one.memory_analysis().temp_size_in_bytes for remat, one in compiled.items()}
+    assert kept["block"] < 0.8 * kept["none"], kept  # also on CPU, where XLA would undo jax.checkpoint
+
+
+def test_the_logits_of_a_batch_never_exist():
+    batch, length, width, vocab = 2, 2048, 8, 3000
+    head = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
+    hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
+    targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
+
+    def temporary_bytes(positions):
+        def loss(head, hidden, targets):
+            logits = lambda x: x @ head.T  # noqa: E731
+            return sliced_cross_entropy(logits, hidden, targets, positions_per_slice=positions)
+
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    logits = 4 * batch * length * vocab
+    assert temporary_bytes(length) > logits  # the measure sees them when they are there
+    assert temporary_bytes(64) < logits / 5
+
+
+def step_function(structure, optimizer, frozen):
+    return lambda state, batch: train_step(
+        state, frozen, batch, structure=structure, optimizer=optimizer, tokens_per_slice=64
+    )
+
+
+def fresh(params, optimizer):
+    return TrainState.start(
+        {name: array.copy() for name, array in params.items()}, optimizer, jax.random.key(0)
+    )
+
+
+def test_four_parts_are_one_batch():
+    structure, params, frozen = model_parts()
+    # clip and AdamW's division both hide a wrong scale of the gradients: plain descent does not
+    optimizer = make_sgd()
+    ids = random_ids(4, 24)
+    labels = ids.copy()
+    labels[0, 2:] = labels[1, 20:] = labels[2, ::3] = -100  # parts of very different weight
+    whole = {"input_ids": ids, "labels": labels}
+    parts = {name: array[:, None] for name, array in whole.items()}
+    step = step_function(structure, optimizer, frozen)
+    one, metrics = step(fresh(params, optimizer), whole)
+    four, metrics4 = step(fresh(params, optimizer), parts)
+    assert int(metrics.tokens) == int(metrics4.tokens) == (labels[:, 1:] != -100).sum()
+    np.testing.assert_allclose(metrics4.loss, metrics.loss, rtol=1e-6)
+    for name, start in params.items():
+        moved = np.asarray(one.params[name] - start)
+        assert np.abs(moved).max() > 0
+        assert np.abs(np.asarray(four.params[name]) - one.params[name]).max() < 1e-6, name
+
+
+def make_sgd():
+    import optax
+
+    return optax.sgd(0.1)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
+    structure, params, frozen = model_parts()
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 10)
+    step = step_function(structure, optimizer, frozen)
+    batch = {"input_ids": random_ids(2, 16)}
+    state, metrics = step(fresh(params, optimizer), batch)
+    assert bool(metrics.finite)
+
+    name = "backbone.layers.0.mixer.D"
+    broken = {**state.params, name: state.params[name].at[0].set(jnp.nan)}
+    before = jax.device_get((broken, state.opt_state))
+    state = TrainState(state.step, broken, state.opt_state, state.key, state.skipped, state.skipped_in_a_row)
+    for count in (1, 2):
+        state, metrics = step(state, batch)
+        assert not bool(metrics.finite)
+        assert (int(metrics.skipped), int(metrics.skipped_in_a_row), int(state.step)) == (
+            count,
+            count,
+            1 + count,
+        )
+    jax.tree.map(np.testing.assert_array_equal, before, jax.device_get((state.params, state.opt_state)))
+    assert first_not_finite(state.params, frozen, batch, structure) == f"parameter {name}"
+
+    # what overflows on the way is named too
+    name = "backbone.layers.0.mixer.out_proj.weight"
+    huge = {**params, name: jnp.full_like(params[name], 3e38)}
+    assert first_not_finite(huge, frozen, batch, structure) == "output of backbone.layers.0"
+
+    mended = {name: array.copy() for name, array in params.items()}
+    counters = (state.skipped, state.skipped_in_a_row)
+    state, metrics = step(TrainState(state.step, mended, state.opt_state, state.key, *counters), batch)
+    assert bool(metrics.finite)
+    assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (2, 0)
+
+
+def test_decay_spares_what_is_no_matrix():
+    _, params, _ = model_parts()
+    config = OptimConfig(learning_rate=1.0, weight_decay=0.5, schedule="constant")
+    optimizer = make_optimizer(config, params, 10)
+    assert make_optimizer(config, params, 10) is optimizer
+    ones = {name: jnp.ones_like(array) for name, array in params.items()}
+    updates = jax.jit(
+        lambda ones: optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)[0]
+    )
+    updates = jax.device_get(updates(ones))
+    shrunk = {name.split(".", 3)[-1] for name, update in updates.items() if float(update.ravel()[0]) == -0.5}
+    kept = {name.split(".", 3)[-1] for name, update in updates.items() if not update.any()}
+    assert len(updates) == sum(float(u.ravel()[0]) in (0.0, -0.5) for u in updates.values())
+    assert {"mixer.A_log", "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "norm.weight", "weight"} <= kept
+    assert {"mixer.conv1d.bias_x", "mixer.conv1d.bias_BC"} <= kept
+    assert {"mixer.in_proj.weight_zx", "mixer.out_proj.weight", "mixer.conv1d.weight_x"} <= shrunk
+
+
+@pytest.mark.parametrize(
+    ("schedule", "wanted"),
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ("wsd", [0.5, 1, 1, 1, 1, 1, 0.8, 0.6, 0.4, 0.2]),
+        ("cosine", [0.5, 1] + [(1 + np.cos(np.pi * i / 8)) / 2 for i in range(8)]),
+    ],
+)
+def test_schedules(schedule, wanted):
+    rate = learning_rate(OptimConfig(learning_rate=1.0, schedule=schedule, warmup=2, decay=0.5), 10)
+    np.testing.assert_allclose([rate(i) for i in range(10)], wanted, rtol=1e-5)
+    ending = learning_rate(OptimConfig(learning_rate=1.0, schedule=schedule, warmup=2, final=0.1), 10)
+    assert 0.1 <= float(ending(10)) <= (1 if schedule == "constant" else 0.1001)
+
+
+def test_half_precision_weights_are_trained_in_float32():
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8}
+    config = Mamba2Config(**sizes, n_groups=2, vocab_size=32)
+    model = Mamba2ForCausalLM(config, dtype="bfloat16", param_dtype="bfloat16", rngs=nnx.Rngs(0))
+    structure, params, frozen = split_model(model)
+    assert {array.dtype for array in params.values()} == {jnp.dtype("float32")}
+    # a thousandth of a bfloat16's last digit, three times: rounded away unless summed in float32
+    optimizer = make_optimizer(
+        OptimConfig(learning_rate=1e-6, schedule="constant", weight_decay=0), params, 9
+    )
+    step, state = step_function(structure, optimizer, frozen), fresh(params, optimizer)
+    for _ in range(3):
+        state, _ = step(state, {"input_ids": random_ids(2, 16, 32)})
+    moved = np.abs(np.asarray(state.params["backbone.norm_f.weight"]) - 1)
+    assert 2e-6 < moved.max() < 4e-6
+    assert model.backbone.norm_f.weight[...].dtype == jnp.bfloat16
