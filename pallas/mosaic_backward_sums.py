@@ -65,7 +65,7 @@ class Sums:
         columns = pl.ds((place.part * 2 + me) * plan.half, plan.half)
         for total, array in ((dB, self.hbm.dB), (dC, self.hbm.dC)):
             target = array.at[place.split, place.batch, tokens, place.group, columns]
-            target[...] = total.astype(array.dtype)
+            gpu.store_to_hbm(target, total.astype(array.dtype))
 
     def prepare(self) -> None:
         """Compute what all strips use: the scores of the pairs, and which token is before which."""

@@ -272,7 +272,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
     @pl.when(stores & (place.end == plan.chunks))
     def _():
         for part, columns in zip(state, plan.columns, strict=True):
-            hbm.initial.at[place.batch, strip, :, columns][...] = part
+            gpu.store_to_hbm(hbm.initial.at[place.batch, strip, :, columns], part)
 
 
 def _sees(last: jax.Array | None) -> jax.Array:
