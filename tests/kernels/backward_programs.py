@@ -31,6 +31,11 @@ class Program:
         return self.name
 
     @property
+    def budget(self) -> int:
+        """Bytes that a thread may spill with the jax that runs."""
+        return self.spill_budget + (NEXT_JAX if jax.__version_info__ >= (0, 12) else 0)
+
+    @property
     def kwargs(self) -> dict:
         """What `build` takes."""
         fields = dataclasses.asdict(self)
@@ -48,6 +53,8 @@ class Program:
 # compiler finds room for all of them at shape A, misses 14 at B, and 18 with documents. At state_dim 256 the
 # walk holds 128 of a thread's 240 registers in the gradient of the state alone, and misses at most 40.
 ROWS, DOCUMENTS, WIDE = 64, 80, 320
+# jax 0.12 hands the compiler the same kernel in another order, for which it misses 21 to 28 words more.
+NEXT_JAX = 112
 PROGRAMS = [
     Program("A", **SHAPES["A"], smoke=True),
     Program("A, documents", **SHAPES["A"], documents=True, spill_budget=DOCUMENTS),

@@ -23,13 +23,13 @@ def test_the_backward_compiles_within_its_budget(program):
     walk, chunks = aot.compile_kernels("backward_programs:build", **program.kwargs)
     for kernel in (walk, chunks):
         assert kernel.warpgroups == 3
-        assert kernel.spill_bytes <= program.spill_budget
-        assert kernel.stack_bytes <= program.spill_budget
+        assert kernel.spill_bytes <= program.budget
+        assert kernel.stack_bytes <= program.budget
         assert not kernel.serialised_wgmma
         assert kernel.blocks_per_sm == 1
         assert kernel.smem_bytes <= mosaic_plan.SMEM_LIMIT
         if kernel.local_traffic is not None:
-            assert kernel.local_traffic * 4 <= program.spill_budget
+            assert kernel.local_traffic * 4 <= program.budget
             assert kernel.wgmma >= 20
 
 
