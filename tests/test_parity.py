@@ -1,5 +1,7 @@
 """The numbers PyTorch gives: logits, hidden states and loss against transformers on its own checkpoints."""
 
+import inspect
+
 import numpy as np
 import pytest
 from models import SIZES, checkpoint, jax_model, random_ids, relative, torch_model
@@ -69,10 +71,15 @@ def test_left_padding(variant):
         assert relative(np.asarray(mine)[valid], their.numpy()[valid]) < TOLERANCE
 
 
+def their_cache_of(out):
+    """The state that transformers returns: `cache` since 5.24, `cache_params` before."""
+    return out.cache if "cache" in out else out.cache_params
+
+
 def test_states_after_a_prefill():
     theirs, ours = both("default")
     ids = random_ids(2, 65)
-    want = theirs(torch.tensor(ids), use_cache=True).cache_params
+    want = their_cache_of(theirs(torch.tensor(ids), use_cache=True))
     got = ours(ids).cache
     inner = SIZES["num_heads"] * SIZES["head_dim"]
     for layer in range(SIZES["num_hidden_layers"]):
@@ -86,12 +93,13 @@ def test_states_after_a_prefill():
 def test_decoding_with_their_cache_and_ours():
     theirs, ours = both("default")
     ids = random_ids(2, 24)
-    their_cache = theirs(torch.tensor(ids[:, :20]), use_cache=True).cache_params
+    their_cache = their_cache_of(theirs(torch.tensor(ids[:, :20]), use_cache=True))
+    argument = "cache" if "cache" in inspect.signature(theirs.forward).parameters else "cache_params"
     cache = ours(ids[:, :20]).cache
     for t in range(20, 24):
-        want = theirs(torch.tensor(ids[:, t : t + 1]), cache_params=their_cache, use_cache=True)
+        want = theirs(torch.tensor(ids[:, t : t + 1]), use_cache=True, **{argument: their_cache})
         got = ours(ids[:, t : t + 1], cache=cache)
-        their_cache, cache = want.cache_params, got.cache
+        their_cache, cache = their_cache_of(want), got.cache
         assert relative(got.logits, want.logits) < TOLERANCE
 
 
