@@ -1,11 +1,12 @@
 """Run each file of tests/sharded in a process with eight CPU devices."""
 
+import pathlib
 import subprocess
 import sys
 
 import pytest
-from conftest import SHARDED
 
+SHARDED = pathlib.Path(__file__).with_name("sharded")
 FILES = sorted(path.name for path in SHARDED.glob("test_*.py"))
 
 
