@@ -62,10 +62,11 @@ $(VENV)/.installed: pyproject.toml
 	$(call make-venv,$(VENV))
 	@echo "==> installing the package and the tools of the tests: a few minutes"
 	@$(VENV)/bin/pip install --disable-pip-version-check -e '.[dev]'
-	@echo "==> installing $(TORCH)"
-	@$(VENV)/bin/pip install --disable-pip-version-check '$(TORCH)' || { \
-		echo "==> $(TORCH) is not to be had here: the tests that compare with PyTorch will be skipped."; \
-		echo "    To run them, install a CPU build of PyTorch into $(VENV) and repeat make test."; }
+	@echo "==> installing $(TORCH), and PEFT, which would bring another"
+	@$(VENV)/bin/pip install --disable-pip-version-check '$(TORCH)' \
+		&& $(VENV)/bin/pip install --disable-pip-version-check 'peft>=0.17' || { \
+		echo "==> $(TORCH) or peft is not to be had here: the tests that compare with them will be skipped."; \
+		echo "    To run them, install a CPU build of PyTorch, then peft, into $(VENV) and repeat make test."; }
 	@touch $@
 
 # $(call make-venv,FOLDER): a virtual environment there, unless it has one, from the first Python that will do.
