@@ -3,7 +3,7 @@
 Random weights of Codestral's shape (7.29 billion parameters, bfloat16, 14.6 GB in three shards), with every
 step in a process of its own. For each it prints seconds, GB/s, CPU seconds, and the peaks of anonymous and of
 mapped memory above what the process had before the step, from /proc. Reading starts from a cold cache, as it
-does for `cat` beside it.
+does for `cat` beside it, and for a bare read of the same bytes into memory that is new to the process.
 
     python benchmarks/checkpoint_size.py --folder /scratch              # 45 GB of disk, 20 GB of memory
     python benchmarks/checkpoint_size.py --folder /scratch --layers 4   # a quick look
@@ -11,6 +11,7 @@ does for `cat` beside it.
 """
 
 import argparse
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -30,7 +31,7 @@ from mamba2_jax import Mamba2Config
 from mamba2_jax.export import write_checkpoint
 from mamba2_jax.weights import Outgoing, checkpoint_table, open_checkpoint
 
-STEPS = ("write", "inspect", "cat", "load", "convert", "to_state_spaces", "generate")
+STEPS = ("write", "inspect", "cat", "read", "load", "convert", "to_state_spaces", "generate")
 BLOCK = 1 << 20  # numbers
 
 
@@ -216,6 +217,25 @@ def step_cat(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
     files = sorted((folder / "original").glob("*.safetensors"))
     subprocess.run(["cat", *files], stdout=subprocess.DEVNULL, check=True)
     return size(folder / "original"), "what the disk gives, cold"
+
+
+def step_read(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    """What loading could not be faster than: two threads fill new memory and look at nothing."""
+    forget(folder / "original")
+    watch.start = time.perf_counter()
+    buffers = []
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        for path in sorted((folder / "original").glob("*.safetensors")):
+            with path.open("rb") as file:
+                buffers.append(buffer := np.empty(path.stat().st_size, np.uint8))
+                starts = range(0, len(buffer), BLOCK)
+                reads = [
+                    pool.submit(os.preadv, file.fileno(), [buffer[start : start + BLOCK]], start)
+                    for start in starts
+                ]
+                assert sum(read.result() for read in reads) == len(buffer)
+    watch.stop()
+    return size(folder / "original"), "into new memory, cold, nothing done with it"
 
 
 def step_load(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
