@@ -62,7 +62,7 @@ class Train:
     vocab_size: int = 4096
     max_length: int = 512
     batch_size: int = 4
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     warmup: int = 100
     steps: int = 1_000_000
     """At most so many."""
@@ -184,6 +184,7 @@ def make_trainer(options: Train, model: Mamba2ForCausalLM, stage: str, optim: Op
 
 def optimizer_of(options: Train, schedule: Literal["constant", "linear"]) -> OptimConfig:
     return OptimConfig(
+        optimizer="muon",
         learning_rate=options.learning_rate,
         schedule=schedule,
         warmup=options.warmup,

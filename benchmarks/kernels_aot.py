@@ -54,7 +54,7 @@ def main() -> None:
     for pass_name, programs in (("forward", forward_programs), ("backward", backward_programs)):
         for program in programs.PROGRAMS:
             hbm = sum(traffic.hbm_bytes(*programs.traced(program)).values())
-            l2 = programs.l2_bytes(program) if programs is forward_programs else None
+            l2 = programs.l2_bytes(program)
             kernels = aot.compile_kernels(f"{programs.__name__}:build", **program.kwargs)
             for i, kernel in enumerate(kernels):
                 name = f"{pass_name}: {program}" + f", kernel {i + 1} of {len(kernels)}" * (len(kernels) > 1)
@@ -65,7 +65,7 @@ def main() -> None:
         arguments.output.write_text("# What the kernels take of an H100\n\n" + "\n".join(lines) + "\n")
 
 
-def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int | None) -> str:
+def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int) -> str:
     cells = [
         name,
         shape,
@@ -75,7 +75,7 @@ def row(name: str, shape: str, kernel: aot.Kernel, *bytes_moved: int | None) -> 
         kernel.smem_bytes,
         "" if kernel.wgmma is None else kernel.wgmma,
         f"{kernel.blocks_per_sm}, {kernel.bound}",
-        *("not counted" if count is None else f"{count / 1e6:.0f}" for count in bytes_moved),
+        *(f"{count / 1e6:.0f}" for count in bytes_moved),
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 

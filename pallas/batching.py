@@ -1,38 +1,43 @@
 """`vmap` for functions that have a batch axis already: the mapped axis is folded into it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection
 
 import jax
 import jax.numpy as jnp
 
 
-def fold_vmap(function: Callable, batched: Sequence[bool], num_results: int) -> Callable:
+def fold_vmap(run: Callable, shared: Collection[int]) -> Callable:
     """Give a function of arrays a `vmap` rule that folds the mapped axis into its batch axis.
 
     The function must treat the rows of the batch apart, so that a call on more rows is the same.
 
     Args:
-        function: returns `num_results` arrays whose first axis is the batch.
-        batched: for each argument, whether its first axis is the batch. Where one of the others is
-            mapped, the function runs once per entry instead.
-        num_results: how many arrays it returns.
+        run: takes arrays (or None) and returns a tree of arrays whose first axis is the batch.
+        shared: positions of the arguments that all rows share; the first axis of the others is the batch.
+            Where one of these is mapped, the function runs once per entry instead.
     """
-    mapped = jax.custom_batching.custom_vmap(function)
+    run_with_rule = jax.custom_batching.custom_vmap(run)
 
-    @mapped.def_vmap
-    def rule(size, is_mapped, *args):
-        spread = [
-            a if m or not b else jnp.broadcast_to(a, (size, *a.shape))
-            for a, m, b in zip(args, is_mapped, batched, strict=True)
-        ]
-        if any(m and not b for m, b in zip(is_mapped, batched, strict=True)):
-            rows = [
-                a if m or b else jnp.broadcast_to(a, (size, *a.shape))
-                for a, m, b in zip(spread, is_mapped, batched, strict=True)
+    @run_with_rule.def_vmap
+    def rule(axis_size, mapped, *arrays):
+        def spread(array, is_mapped):
+            return array if is_mapped else jnp.broadcast_to(array, (axis_size, *array.shape))
+
+        def fold(array, is_mapped):
+            array = spread(array, is_mapped)
+            return array.reshape(-1, *array.shape[2:])
+
+        if any(jax.tree.leaves([mapped[i] for i in shared])):
+            everywhere = jax.tree.map(spread, arrays, tuple(mapped))
+            outputs = jax.lax.map(lambda each: run_with_rule(*each), everywhere)
+        else:
+            folded = [
+                array if i in shared else jax.tree.map(fold, array, is_mapped)
+                for i, (array, is_mapped) in enumerate(zip(arrays, mapped, strict=True))
             ]
-            return jax.lax.map(lambda row: mapped(*row), rows), (True,) * num_results
-        folded = [a.reshape(-1, *a.shape[2:]) if b else a for a, b in zip(spread, batched, strict=True)]
-        results = mapped(*folded)
-        return tuple(r.reshape(size, -1, *r.shape[1:]) for r in results), (True,) * num_results
+            outputs = jax.tree.map(
+                lambda array: array.reshape(axis_size, -1, *array.shape[1:]), run_with_rule(*folded)
+            )
+        return outputs, jax.tree.map(lambda _: True, outputs)
 
-    return mapped
+    return run_with_rule

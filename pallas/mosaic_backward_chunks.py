@@ -48,7 +48,6 @@ from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImpo
 from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_backward_sums import (  # pyright: ignore[reportMissingImports]
     HALF,
-    RING,
     SPAN,
     VECTORS,
     Sums,
@@ -91,6 +90,7 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
         parts=state_dim // (2 * half),  # blocks that share the columns of a wide state
         tiles=2 * half // STRIP,  # of a block's columns of the state
         others=(state_dim - 2 * half) // STRIP,  # tiles of the other blocks' columns
+        ring=_ring(batch),
     )
     inputs = {"x": x, "dy": dy, "states": states, "state_gradients": state_gradients, "B": B, "C": C}
     inputs["decays"] = decays
@@ -116,12 +116,21 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     return run(*inputs.values())
 
 
+def _ring(batch: int) -> int:
+    """Return how many tiles the ring has; a strip takes at most 2 * 2 + 3 + 2 = 9 of them.
+
+    Both numbers are enough. Which one leaves the compiler (ptxas 13) a register for every number that all
+    strips share depends on the grid, and was found by compiling: with the other, 10 to 14 of them spill.
+    """
+    return 13 if batch == 1 else 12
+
+
 def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
     """Shared memory and barriers of a block. All tiles are 32 columns wide, to be cut in halves."""
     tiles = functools.partial(gpu.tiles, dtype=dtype, width=HALF)
     scratch = {
         "rows": tiles(2, (SPAN + 1) * CHUNK, plan.half),  # B up to the own chunk, C from it on
-        "ring": tiles(RING, CHUNK, STRIP),
+        "ring": tiles(plan.ring, CHUNK, STRIP),
         "scores": tiles(2, CHUNK, HALF),
         "pairs": tiles(2, CHUNK, HALF),
         "before": tiles(CHUNK, CHUNK),
@@ -131,8 +140,8 @@ def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
         "vectors": plgpu.SMEM((2, 2, VECTORS, CHUNK), jnp.float32),
         "summed": plgpu.SMEM((2, VECTORS // 2, CHUNK), jnp.float32),
         "resident": plgpu.Barrier(num_arrivals=2 * (SPAN + 1) + documents),
-        "full": plgpu.Barrier(num_arrivals=1, num_barriers=RING),
-        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=RING),
+        "full": plgpu.Barrier(num_arrivals=1, num_barriers=plan.ring),
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
         "decays_full": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "decays_empty": plgpu.Barrier(num_arrivals=2, num_barriers=2),
         "both": plgpu.Barrier(num_arrivals=2),
@@ -194,8 +203,8 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
         return pl.ds(tile * STRIP, STRIP)
 
     def put(number, source):
-        slot = lax.rem(number, jnp.int32(RING))
-        pl.when(number >= RING)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
+        slot = lax.rem(number, jnp.int32(plan.ring))
+        pl.when(number >= plan.ring)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
         plgpu.copy_gmem_to_smem(source, smem.ring.at[slot], smem.full.at[slot])
 
     @pl.loop(jnp.int32(0), jnp.int32(SPAN + 1))
@@ -254,9 +263,9 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
 
     end = place.first_tile(place.strips)
 
-    @pl.loop(jnp.maximum(end - RING, 0), end)
+    @pl.loop(jnp.maximum(end - plan.ring, 0), end)
     def _(number):
-        plgpu.barrier_wait(smem.empty.at[lax.rem(number, jnp.int32(RING))])
+        plgpu.barrier_wait(smem.empty.at[lax.rem(number, jnp.int32(plan.ring))])
 
     @pl.loop(jnp.maximum(place.strips - 2, 0), place.strips)
     def _(index):

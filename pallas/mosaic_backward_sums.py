@@ -15,7 +15,6 @@ SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
 HALF = CHUNK // 2  # of the targets of the pairs, and of a tile's columns: one for each computing warpgroup
 VECTORS = 6
 INSIDE, ACROSS, READ, LEFT, OVER, X_DY = range(VECTORS)
-RING = 13  # tiles of shared memory; a strip takes at most 2 * 2 + 3 + 2 = 9 of them
 
 
 class Sums:
@@ -223,7 +222,7 @@ class Sums:
     def slot(self, number: Any) -> Any:
         """Return where in the ring the strip's tile is."""
         slot = self.first + number  # less than twice around
-        return jnp.where(slot >= RING, slot - RING, slot)
+        return jnp.where(slot >= self.plan.ring, slot - self.plan.ring, slot)
 
     def tile(self, number: Any) -> Any:
         """Wait for the strip's tile, which happens once to each, and return it."""

@@ -7,17 +7,17 @@ a mapped A or D, which rows of a batch share, makes it run one after the other.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
+from mamba2_jax.pallas.batching import fold_vmap  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_backward import backward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_forward import forward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import unsupported  # pyright: ignore[reportMissingImports]
 
 __all__ = ["ssd", "unsupported"]
+
+SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
 
 
 def ssd(
@@ -63,18 +63,19 @@ def ssd(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
     run = functools.partial(forward, interpret=interpret)
-    return _foldable(lambda *arrays: run(*arrays)[:2])(x, dt, A, B, C, D, initial_state, segment_ids)
+    return fold_vmap(lambda *arrays: run(*arrays)[:2], SHARED)(x, dt, A, B, C, D, initial_state, segment_ids)
 
 
 def _ssd_forward(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
-    run = _foldable(functools.partial(forward, save_states=True, interpret=interpret))
+    run = fold_vmap(functools.partial(forward, save_states=True, interpret=interpret), SHARED)
     y, final_state, saved_states = run(x, dt, A, B, C, D, initial_state, segment_ids)
     return (y, final_state), (x, dt, A, B, C, D, saved_states, segment_ids)
 
 
 def _ssd_backward(interpret, residuals, cotangents):
     _, _, A, _, _, D, _, _ = residuals
-    gradients = _foldable(functools.partial(backward, interpret=interpret))(*residuals, *cotangents)
+    run = fold_vmap(functools.partial(backward, interpret=interpret), SHARED)
+    gradients = run(*residuals, *cotangents)
     dA, dD = gradients.A.sum(0).astype(A.dtype), None
     if D is not None:
         dD = gradients.D.sum(0)
@@ -83,38 +84,3 @@ def _ssd_backward(interpret, residuals, cotangents):
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
-
-SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
-
-
-def _foldable(run: Callable) -> Callable:
-    """Let `jax.vmap` fold its axis into the batch, the first axis of all arguments of `run` but A and D."""
-    run_with_rule = custom_vmap(run)
-
-    @run_with_rule.def_vmap
-    def rule(axis_size, mapped, *arrays):
-        if any(jax.tree.leaves([mapped[i] for i in SHARED])):
-            everywhere = jax.tree.map(
-                lambda array, is_mapped: _spread(array, is_mapped, axis_size), arrays, tuple(mapped)
-            )
-            outputs = jax.lax.map(lambda each: run(*each), everywhere)
-            return outputs, jax.tree.map(lambda _: True, outputs)
-
-        def fold(array, is_mapped):
-            array = _spread(array, is_mapped, axis_size)
-            return array.reshape(-1, *array.shape[2:])
-
-        folded = [
-            array if i in SHARED else jax.tree.map(fold, array, is_mapped)
-            for i, (array, is_mapped) in enumerate(zip(arrays, mapped, strict=True))
-        ]
-        outputs = _foldable(run)(*folded)
-        outputs = jax.tree.map(lambda array: array.reshape(axis_size, -1, *array.shape[1:]), outputs)
-        return outputs, jax.tree.map(lambda _: True, outputs)
-
-    return run_with_rule
-
-
-def _spread(array: jax.Array, is_mapped: bool, axis_size: int) -> jax.Array:
-    """Give an array the mapped axis in front, if it has none."""
-    return array if is_mapped else jnp.broadcast_to(array, (axis_size, *array.shape))

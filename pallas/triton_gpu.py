@@ -9,7 +9,6 @@ A walk is one program per head and 64 channels, one after another in time. Where
 their ends are joined by a short recurrence in XLA, and then all pieces are walked at once.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +23,7 @@ CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 MAX_HEAD_DIM, MAX_STATE_DIM = 128, 256
 # Programs that fill a GPU: two for each of the 108 to 144 processors of an A100, L40 or H100.
 FULL = 256
+SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
 MIN_PIECE_CHUNKS = 8  # a piece is walked twice; shorter ones would cost more than they gain
 
 
@@ -69,10 +69,7 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids):
     x, D = _pad_last(x, p), _pad_last(D, p)
     B, C = _pad_last(B, n), _pad_last(C, n)
     initial_state = jnp.pad(initial_state, ((0, 0), (0, 0), (0, p - head_dim), (0, n - state_dim)))
-    if segment_ids is None:
-        y, state = _scan(x, dt, A, B, C, D, initial_state)
-    else:
-        y, state = _scan_documents(x, dt, A, B, C, D, initial_state, segment_ids)
+    y, state = _scan(x, dt, A, B, C, D, initial_state, segment_ids)
     return y[..., :head_dim], state[..., :head_dim, :state_dim]
 
 
@@ -87,31 +84,20 @@ def _pad_last(array: jax.Array, size: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def _scan(x, dt, A, B, C, D, initial_state):
-    return _forward(x, dt, B, C, initial_state, A, D)
+def _scan(x, dt, A, B, C, D, initial_state, documents):
+    return fold_vmap(_forward, SHARED)(x, dt, A, B, C, D, initial_state, documents)
 
 
-@jax.custom_vjp
-def _scan_documents(x, dt, A, B, C, D, initial_state, documents):
-    return _forward_documents(x, dt, B, C, initial_state, documents, A, D)
-
-
-def _scan_fwd(x, dt, A, B, C, D, initial_state, *documents):
-    inputs = (x, dt, A, B, C, D, initial_state, *documents)
-    return (_scan_documents if documents else _scan)(*inputs), inputs
+def _scan_fwd(*inputs):
+    return _scan(*inputs), inputs
 
 
 def _scan_bwd(inputs, cotangents):
-    x, dt, A, B, C, D, initial_state, *documents = inputs
-    rows = (x, dt, B, C, initial_state, *cotangents, *documents)
-    results = (_backward_documents if documents else _backward)(*rows, A, D)  # pyright: ignore[reportCallIssue]
-    dx, ddt, dB, dC, dinitial, dA, dD = results
-    gradients = (dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dinitial)
-    return gradients + (None,) * len(documents)
+    dx, ddt, dA, dB, dC, dD, dinitial = fold_vmap(_backward, SHARED)(*inputs, *cotangents)
+    return dx, ddt, dA.sum(0), dB, dC, dD.sum(0), dinitial, None
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
-_scan_documents.defvjp(_scan_fwd, _scan_bwd)
 
 
 class Scan(NamedTuple):
@@ -149,14 +135,14 @@ def _plan(x, dt, A, B, C, D, documents) -> Scan:
     return Scan(x, dt, A, B, C, D, documents, tiles, -(-num_chunks // piece_chunks), piece_chunks)
 
 
-def _run_forward(x, dt, B, C, initial_state, documents, A, D):
+def _forward(x, dt, A, B, C, D, initial_state, documents):
     scan = _plan(x, dt, A, B, C, D, documents)
     starts, final = _piece_starts(scan, initial_state)
     y, ends, _ = _walk_forward(scan, starts, write_y=True)
     return y, ends[:, -1] if final is None else final
 
 
-def _run_backward(x, dt, B, C, initial_state, dy, dstate, documents, A, D):
+def _backward(x, dt, A, B, C, D, initial_state, documents, dy, dstate):
     scan = _plan(x, dt, A, B, C, D, documents)
     starts, _ = _piece_starts(scan, initial_state)
     *_, entering = _walk_forward(scan, starts, write_entering=True)
@@ -164,7 +150,7 @@ def _run_backward(x, dt, B, C, initial_state, dy, dstate, documents, A, D):
     dx, firsts, leaving = _walk_backward(scan, dy, ends, write_dx=True)
     dB, dC, ddt, dA, dD = _gradients_of_chunks(scan, dy, entering, leaving)
     first = firsts[:, 0] if first is None else first
-    return dx, ddt.sum(0), dB, dC, first, dA.sum((0, 2)), dD.sum(1)
+    return dx, ddt.sum(0), dA.sum((0, 2)), dB, dC, dD.sum(1), first
 
 
 def _piece_starts(scan: Scan, initial_state: jax.Array):
@@ -289,23 +275,3 @@ def _constants(scan: Scan) -> dict[str, Any]:
         # three TF32 products for a float32 one: float32's accuracy on tensor cores
         "PRECISION": "tf32x3" if scan.x.dtype == jnp.float32 else "ieee",
     }
-
-
-@partial(fold_vmap, batched=(True,) * 5 + (False,) * 2, num_results=2)
-def _forward(x, dt, B, C, initial_state, A, D):
-    return _run_forward(x, dt, B, C, initial_state, None, A, D)
-
-
-@partial(fold_vmap, batched=(True,) * 6 + (False,) * 2, num_results=2)
-def _forward_documents(x, dt, B, C, initial_state, documents, A, D):
-    return _run_forward(x, dt, B, C, initial_state, documents, A, D)
-
-
-@partial(fold_vmap, batched=(True,) * 7 + (False,) * 2, num_results=7)
-def _backward(x, dt, B, C, initial_state, dy, dstate, A, D):
-    return _run_backward(x, dt, B, C, initial_state, dy, dstate, None, A, D)
-
-
-@partial(fold_vmap, batched=(True,) * 8 + (False,) * 2, num_results=7)
-def _backward_documents(x, dt, B, C, initial_state, dy, dstate, documents, A, D):
-    return _run_backward(x, dt, B, C, initial_state, dy, dstate, documents, A, D)

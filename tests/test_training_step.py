@@ -6,6 +6,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from models import jax_model, random_ids, relative, torch_model
@@ -153,8 +154,6 @@ def test_four_parts_are_one_batch():
 
 
 def make_sgd():
-    import optax
-
     return optax.sgd(0.1)
 
 
@@ -209,6 +208,34 @@ def test_decay_spares_what_is_no_matrix():
     assert {"mixer.A_log", "mixer.D", "mixer.dt_bias", "mixer.norm.weight", "norm.weight", "weight"} <= kept
     assert {"mixer.conv1d.bias_x", "mixer.conv1d.bias_BC"} <= kept
     assert {"mixer.in_proj.weight_zx", "mixer.out_proj.weight", "mixer.conv1d.weight_x"} <= shrunk
+
+
+def test_muon_makes_the_updates_of_projections_orthogonal_and_leaves_the_rest_to_adamw():
+    _, params, _ = model_parts()
+    config = OptimConfig(
+        optimizer="muon", learning_rate=1e-2, schedule="constant", weight_decay=0.0, clip=0.0
+    )
+    grads = {name: jax.random.normal(jax.random.key(0), array.shape) for name, array in params.items()}
+    optimizers = {
+        "muon": make_optimizer(config, params, 10),
+        "adamw": optax.adamw(1e-2, b1=config.beta1, b2=config.beta2, nesterov=True, weight_decay=0.0),
+    }
+    updates = {
+        name: jax.device_get(optimizer.update(grads, optimizer.init(params), params)[0])
+        for name, optimizer in optimizers.items()
+    }
+    projections = {name for name in params if name.split(".")[-2] in ("in_proj", "out_proj")}
+    assert len(projections) == 4
+    for name in params:
+        if name not in projections:
+            np.testing.assert_allclose(updates["muon"][name], updates["adamw"][name], rtol=1e-6)
+            continue
+        update = updates["muon"][name]
+        pieces = [update] if update.ndim == 2 else [update[:, i] for i in range(update.shape[1])]
+        for piece in pieces:  # five steps of Newton and Schulz bring the singular values to 0.7 .. 1.2
+            values = np.linalg.svd(piece, compute_uv=False)
+            assert values.max() < 2 * values.min()
+            assert 0.7 < np.sqrt(np.mean(piece**2)) / (0.2 * 1e-2) < 1.2  # as large as AdamW's usually are
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with a schedule, decay only where it makes sense, and clipping, as one Optax chain."""
+"""The optimizer: AdamW or Muon with a schedule, decay only where it makes sense, and clipping, from Optax."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,16 +13,21 @@ from mamba2_jax.typing import Array
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
 _UNDECAYED = {"A_log", "D", "dt_bias"}
+_PROJECTIONS = {"in_proj", "out_proj", "fc1", "fc2"}
+_MUON_RMS = 0.2  # of an update, about AdamW's, so that one learning rate does for both: arXiv:2502.16982
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate.
+    """The optimizer and its learning rate.
 
     Raises:
         ValueError: a value that makes no sense, named.
     """
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon makes the updates of the blocks' projections orthogonal, and gives the rest to AdamW with
+    Nesterov's momentum; for training from random weights, where it needs fewer tokens."""
     learning_rate: float = 1e-4
     """The highest, after warming up."""
     schedule: Schedule = "cosine"
@@ -42,6 +47,7 @@ class OptimConfig:
     """Largest norm of all gradients together; 0 is none."""
 
     def __post_init__(self):
+        check_choice("OptimConfig", "optimizer", self.optimizer, ("adamw", "muon"))
         check_choice("OptimConfig", "schedule", self.schedule, ("cosine", "linear", "wsd", "constant"))
         limits = {
             "learning_rate": self.learning_rate > 0,
@@ -108,7 +114,7 @@ def decayed(name: str) -> bool:
 
 
 def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> optax.GradientTransformation:
-    """Chain clipping and AdamW for parameters in a flat dict from path to array.
+    """Chain clipping and AdamW or Muon for parameters in a flat dict from path to array.
 
     Args:
         config: the options.
@@ -121,15 +127,43 @@ def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> opt
     return _make_optimizer(config, tuple(names), steps)
 
 
+def projection(name: str) -> bool:
+    """Whether the parameter at this path is a matrix between two widths of a block: input first, output last.
+
+    >>> projection("backbone.layers.0.mixer.in_proj.weight_zx"), projection("backbone.embeddings.weight")
+    (True, False)
+    """
+    *parents, last = name.split(".")
+    return bool(parents) and parents[-1] in _PROJECTIONS and last.startswith("weight")
+
+
 @functools.lru_cache(maxsize=16)
 def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> optax.GradientTransformation:
-    adamw = optax.adamw(
-        learning_rate(config, steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask={name: decayed(name) for name in names},
-    )
+    rate, is_decayed = learning_rate(config, steps), {name: decayed(name) for name in names}
+    if config.optimizer == "muon":
+        from optax.contrib import MuonDimensionNumbers, muon
+
+        matrix = MuonDimensionNumbers(0, -1)  # an axis between them holds matrices side by side
+        dimensions = {name: matrix if projection(name) else None for name in names}
+        update = muon(
+            rate,
+            weight_decay=config.weight_decay,
+            weight_decay_mask=is_decayed,
+            consistent_rms=_MUON_RMS,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.eps,
+            adam_weight_decay=config.weight_decay,
+            muon_weight_dimension_numbers=lambda tree: {name: dimensions[name] for name in tree},
+        )
+    else:
+        update = optax.adamw(
+            rate,
+            b1=config.beta1,
+            b2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=is_decayed,
+        )
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
-    return optax.chain(clip, adamw)
+    return optax.chain(clip, update)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from forward_programs import SHAPES
 from jax.sharding import PartitionSpec
-from mamba2_jax.pallas import mosaic_backward, mosaic_gpu
+from mamba2_jax.pallas import mosaic_backward, mosaic_gpu, mosaic_plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +114,31 @@ def traced(program):
         return function(*(None if shape is None else next(arrays) for shape in shapes))
 
     return call, *(shape for shape in shapes if shape is not None)
+
+
+def l2_bytes(program) -> int:
+    """Count the bytes that all blocks of both kernels load and store, most of them more than once."""
+    b, l, h, g, p, n = (getattr(program, field) for field in "blhgpn")
+    chunk, strip = mosaic_plan.CHUNK, mosaic_plan.STRIP
+    chunks, strips, states = -(-l // chunk), h * p // strip, 2 * b * h * p * n
+    tile, rows = 2 * chunk * strip, 2 * chunk * n  # dy or x of a strip, B or C of a group
+    documents = program.documents * 2 * 4 * chunk
+
+    per_group = -(-strips // g // 2)  # blocks of the walk, two strips each
+    ends = mosaic_plan.cut(chunks, mosaic_plan.choose_pieces(b * g * per_group, chunks))
+    loaded = 2 * rows + 2 * (tile + 3 * 4 * chunk) + documents
+    walk = b * g * per_group * (sum(ends) * loaded + chunks * 2 * tile)
+    walk += -(-l // mosaic_plan.SAVE_EVERY) * states + (len(ends) + 1) * 2 * states
+
+    span, parts = mosaic_plan.SAVE_EVERY // chunk, max(1, n // 128)
+    tiles = max(1, n // parts // strip)  # of a state, in a block's columns
+    splits = mosaic_backward.choose_splits(b, l, g, strips // g, n)
+    within = [min(span, chunks - start) for start in range(0, chunks, span)]  # chunks of each span
+    for_strips = sum(k * (2 * tiles + k - 1 + 2) * tile for k in within)  # states, x and dy, the own of both
+    for_strips += chunks * 4 * chunk * (2 * span + 1 + 6)  # decays, and the vectors
+    once = (span + 1) * rows // parts + 2 * (n // strip - tiles if parts > 1 else 0) * tile + span * documents
+    sums = 2 * rows // parts * (1 if splits == 1 else 2)  # dB and dC
+    return walk + b * parts * (strips * for_strips + g * splits * chunks * (once + sums))
 
 
 def build_step(abstract, **kwargs):
