@@ -232,9 +232,9 @@ def test_muon_makes_the_updates_of_projections_orthogonal_and_leaves_the_rest_to
             continue
         update = updates["muon"][name]
         pieces = [update] if update.ndim == 2 else [update[:, i] for i in range(update.shape[1])]
-        for piece in pieces:  # five steps of Newton and Schulz bring the singular values to 0.7 .. 1.2
+        for piece in pieces:  # all but the smallest singular values come to 0.7 .. 1.2
             values = np.linalg.svd(piece, compute_uv=False)
-            assert values.max() < 2 * values.min()
+            assert np.mean(values > values.max() / 2) > 0.9
             assert 0.7 < np.sqrt(np.mean(piece**2)) / (0.2 * 1e-2) < 1.2  # as large as AdamW's usually are
 
 
