@@ -2,10 +2,10 @@
 
 Computed by XLA before a kernel starts. In a chunk, token `s` enters the output at token `q >= s` with weight
 
-    dt[s] * exp(A * (dt[s+1] + ... + dt[q])) = exp2(target[q] - source[s])
+    dt[s] * exp(A * (dt[s+1] + ... + dt[q])) = dt[s] * exp2(log_decay[q] - log_decay[s])
 
-so `target` is the base-2 logarithm of the decay from the chunk's start through a token, and `source` the same
-less `log2(dt)`. A token with dt = 0 has source = +inf and weight 0.
+where `log_decay` is the base-2 logarithm of the decay from the chunk's start through a token. A token counts
+for itself with exactly dt, however large the logarithms are.
 """
 
 import math
@@ -17,11 +17,11 @@ from jax import lax
 from mamba2_jax.ops.segments import document_starts
 
 
-def log_weights(dt: jax.Array, A: jax.Array, chunk: int) -> jax.Array:
-    """Return `(b, h, c, 2, chunk)` float32: target, source. `dt (b, l, h)` is padded with zeros."""
+def decays(dt: jax.Array, A: jax.Array, chunk: int) -> jax.Array:
+    """Return `(b, h, c, 2, chunk)` float32: log_decay, dt. `dt (b, l, h)` is padded with zeros."""
     dt = split(dt.astype(jnp.float32), chunk).transpose(0, 3, 1, 2)  # (b, h, c, chunk)
-    target = jnp.cumsum(dt * (A.astype(jnp.float32) * math.log2(math.e))[:, None, None], axis=-1)
-    return jnp.stack([target, target - jnp.log2(dt)], axis=3)
+    log_decay = jnp.cumsum(dt * (A.astype(jnp.float32) * math.log2(math.e))[:, None, None], axis=-1)
+    return jnp.stack([log_decay, dt], axis=3)
 
 
 def document_ends(segment_ids: jax.Array, chunk: int) -> jax.Array:

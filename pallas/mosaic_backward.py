@@ -14,16 +14,15 @@ and as many gradients of states. `tests/kernels` holds what is verified without 
 known: it has not run on one yet.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from mamba2_jax.pallas import (  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+    chunks,
     mosaic_backward_chunks,
     mosaic_backward_walk,
 )
-from mamba2_jax.pallas.chunks import document_ends, split  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_forward import whole_tiles  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
     CHUNK,
@@ -86,14 +85,12 @@ def backward(
     def in_strips(tokens):
         return whole_tiles(tokens).reshape(batch, -1, strips, STRIP)
 
-    steps = split(dt.astype(jnp.float32), SAVE_EVERY)  # (b, spans, 256, h)
-    steps = steps.reshape(batch, -1, CHUNK, heads).transpose(0, 3, 1, 2)  # (b, h, c, chunk)
-    log_decay = jnp.cumsum(steps * (A.astype(jnp.float32) * math.log2(math.e))[:, None, None], axis=-1)
-    decays = jnp.stack([log_decay, steps], axis=3)
+    whole_spans = chunks.split(dt, SAVE_EVERY).reshape(batch, -1, heads)
+    decays = chunks.decays(whole_spans, A, CHUNK)
     documents = None
     if segment_ids is not None:
-        documents = document_ends(segment_ids, CHUNK)
-        missing = steps.shape[2] - documents.shape[1]  # chunks of the last span that do not exist
+        documents = chunks.document_ends(segment_ids, CHUNK)
+        missing = decays.shape[2] - documents.shape[1]  # chunks of the last span that do not exist
         documents = jnp.pad(documents, ((0, 0), (0, missing), (0, 0), (0, 0)))
     D_strips = None
     if D is not None:
@@ -127,7 +124,7 @@ def backward(
         splits=splits,
         interpret=interpret,
     )
-    ddt, dA, dD = _sum_vectors(vectors, steps[:, :, : vectors.shape[3]], A.astype(jnp.float32))
+    ddt, dA, dD = _sum_vectors(vectors, decays[:, :, : vectors.shape[3], 1], A.astype(jnp.float32))
     return Gradients(
         x=dx.reshape(batch, -1, heads, head_dim)[:, :length],
         dt=ddt[:, :length],

@@ -3,11 +3,11 @@
 A block has three warpgroups. One only copies; two compute, each on a strip of 64 channels of a head, and they
 share B and C in shared memory (`mosaic_plan` cuts the work, `mosaic_walk` is what the warpgroups do):
 
-    HBM         x  B  C  log weights                               y    saved states
+    HBM         x  B  C  decays                                    y    saved states
                       |                                            ^         ^
     copying           | TMA, `stages` chunks ahead                 | TMA     |
                       v          "full" ->   <- "empty"            |         |
-    SMEM        [x B C logs]  [x B C logs]  [x B C logs]           y         |
+    SMEM        [x B C ..]    [x B C ..]    [x B C ..]             y         |
                       |                                            ^         |
     computing         +---> walk a strip, chunk after chunk -------+---------+
                             (the state stays in registers)
@@ -34,7 +34,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.chunks import document_ends, log_weights  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.chunks import decays, document_ends  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
     CHUNK,
     SAVE_EVERY,
@@ -98,7 +98,7 @@ def forward(
         "x": whole_tiles(x).reshape(batch, -1, plan.strips, STRIP),
         "B": whole_tiles(B),
         "C": whole_tiles(C),
-        "logs": log_weights(dt, A, CHUNK),
+        "decays": decays(dt, A, CHUNK),
         "initial": initial_state.astype(jnp.float32).reshape(batch, plan.strips, STRIP, state_dim),
     }
     if D is not None:
@@ -167,8 +167,8 @@ def _scratch(plan: Plan, dtype: Any, documents: bool, interpreted: bool) -> dict
         "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
-        "row_logs": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
-        "column_logs": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
+        "row_decays": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
+        "column_decays": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
         # One for each compute warpgroup.
         "from_start": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "to_end": plgpu.SMEM((pair, CHUNK), jnp.float32),

@@ -132,10 +132,10 @@ def cut(chunks: int, pieces: int) -> tuple[int, ...]:
 def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool) -> int:
     """Return the shared memory of a block: what each stage holds, and what there is once."""
     strip = CHUNK * STRIP * itemsize
-    logs = STRIPS_PER_BLOCK * CHUNK * 4
-    stage = STRIPS_PER_BLOCK * strip + 2 * CHUNK * state_dim * itemsize + 3 * logs
+    decays = STRIPS_PER_BLOCK * CHUNK * 4
+    stage = STRIPS_PER_BLOCK * strip + 2 * CHUNK * state_dim * itemsize + 3 * decays
     stage += 2 * CHUNK * 4 if documents else 0
-    once = STRIPS_PER_BLOCK * (strip + CHUNK * CHUNK * itemsize) + 2 * logs
+    once = STRIPS_PER_BLOCK * (strip + CHUNK * CHUNK * itemsize) + 2 * decays
     return stages * stage + once + 2 * 8 * stages  # and the barriers
 
 

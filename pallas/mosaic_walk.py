@@ -2,7 +2,7 @@
 
 A warpgroup's walk over one strip, chunk by chunk (names as in the code; `^T` is a view, nothing is moved):
 
-    weights = (B C^T) * exp2(target - source)    [source, target], masked, through shared memory
+    weights = (B C^T) * exp2(log[target] - log[source]) * dt[source]    masked, through shared memory
     y       = (state C^T) * from_start + D x     [channel, token]
     y      += x weights
     state   = state * kept + (x * to_end) B      [channel, state_dim], in registers for the whole walk
@@ -85,14 +85,14 @@ def copy(plan: Plan, hbm: Any, smem: Any, place: Place) -> None:
         fill(hbm.B.at[place.batch, tokens, place.group], smem.B.at[slot])
         for i in range(STRIPS_PER_BLOCK):
             fill(hbm.x.at[place.batch, tokens, place.strip(i)], smem.x.at[slot, i])
-        fill(hbm.logs.at[place.batch, heads, chunk], smem.row_logs.at[slot])
+        fill(hbm.decays.at[place.batch, heads, chunk], smem.row_decays.at[slot])
         if hasattr(hbm, "documents"):
             fill(hbm.documents.at[place.batch, chunk], smem.documents.at[slot])
 
         @pl.when(chunk >= place.start)
         def _():
             fill(hbm.C.at[place.batch, tokens, place.group], smem.C.at[slot])
-            fill(hbm.logs.at[place.batch, heads, chunk, 0], smem.column_logs.at[slot])
+            fill(hbm.decays.at[place.batch, heads, chunk, 0], smem.column_decays.at[slot])
 
         @pl.when(chunk < place.start)  # a chunk to pass by: what its state needs is enough
         def _():
@@ -142,11 +142,11 @@ class Walk:
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
         B, C = self.smem.B.at[slot], gpu.transposed(self.smem.C.at[slot])
-        source, last, kept = self.decays(slot)
-        target = gpu.load(self.smem.column_logs.at[slot, self.head], gpu.ONE_PER_COLUMN)
-        log_weights = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
+        source, dt, last, kept = self.decays(slot)
+        target = gpu.load(self.smem.column_decays.at[slot, self.head], gpu.ONE_PER_COLUMN)
+        log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
         # Mask before exp2: below the diagonal the difference is positive and overflows.
-        weights = jnp.exp2(jnp.where(seen(last), log_weights, -jnp.inf))
+        weights = jnp.exp2(jnp.where(seen(last), log, -jnp.inf)) * gpu.per_row(dt, CHUNK)
         self.smem.weights.at[self.me][...] = (self.product(B, C) * weights).astype(self.dtype)
         plgpu.commit_smem()
 
@@ -165,24 +165,26 @@ class Walk:
         """A chunk before the block's piece: the state after it."""
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
-        _, _, kept = self.decays(slot)
+        *_, kept = self.decays(slot)
         state = self.updated(state, slot, kept, gpu.load(gpu.transposed(self.smem.x.at[slot, self.me])))
         plgpu.barrier_arrive(self.smem.empty.at[slot])
         return state
 
-    def decays(self, slot: Any) -> tuple[Any, Any, Any]:
+    def decays(self, slot: Any) -> tuple[Any, Any, Any, Any]:
         """Put each token's decay from the chunk's start, and to its end, into shared memory to be `turned`.
 
         Returns:
-            source: one per token, as in `chunks`.
+            log_decay: one per token, as in `chunks`.
+            dt: one per token.
             last: the last token of its document in this chunk, or None without documents.
             kept: what stays of the state over the chunk, a number.
         """
-        target, source = (
-            gpu.load(self.smem.row_logs.at[slot, self.head, i], gpu.ONE_PER_ROW) for i in (0, 1)
+        log_decay, dt = (
+            gpu.load(self.smem.row_decays.at[slot, self.head, i], gpu.ONE_PER_ROW) for i in (0, 1)
         )
-        end = self.smem.row_logs[slot, self.head, 0, CHUNK - 1]
-        from_start, to_end, kept, last = jnp.exp2(target), jnp.exp2(end - source), jnp.exp2(end), None
+        end = self.smem.row_decays[slot, self.head, 0, CHUNK - 1]
+        from_start, to_end = jnp.exp2(log_decay), jnp.exp2(end - log_decay) * dt
+        kept, last = jnp.exp2(end), None
         if hasattr(self.smem, "documents"):
             last = gpu.load(self.smem.documents.at[slot, 0], gpu.ONE_PER_ROW)
             first_start = self.smem.documents[slot, 1, 0]
@@ -192,7 +194,7 @@ class Walk:
             kept = jnp.where(first_start == CHUNK, kept, 0.0)
         self.smem.from_start.at[self.me][...] = from_start
         self.smem.to_end.at[self.me][...] = to_end
-        return source, last, kept
+        return log_decay, dt, last, kept
 
     def turned(self, vector: Any) -> jax.Array:
         """A vector over the rows, stored before, as one over the columns of `[channel, token]`."""

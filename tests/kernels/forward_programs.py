@@ -130,9 +130,9 @@ def l2_bytes(program) -> int:
         pieces=program.pieces,
     )
     chunk = mosaic_plan.CHUNK
-    tile, logs = chunk * mosaic_plan.STRIP * 2, plan.heads_per_block * chunk * 4
-    passed_by = chunk * program.n * 2 + 2 * tile + 2 * logs + program.documents * 2 * chunk * 4
-    own = passed_by + chunk * program.n * 2 + logs + 2 * tile  # and C, the targets again, and y
+    tile, decays = chunk * mosaic_plan.STRIP * 2, plan.heads_per_block * chunk * 4
+    passed_by = chunk * program.n * 2 + 2 * tile + 2 * decays + program.documents * 2 * chunk * 4
+    own = passed_by + chunk * program.n * 2 + decays + 2 * tile  # and C, the log decays again, and y
     starts = (0, *plan.piece_ends[:-1])
     per_block = sum(
         start * passed_by + (end - start) * own for start, end in zip(starts, plan.piece_ends, strict=True)

@@ -43,7 +43,7 @@ CASES = [
     (kernel_case("left padding", b=2, segments="left"), "bfloat16", {}),
     (kernel_case("right padding", b=2, segments="right"), "bfloat16", {}),
     (kernel_case("all padding", b=2, l=75, n=64, segments="none"), "bfloat16", {}),
-    (kernel_case("packed, strong decay", segments="packed", decay=60.0), "bfloat16", {}),
+    (kernel_case("packed, strong decay, float32", segments="packed", decay=60.0), "float32", {}),
     (kernel_case("three pieces", l=400), "bfloat16", {"pieces": 3}),
     (kernel_case("packed, two pieces", b=2, l=330, segments="packed"), "bfloat16", {"pieces": 2}),
 ]
