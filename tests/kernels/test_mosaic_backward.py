@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
 import interpreter
 import seeding
-from mamba2_jax.pallas import bridge, mosaic_backward, mosaic_backward_sums, mosaic_gpu
+from mamba2_jax.pallas import bridge, chunks, mosaic_backward, mosaic_backward_sums, mosaic_gpu
 from test_mosaic_forward import TOLERANCE, arguments, kernel_case
 
 from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
@@ -266,8 +266,8 @@ def test_a_missing_barrier_between_warpgroups_is_found(monkeypatch):
 
 
 def test_a_document_end_off_by_one_shows_in_the_values(monkeypatch):
-    ends = mosaic_backward.document_ends
-    monkeypatch.setattr(mosaic_backward, "document_ends", lambda *args: ends(*args) + 1)
+    ends = chunks.document_ends
+    monkeypatch.setattr(chunks, "document_ends", lambda *args: ends(*args) + 1)
     drawn = draw_case(kernel_case("seeded", l=70, h=1, n=64, segments="packed"), "bfloat16")
     got = interpreter.run(mosaic_backward.backward, *backward_arguments(*drawn))
     want = exact_gradients(*drawn)
