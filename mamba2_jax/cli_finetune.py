@@ -43,7 +43,7 @@ class Finetune:
         folder = resolve_folder(self.model)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(
-            folder, dtype=dtype, report=lambda report: tell(str(report))
+            folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
         )
         trainer = Trainer(
             model,

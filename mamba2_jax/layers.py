@@ -15,12 +15,22 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mamba2_jax.attention import AttentionMixer
 from mamba2_jax.cache import ConvState
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.lora.adapters import Adaptable
-from mamba2_jax.ops import causal_conv1d, causal_conv1d_step, gated_rms_norm, silu_gate, ssd, ssd_step
+from mamba2_jax.ops import (
+    causal_conv1d,
+    causal_conv1d_sharded,
+    causal_conv1d_step,
+    gated_rms_norm,
+    silu_gate,
+    ssd,
+    ssd_sharded,
+    ssd_step,
+)
 from mamba2_jax.parts import (
     GatedMLP,
     LayerState,
@@ -34,6 +44,7 @@ from mamba2_jax.parts import (
     value_of,
     zeros,
 )
+from mamba2_jax.sharding import splits_batch
 from mamba2_jax.typing import Array, DTypeLike, Float
 
 
@@ -85,17 +96,28 @@ class CausalConv1d(Adaptable):
         self.bias_BC = uniform(rngs, (2, group_width), bound, param_dtype) if has_bias else None
 
     def __call__(
-        self, x: Float[Array, "b l e"], BC: Float[Array, "b l 2 gn"], state: ConvState | None, rows: Rows
+        self,
+        x: Float[Array, "b l e"],
+        BC: Float[Array, "b l 2 gn"],
+        state: ConvState | None,
+        rows: Rows,
+        mesh: Mesh | None,
+        num_groups: int,
     ) -> tuple[Array, Array, ConvState]:
-        """Convolve a sequence; returns x, BC and the state after it."""
-        x, state_x = causal_conv1d(
+        """Convolve a sequence, split over the mesh if there is one; returns x, BC and the state after it."""
+        convolve_x = convolve_BC = causal_conv1d
+        if mesh is not None:
+            convolve_x = partial(causal_conv1d_sharded, mesh=mesh)
+            whole = num_groups % mesh.shape["tensor"] != 0
+            convolve_BC = partial(causal_conv1d_sharded, mesh=mesh, channel_axis=None if whole else -1)
+        x, state_x = convolve_x(
             x,
             self.taps("weight_x"),
             value_of(self.bias_x),
             initial_state=None if state is None else state.x,
             segment_ids=rows.marks,
         )
-        BC, state_BC = causal_conv1d(
+        BC, state_BC = convolve_BC(
             BC,
             self.taps("weight_BC"),
             value_of(self.bias_BC),
@@ -141,6 +163,7 @@ class Mamba2Mixer(nnx.Module):
         self.norm_before_gate = config.norm_before_gate
         self.dtype = jnp.dtype(dtype)
         self.ssd_implementation = ssd_implementation
+        self.mesh: Mesh | None = None  # set by `to_mesh` of the model
 
         self.in_proj = InProjection(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv1d = CausalConv1d(config, param_dtype=param_dtype, rngs=rngs)
@@ -200,9 +223,11 @@ class Mamba2Mixer(nnx.Module):
 
     def _sequence(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch, length, _ = x.shape
-        x, BC, conv = self.conv1d(x, BC, state.conv, rows)
+        mesh = self.mesh if self._divides(batch, length) else None
+        x, BC, conv = self.conv1d(x, BC, state.conv, rows, mesh, self.num_groups)
         B, C = (BC[:, :, i].reshape(batch, length, self.num_groups, self.state_dim) for i in (0, 1))
-        y, ssm = ssd(
+        scan = ssd if mesh is None else partial(ssd_sharded, mesh=mesh)
+        y, ssm = scan(
             x.reshape(batch, length, self.num_heads, self.head_dim),
             dt,
             self._A(),
@@ -214,6 +239,16 @@ class Mamba2Mixer(nnx.Module):
             implementation=self.ssd_implementation,
         )
         return y.reshape(batch, length, -1), LayerState(conv, ssm.astype(state.ssm.dtype), None)
+
+    def _divides(self, batch: int, length: int) -> bool:
+        """Whether each device gets whole rows, heads and groups, and tokens enough for the convolution."""
+        if self.mesh is None:
+            return False
+        tensor, pieces = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
+        groups_fit = self.num_groups % tensor == 0 or tensor % self.num_groups == 0
+        reach = self.conv1d.weight_x.shape[0] - 1
+        heads_fit = self.num_heads % tensor == 0 and groups_fit
+        return splits_batch(self.mesh, batch) and heads_fit and -(-length // pieces) >= reach
 
     def _one_token(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch = x.shape[0]

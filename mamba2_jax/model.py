@@ -7,6 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mamba2_jax.cache import Mamba2Cache
 from mamba2_jax.config import Mamba2Config
@@ -25,6 +26,7 @@ from mamba2_jax.ops.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.segments import document_index, document_positions
 from mamba2_jax.parts import Embedding, LayerState, RMSNorm, Rows
 from mamba2_jax.pretrained import PretrainedModel
+from mamba2_jax.sharding import token_sharding
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 
@@ -97,6 +99,7 @@ class Mamba2Model(PretrainedModel):
             for index in range(config.num_hidden_layers)
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
+        self.mesh: Mesh | None = None
 
     def __call__(
         self,
@@ -146,6 +149,8 @@ class Mamba2Model(PretrainedModel):
             inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
         hidden = inputs_embeds.astype(self.dtype)
         batch, length = hidden.shape[:2]
+        if self.mesh is not None:
+            hidden = jax.lax.with_sharding_constraint(hidden, token_sharding(self.mesh, batch, length))
         if cache is None:
             cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
 

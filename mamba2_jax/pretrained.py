@@ -9,13 +9,21 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.export import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
+from mamba2_jax.sharding import check_mesh, parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, load_weights, outgoing_weights
+from mamba2_jax.weights import (
+    TOKENIZER_FILES,
+    LoadReport,
+    checkpoint_table,
+    load_weights,
+    outgoing_weights,
+)
 
 _M = TypeVar("_M", bound="PretrainedModel")
 
@@ -49,7 +57,7 @@ class PretrainedModel(nnx.Module):
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike | None = None,
         ssd_implementation: str | None = None,
-        sharding: "jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
+        sharding: "Mesh | jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
         revision: str | None = None,
         allow_non_finite: bool = False,
         report: Callable[[LoadReport], None] | None = None,
@@ -61,7 +69,8 @@ class PretrainedModel(nnx.Module):
             dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
             param_dtype: dtype of the parameters. None keeps each tensor as stored.
             ssd_implementation: passed to `ops.ssd`.
-            sharding: where the parameters go: a sharding for all, or a function of the parameter's path.
+            sharding: where the parameters go: a mesh (`to_mesh`, without a whole model on any device before),
+                a sharding for all, or a function of the parameter's path.
             revision: branch, tag or commit of a hub id.
             allow_non_finite: take weights that hold NaN or infinity.
             report: called with the load report; `print` prints it.
@@ -73,11 +82,18 @@ class PretrainedModel(nnx.Module):
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
         config = Mamba2Config.from_pretrained(folder)
+        mesh = sharding if isinstance(sharding, Mesh) else None
+        if mesh is not None:
+            check_mesh(f"{cls.__name__}.from_pretrained", mesh)
+            paths = (
+                leaf.path for stored in checkpoint_table(config, cls._has_head) for leaf in stored.leaves
+            )
+            sharding = parameter_shardings(list(paths), config, mesh).__getitem__
         arrays, load_report = load_weights(
             folder,
             config,
             param_dtype=param_dtype,
-            sharding=sharding,
+            sharding=sharding,  # pyright: ignore[reportArgumentType]
             allow_non_finite=allow_non_finite,
             head=cls._has_head,
         )
@@ -85,10 +101,38 @@ class PretrainedModel(nnx.Module):
             stored = arrays["backbone.embeddings.weight"].dtype
             dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
         model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
+        if mesh is not None:
+            model._set_mesh(mesh)
         model.origin = Origin(folder.resolve(), tuple(sorted(load_report.stored_dtypes.items())))
         if report is not None:
             report(load_report)
         return model
+
+    def to_mesh(self, mesh: Mesh) -> None:
+        """Move the model onto a mesh: parameters as `mamba2_jax.sharding` says, and with them all work.
+
+        Convolution and scan run on each device's own rows, tokens and heads; the compiler splits the rest.
+        Inputs need not be placed. Rows of a batch that the mesh does not divide are not split.
+
+        Args:
+            mesh: of `mamba2_jax.sharding.make_mesh`.
+
+        Raises:
+            ValueError: a mesh of other axes, named.
+        """
+        check_mesh(f"{type(self).__name__}.to_mesh", mesh)
+        parameters = nnx.state(self, nnx.Param)
+        leaves = {self._path(path): leaf for path, leaf in nnx.to_flat_state(parameters)}
+        shardings = parameter_shardings(list(leaves), self.config, mesh)
+        for path, leaf in leaves.items():
+            leaf.set_value(jax.device_put(leaf[...], shardings[path]))
+        nnx.update(self, parameters)
+        self._set_mesh(mesh)
+
+    def _set_mesh(self, mesh: Mesh) -> None:
+        for _, module in nnx.iter_modules(self):
+            if hasattr(module, "mesh"):
+                setattr(module, "mesh", mesh)  # noqa: B010
 
     def save_pretrained(
         self,

@@ -116,10 +116,11 @@ def make_mesh(
 
 
 def check_mesh(name: str, mesh: Mesh) -> None:
-    """Raise ValueError, as from `name`, unless `mesh` has axes out of `AXES`, all of them GSPMD's."""
-    unknown = [axis for axis in mesh.axis_names if axis not in AXES]
-    if unknown:
-        raise ValueError(f"{name}: the mesh has axes {unknown}; known are {list(AXES)}: see make_mesh")
+    """Raise ValueError, as from `name`, unless `mesh` has the axes `AXES`, all of them GSPMD's."""
+    if set(mesh.axis_names) != set(AXES):
+        raise ValueError(
+            f"{name}: the mesh has axes {list(mesh.axis_names)}, want {list(AXES)}: see make_mesh"
+        )
     if any(kind != AxisType.Auto for kind in mesh.axis_types):
         raise ValueError(
             f"{name}: the mesh's axes are {mesh.axis_types}, want AxisType.Auto for each: see make_mesh"
@@ -129,6 +130,24 @@ def check_mesh(name: str, mesh: Mesh) -> None:
 def axis_size(mesh: Mesh, *axes: str) -> int:
     """Count the devices along some axes together; an axis the mesh does not have counts 1."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
+
+
+def splits_batch(mesh: Mesh, batch: int) -> bool:
+    """Whether the mesh divides so many rows; if not, every device has them all."""
+    return batch % axis_size(mesh, *BATCH) == 0
+
+
+def token_sharding(mesh: Mesh, batch: int, length: int) -> NamedSharding:
+    """Place an array `(b, l, ...)`: rows over `data` and `fsdp`, tokens over `sequence`, where they divide.
+
+    Args:
+        mesh: with axes out of `AXES`.
+        batch: rows.
+        length: tokens of a row.
+    """
+    rows = BATCH if splits_batch(mesh, batch) else None
+    tokens = None if length % axis_size(mesh, "sequence") else "sequence"
+    return NamedSharding(mesh, PartitionSpec(rows, tokens))
 
 
 def parameter_spec(path: str, config: Mamba2Config, mesh: Mesh) -> PartitionSpec:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
-    from mamba2_jax.training.config import LoraOptions, TrainConfig
+    from mamba2_jax.training.config import LoraOptions, MeshOptions, TrainConfig
     from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
     from mamba2_jax.training.loss import loss_fn
     from mamba2_jax.training.optim import OptimConfig, make_optimizer
@@ -27,6 +27,7 @@ __all__ = [
     "Documents",
     "Evaluation",
     "LoraOptions",
+    "MeshOptions",
     "OptimConfig",
     "SaveError",
     "TrainConfig",
@@ -44,7 +45,7 @@ __all__ = [
 
 _MODULES = {
     "checkpoint": ("CheckpointConfig", "Checkpoints", "SaveError"),
-    "config": ("LoraOptions", "TrainConfig"),
+    "config": ("LoraOptions", "MeshOptions", "TrainConfig"),
     "data": ("DataConfig", "Documents", "load_documents", "make_pipeline"),
     "loss": ("loss_fn",),
     "optim": ("OptimConfig", "make_optimizer"),

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+from jax.sharding import Mesh
+
 from mamba2_jax.lora import LoraConfig
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.sharding import make_mesh
 from mamba2_jax.training.checkpoint import CheckpointConfig
 from mamba2_jax.training.data import DataConfig
 from mamba2_jax.training.loss import REMAT, TOKENS_PER_SLICE
@@ -46,6 +49,29 @@ class LoraOptions:
         if self.rank is None:
             return None
         return LoraConfig(self.rank, self.alpha, self.targets, self.dropout, self.use_rslora)
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """Devices along each axis of the mesh, as for `sharding.make_mesh`; with 1 each, one device trains."""
+
+    data: int = 1
+    """Rows of a batch; -1, for at most one axis: all devices that the others leave."""
+    fsdp: int = 1
+    """Rows too; weights, gradients and moments are split."""
+    sequence: int = 1
+    """Tokens of a row."""
+    tensor: int = 1
+    """Heads."""
+
+    def make(self) -> Mesh | None:
+        """Return the mesh over all devices, or None for one device.
+
+        Raises:
+            ValueError: sizes that do not multiply to the number of devices; says what would fit.
+        """
+        sizes = dataclasses.asdict(self)
+        return None if set(sizes.values()) == {1} else make_mesh(**sizes)
 
 
 @dataclass(frozen=True)
@@ -88,6 +114,7 @@ class TrainConfig:
     lora: LoraOptions = field(default_factory=LoraOptions)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshOptions = field(default_factory=MeshOptions)
 
     def __post_init__(self):
         check_choice("TrainConfig", "remat", self.remat, REMAT)

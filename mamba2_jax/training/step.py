@@ -11,7 +11,7 @@ arguments, may reuse their buffers, and inherits whatever sharding they have.
     model = structure.merge(state.params, frozen)
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
 from mamba2_jax.model import Mamba2ForCausalLM
@@ -102,6 +103,15 @@ class TrainState:
         # each counter is a buffer of its own: a donated one may not be handed in twice
         return cls(jnp.int32(0), params, optimizer.init(params), key, jnp.int32(0), jnp.int32(0))
 
+    def to_mesh(self, mesh: Mesh) -> "TrainState":
+        """Move what does not lie on the mesh yet, the counters and the key, to all of its devices."""
+        everywhere = NamedSharding(mesh, PartitionSpec())
+
+        def placed(array):
+            return array if len(array.sharding.device_set) == mesh.size else jax.device_put(array, everywhere)
+
+        return jax.tree.map(placed, self)
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -120,12 +130,7 @@ class StepMetrics:
     skipped_in_a_row: Int[Array, ""]
 
 
-@partial(
-    jax.jit,
-    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice"),
-    donate_argnames="state",
-)
-def train_step(
+def _train_step(
     state: TrainState,
     frozen: Params,
     batch: Mapping[str, Array],
@@ -178,6 +183,19 @@ def train_step(
         skipped_in_a_row=in_a_row,
     )
     return new, StepMetrics(loss, tokens, norm, finite, skipped, in_a_row)
+
+
+_jit_step = partial(
+    jax.jit,
+    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice"),
+    donate_argnames="state",
+)
+train_step = _jit_step(_train_step)
+
+
+def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """Return `train_step` for a state on a mesh: each array of the new state lies where the old one did."""
+    return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
 
 
 def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import add_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.sharding import BATCH, axis_size, splits_batch, token_sharding
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
@@ -29,6 +31,7 @@ from mamba2_jax.training.step import (
     TrainState,
     eval_step,
     first_not_finite,
+    sharded_train_step,
     split_model,
     train_step,
 )
@@ -113,6 +116,14 @@ class Trainer:
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
+        self._mesh = config.mesh.make()
+        if self._mesh is not None:
+            if not splits_batch(self._mesh, config.batch_size):
+                raise ValueError(
+                    f"Trainer: batch_size={config.batch_size} is no multiple of mesh.data x mesh.fsdp = "
+                    f"{axis_size(self._mesh, *BATCH)}"
+                )
+            model.to_mesh(self._mesh)
         self.steps = config.steps or self._count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
@@ -167,7 +178,7 @@ class Trainer:
             sums = eval_step(
                 params,
                 self._frozen,
-                batch,
+                self._placed(batch),
                 structure=self._structure,
                 tokens_per_slice=self.config.tokens_per_slice,
             )
@@ -175,6 +186,15 @@ class Trainer:
         loss = nats / max(tokens, 1)
         bits_per_byte = nats / math.log(2) / max(int(self._held_out.num_bytes.sum()), 1)
         return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte)
+
+    def _placed(self, batch: Batch) -> Batch:
+        """Put a batch `(b, l)`, or parts of one `(a, b, l)`, on the mesh."""
+        if self._mesh is None:
+            return batch
+        *parts, rows, tokens = batch["input_ids"].shape
+        sharding = token_sharding(self._mesh, rows, tokens)
+        spec = PartitionSpec(*(None for _ in parts), *sharding.spec)
+        return jax.device_put(batch, NamedSharding(self._mesh, spec))
 
     def _load(self, what: str, data: Any) -> Documents:
         if isinstance(data, Documents):
@@ -205,6 +225,8 @@ class Trainer:
         """The state and the batches at the beginning, or where the newest checkpoint left them."""
         params = {name: array.copy() for name, array in self._trained.items()}  # steps reuse the buffers
         state = TrainState.start(params, self._optimizer, jax.random.key(self.config.seed))
+        if self._mesh is not None:
+            state = state.to_mesh(self._mesh)
         batches = iter(self._pipeline())
         restored = checkpoints.restore(state)
         if restored is None:
@@ -260,12 +282,13 @@ class _Run:
         """Step until the end or a signal; the last step leaves a checkpoint."""
         trainer, config = self._trainer, self._trainer.config
         step, saved = int(state.step), int(state.step)
+        update = train_step if trainer._mesh is None else sharded_train_step(state)
         while step < trainer.steps and stop.received is None:
             batch = _in_parts(next(batches), config.accumulate)
-            state, metrics = train_step(
+            state, metrics = update(
                 state,
                 trainer._frozen,
-                batch,
+                trainer._placed(batch),
                 structure=trainer._structure,
                 optimizer=trainer._optimizer,
                 remat=config.remat,

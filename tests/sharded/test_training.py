@@ -1,0 +1,134 @@
+"""Training on meshes of eight devices: the losses of one device, also from one mesh to another."""
+
+import functools
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from training_runs import run_config, texts_file, tokenizer
+
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax.sharding import make_mesh
+from mamba2_jax.training import CheckpointConfig, LoraOptions, MeshOptions, Trainer
+from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
+
+TOLERANCE = 1e-5
+MESHES = {  # sizes, n_groups
+    "data 8": ({"data": 8}, 2),
+    "fsdp 8": ({"fsdp": 8}, 2),
+    "tensor 8": ({"tensor": 8}, 8),
+    "tensor 8, one group": ({"tensor": 8}, 1),
+    "tensor 2 x fsdp 4": ({"tensor": 2, "fsdp": 4}, 2),
+    "sequence 8": ({"sequence": 8}, 2),
+    "sequence 2 x tensor 2 x data 2": ({"sequence": 2, "tensor": 2, "data": 2}, 1),
+}
+
+
+def make_model(num_groups: int) -> Mamba2ForCausalLM:
+    config = Mamba2Config(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=8,
+        head_dim=8,
+        state_size=8,
+        n_groups=num_groups,
+        vocab_size=32,
+        bos_token_id=tokenizer().eos_token_id,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().eos_token_id,
+    )
+    return Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
+
+
+def train(folder, num_groups: int, mesh: MeshOptions, **changes):
+    """The losses of all steps, and the trainer."""
+    options = {"batch_size": 8, "mesh": mesh, "checkpoint": CheckpointConfig(every=10), **changes}
+    trainer = Trainer(
+        make_model(num_groups), run_config(folder, **options), texts_file(), tokenizer=tokenizer()
+    )
+    assert trainer.fit().skipped == 0
+    return [line["loss"] for line in read_metrics(folder / METRICS_FILE) if "loss" in line], trainer
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    @functools.cache
+    def run(num_groups: int, **changes):
+        losses, trainer = train(tmp_path_factory.mktemp("alone"), num_groups, MeshOptions(), **changes)
+        return losses, {name: np.asarray(array) for name, array in trainer._trained.items()}
+
+    return run
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_are_those_of_one_device(name, alone, tmp_path):
+    sizes, num_groups = MESHES[name]
+    want_losses, want = alone(num_groups)
+    losses, trainer = train(tmp_path / "run", num_groups, MeshOptions(**sizes))
+    assert len(losses) == 20
+    np.testing.assert_allclose(losses, want_losses, rtol=TOLERANCE)
+    for path, array in trainer._trained.items():
+        assert len(array.sharding.device_set) == 8
+        # where a gradient is nearly 0, AdamW makes a step of what is rounding
+        change = np.linalg.norm(np.asarray(array) - want[path]) / np.linalg.norm(want[path])
+        assert change < 10 * TOLERANCE, path
+    if name != "data 8":
+        moments = jax.tree.leaves(trainer._optimizer.init(trainer._trained))
+        split = [array for array in moments if array.ndim and not array.sharding.is_fully_replicated]
+        assert (name == "sequence 8") == (not split)
+    # the result is a checkpoint like any other
+    saved = Mamba2ForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    ids = np.arange(8 * 16).reshape(8, 16) % 28
+    np.testing.assert_allclose(
+        np.asarray(trainer.model(ids).logits), np.asarray(saved(ids).logits), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_array_equal(
+        generate(trainer.model, ids, max_new_tokens=4, eos_token_id=()).tokens,
+        generate(saved, ids, max_new_tokens=4, eos_token_id=()).tokens,
+    )
+
+
+def test_a_run_goes_on_upon_another_mesh(alone, tmp_path):
+    want, _ = alone(2)
+    train(tmp_path / "run", 2, MeshOptions(fsdp=8))
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    losses, _ = train(tmp_path / "run", 2, MeshOptions(tensor=2, fsdp=-1), resume=True)
+    np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
+    losses, _ = train(tmp_path / "run", 2, MeshOptions(), resume=True)
+    np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
+
+
+def test_adapters_and_accumulation_on_a_mesh(alone, tmp_path):
+    changes = {
+        "lora": LoraOptions(rank=2, targets=("embeddings", "in_proj", "conv1d", "out_proj")),
+        "accumulate": 2,
+        "steps": 4,
+    }
+    want, _ = alone(2, **changes)
+    losses, trainer = train(tmp_path / "run", 2, MeshOptions(tensor=2, fsdp=2, data=2), **changes)
+    np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
+    assert all("lora" in name for name in trainer._trained)
+
+
+def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size=6 is no multiple of mesh.data x mesh.fsdp = 4"):
+        train(tmp_path / "run", 2, MeshOptions(data=2, fsdp=2, tensor=2), batch_size=6)
+    with pytest.raises(ValueError, match=r"fsdp 3 makes 3 devices, but there are 8"):
+        train(tmp_path / "run", 2, MeshOptions(fsdp=3))
+
+
+def test_a_model_moves_onto_a_mesh_and_loads_onto_one(tmp_path):
+    model = make_model(2)
+    model.save_pretrained(tmp_path / "model")
+    ids = np.arange(3 * 5).reshape(3, 5)  # three rows, which eight devices do not divide
+    want = np.asarray(model(ids).logits)
+    mesh = make_mesh(fsdp=4, tensor=2)
+    loaded = Mamba2ForCausalLM.from_pretrained(tmp_path / "model", sharding=mesh)
+    model.to_mesh(mesh)
+    for placed in (model, loaded):
+        weight = placed.backbone.layers[1].mixer.out_proj.weight[...]
+        assert weight.addressable_shards[0].data.size == weight.size // 8
+        np.testing.assert_allclose(np.asarray(placed(ids).logits), want, rtol=1e-4, atol=1e-5)
