@@ -145,6 +145,10 @@ def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> 
 
         matrix = MuonDimensionNumbers(0, -1)  # an axis between them holds matrices side by side
         dimensions = {name: matrix if projection(name) else None for name in names}
+
+        def chosen(tree: Any) -> Any:
+            return {name: dimensions[name] for name in tree}
+
         update = muon(
             rate,
             weight_decay=config.weight_decay,
@@ -154,7 +158,7 @@ def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> 
             adam_b2=config.beta2,
             eps=config.eps,
             adam_weight_decay=config.weight_decay,
-            muon_weight_dimension_numbers=lambda tree: {name: dimensions[name] for name in tree},
+            muon_weight_dimension_numbers=chosen,
         )
     else:
         update = optax.adamw(
