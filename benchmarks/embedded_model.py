@@ -4,6 +4,8 @@
     python benchmarks/embedded_model.py train --output $RUN      # Ctrl-C stops it; again to go on
     python benchmarks/embedded_model.py finish --output $RUN --steps 1000
     python benchmarks/embedded_model.py export --output $RUN --folder mamba2_jax/assets/tiny-python
+    python benchmarks/embedded_model.py expect --folder mamba2_jax/assets/tiny-python \
+        --output tests/data/expected_greedy.json
     python benchmarks/embedded_model.py table --folders new mamba2_jax/assets/tiny-python old FOLDER
 
 `train` warms up and stays at the highest learning rate for as long as it is let; `finish` lets the rate
@@ -17,6 +19,7 @@ core, and more than ten of them should be wanted. In float32, because bfloat16 t
 
 import ast
 import hashlib
+import json
 import lzma
 import pathlib
 import re
@@ -47,6 +50,13 @@ from mamba2_jax.training import (
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
 HELD_OUT = 20  # one file in so many
+PROMPTS = (
+    "def fibonacci(n):\n",
+    "import os\nimport sys\n\nclass ",
+    "for i in range(",
+    "    def __init__(self, name):\n        ",
+    "try:\n    import json\nexcept ",
+)
 END, PAD = "<|endoftext|>", "<|pad|>"
 LIBRARY = pathlib.Path(sysconfig.get_paths()["stdlib"])
 
@@ -86,6 +96,14 @@ class Export:
 
     output: pathlib.Path
     folder: pathlib.Path
+
+
+@dataclass(frozen=True)
+class Expect:
+    """Let transformers write with the exported weights: what the tests want this package to write."""
+
+    folder: pathlib.Path
+    output: pathlib.Path
 
 
 @dataclass(frozen=True)
@@ -252,6 +270,39 @@ def export(options: Export) -> None:
     print(f"{draw(options.output)}: the loss of both stages")
 
 
+def expect(options: Expect) -> None:
+    """Continue a few prompts greedily, without transformers' cache, in float32 on the stored weights."""
+    import torch
+    import transformers
+
+    model = transformers.Mamba2ForCausalLM.from_pretrained(options.folder, dtype=torch.float32).eval()
+    tokenizer = load_tokenizer(options.folder)
+    cases = []
+    for prompt in PROMPTS:
+        prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
+        ids = torch.tensor([prompt_ids])
+        with torch.no_grad():
+            first = model(ids, use_cache=False).logits[0, -1].topk(5)
+            for _ in range(64):
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+        top = zip(first.indices.tolist(), first.values.tolist(), strict=True)
+        cases.append(
+            {
+                "prompt": prompt,
+                "input_ids": prompt_ids,
+                "new_tokens": ids[0, len(prompt_ids) :].tolist(),
+                "text": tokenizer.decode(ids[0]),
+                "last_prompt_logits_top5": list(top),
+            }
+        )
+    made_with = (
+        f"transformers {transformers.__version__}, torch {torch.__version__}, "
+        "float32 compute from the stored bfloat16 weights, greedy, no cache"
+    )
+    options.output.write_text(json.dumps({"made_with": made_with, "cases": cases}, indent=1) + "\n")
+    print(*(case["text"] for case in cases), sep="\n---\n")
+
+
 def draw(output: pathlib.Path) -> pathlib.Path:
     """Draw the losses of `train` and, behind them, of `finish`."""
     stages = [read_metrics(output / stage / METRICS_FILE) for stage in ("stable", "finish")]
@@ -332,6 +383,6 @@ def parses(text: str) -> bool:
 
 
 if __name__ == "__main__":
-    commands = {Train: train, Finish: finish, Export: export, Table: table}
-    chosen = tyro.cli(Train | Finish | Export | Table)
+    commands = {Train: train, Finish: finish, Export: export, Expect: expect, Table: table}
+    chosen = tyro.cli(Train | Finish | Export | Expect | Table)
     commands[type(chosen)](chosen)

@@ -8,7 +8,7 @@ from typing import cast
 __all__ = ["EMBEDDED_MODEL", "resolve_folder", "upload_folder"]
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
-"""The model inside the package: a small Mamba-2 trained with PyTorch on Python's standard library."""
+"""The model inside the package: a small Mamba-2 trained with this package on Python's standard library."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "tokenizer*"]

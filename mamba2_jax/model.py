@@ -177,7 +177,7 @@ class Mamba2ForCausalLM(PretrainedModel):
 
     >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package
     >>> model(jnp.array([[1, 2, 3]])).logits.shape
-    (1, 3, 2048)
+    (1, 3, 4096)
     """
 
     def __init__(

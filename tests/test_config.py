@@ -440,7 +440,7 @@ def test_replace_keeps_what_follows_from_other_fields():
 def test_embedded_model_is_the_default():
     config = Mamba2Config.from_pretrained()
     assert config == Mamba2Config.from_dict(json.loads((EMBEDDED_MODEL / "config.json").read_text()))
-    assert config.num_parameters() == 1_893_804
+    assert config.num_parameters() == 2_776_928
 
 
 def test_params_json_and_config_json(tmp_path):

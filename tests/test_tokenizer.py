@@ -211,10 +211,10 @@ def test_broken_files_name_the_folder(name, content, tmp_path):
 
 def test_a_tokenizer_larger_than_the_model_is_refused():
     with pytest.raises(
-        ValueError, match="2048 ids, the model's vocab_size is 1000; they do not belong together"
+        ValueError, match="4096 ids, the model's vocab_size is 1000; they do not belong together"
     ):
         special_token_ids(load_tokenizer(), CONFIG)
-    special_token_ids(load_tokenizer(), CONFIG.replace(vocab_size=2048))
+    special_token_ids(load_tokenizer(), CONFIG.replace(vocab_size=4096))
 
 
 def test_special_ids_without_any_of_the_tokenizers_own(neox_folder, tmp_path):

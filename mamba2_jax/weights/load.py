@@ -6,7 +6,7 @@
 >>> folder = Path(weights.__file__).parents[1] / "assets" / "tiny-python"
 >>> arrays, report = load_weights(folder, Mamba2Config.from_pretrained(folder))
 >>> arrays["backbone.layers.0.mixer.in_proj.weight_zx"].shape
-(192, 2, 384)
+(256, 2, 512)
 >>> report.parameters == Mamba2Config.from_pretrained(folder).num_parameters()
 True
 """

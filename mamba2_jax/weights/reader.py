@@ -13,7 +13,7 @@ regular file, names and links that lead out of the folder, and an index that dis
 >>> with open_checkpoint(folder) as checkpoint:
 ...     info = checkpoint.tensors["backbone.layers.0.mixer.A_log"]
 >>> info.dtype, info.shape, info.nbytes
-('BF16', (6,), 12)
+('F32', (8,), 32)
 """
 
 import io
