@@ -21,9 +21,9 @@ from mamba2_jax.ops import ssd as public_ssd
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
 
-# float32 rounding of a few hundred products; at strong decay the exponents are differences of sums near
-# -1000, where one unit in the last place is 6e-5. float16 operands carry 11 bits.
-TOLERANCE = {"float32": 3e-6, "strong": 2e-4, "float16": 2e-3}
+# float32 rounding of a few hundred products; at strong decay also of exponents, differences of sums near
+# -1000, where one unit in the last place is 6e-5: but pairs so far apart weigh little. float16 has 11 bits.
+TOLERANCE = {"float32": 3e-6, "strong": 1e-5, "float16": 2e-3}
 small = partial(Case, b=1, h=2, g=1, p=16, n=16, l=40)
 CASES = [
     small("plain", D=None, initial_state=False),
