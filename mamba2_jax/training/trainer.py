@@ -77,7 +77,8 @@ class Trainer:
     The model's weights are left as they are until `fit` has ended; then it has the trained ones.
 
     Args:
-        model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some.
+        model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some;
+            with `config.mesh` it is moved onto that mesh.
         config: the options.
         data: files, folders, a hub dataset's id, records, or `Documents`.
         tokenizer: of the model; not needed for `Documents`.
@@ -87,7 +88,8 @@ class Trainer:
     Raises:
         FileExistsError: the output folder is in use, and `resume` is not set.
         FileNotFoundError: data that does not exist.
-        ValueError: no usable data, or options that do not fit it.
+        NotImplementedError: several processes.
+        ValueError: no usable data, or options that do not fit it or the devices.
     """
 
     def __init__(
@@ -117,6 +119,10 @@ class Trainer:
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
         self._mesh = config.mesh.make()
+        if jax.process_count() > 1:
+            raise NotImplementedError(
+                f"Trainer: {jax.process_count()} processes; it trains on the devices of one process"
+            )
         if self._mesh is not None:
             if not splits_batch(self._mesh, config.batch_size):
                 raise ValueError(
