@@ -14,8 +14,8 @@ out by a hash of its path. All is seeded: the same Python, jax, machine and step
 
 Of Python 3.11 it reads 1,662 files, 29.2 MB, 8.7 million tokens. With the defaults (2.8 million parameters,
 5.6 MB) a step of 2048 tokens took 0.95 seconds of one core of a Xeon with AMX; the model in the package has
-seen 4,437 steps of `train` and 1,000 of `finish`, an hour and a half. Muon, because after the first 250
-steps at the best learning rate of each it was 0.2 nats ahead of AdamW; float32, because bfloat16 took as long.
+seen 4,437 steps of `train` and 1,000 of `finish`, an hour and a half. Muon, because after 250 steps at the
+best learning rate of each it was 0.2 nats ahead of AdamW; float32, because bfloat16 took as long.
 """
 
 import ast
