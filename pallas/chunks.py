@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mamba2_jax.ops.segments import document_starts
-
 
 def decays(dt: jax.Array, A: jax.Array, chunk: int) -> jax.Array:
     """Return `(b, h, c, 2, chunk)` float32: log_decay, dt. `dt (b, l, h)` is padded with zeros."""
@@ -38,6 +36,17 @@ def document_ends(segment_ids: jax.Array, chunk: int) -> jax.Array:
     after = jnp.concatenate([at_or_after[..., 1:], jnp.full_like(here[..., :1], chunk)], axis=-1)
     first = jnp.broadcast_to(at_or_after[..., :1], here.shape)
     return jnp.stack([after - 1, first], axis=2)
+
+
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """Mark the tokens at which the state is reset, `(b, l)`: the first of each document but the row's first.
+
+    Segment id 0 is padding and belongs to the document before it; any other id that differs from its left
+    neighbour's starts a document. The initial state passes over padding to the row's first document.
+    """
+    left = jnp.pad(segment_ids[:, :-1], ((0, 0), (1, 0)))
+    starts = (segment_ids != 0) & (segment_ids != left)
+    return starts & (jnp.cumsum(starts, axis=1) > 1)
 
 
 def split(array: jax.Array, chunk: int) -> jax.Array:

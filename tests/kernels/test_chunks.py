@@ -34,6 +34,14 @@ def random_ids(rng, b, l):
     return jnp.asarray(ids, jnp.int32)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_document_starts_are_those_of_the_project(seed):
+    ids = random_ids(np.random.default_rng(seed), 4, 40)
+    want = segments.document_starts(ids)
+    np.testing.assert_array_equal(chunks.document_starts(ids), want)
+    np.testing.assert_array_equal(chunks.document_starts(segments.document_index(ids)), want)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_document_ends_by_brute_force(seed):
     chunk, ids = 16, random_ids(np.random.default_rng(seed), 3, 40)
