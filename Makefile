@@ -22,8 +22,8 @@ help:
 
 demo: $(DEMO_VENV)/.installed
 	@echo "==> mamba2-jax generate: a few seconds of compiling, then Python"
-	@$(DEMO_VENV)/bin/mamba2-jax generate --echo --max-new-tokens 160 \
-		--temperature 0.6 --top-p 0.9 --repetition-penalty 1.05 --seed 1 \
+	@$(DEMO_VENV)/bin/mamba2-jax generate --echo --max-new-tokens 100 \
+		--temperature 0.8 --top-p 0.9 --repetition-penalty 1.15 --seed 2 \
 		$$'class Queue:\n    """A queue of items."""\n\n    def __init__(self'
 
 test: $(VENV)/.installed
