@@ -88,6 +88,7 @@ class CausalConv1d(Adaptable):
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
+        self.num_groups = config.n_groups
         bound = 1 / math.sqrt(taps)
         self.weight_x = uniform(rngs, (taps, inner), bound, param_dtype)
         self.weight_BC = uniform(rngs, (taps, 2, group_width), bound, param_dtype)
@@ -102,14 +103,13 @@ class CausalConv1d(Adaptable):
         state: ConvState | None,
         rows: Rows,
         mesh: Mesh | None,
-        num_groups: int,
     ) -> tuple[Array, Array, ConvState]:
         """Convolve a sequence, split over the mesh if there is one; returns x, BC and the state after it."""
         convolve_x = convolve_BC = causal_conv1d
         if mesh is not None:
             convolve_x = partial(causal_conv1d_sharded, mesh=mesh)
-            whole = num_groups % mesh.shape["tensor"] != 0
-            convolve_BC = partial(causal_conv1d_sharded, mesh=mesh, channel_axis=None if whole else -1)
+            axis = None if self.num_groups % mesh.shape["tensor"] else -1
+            convolve_BC = partial(causal_conv1d_sharded, mesh=mesh, channel_axis=axis)
         x, state_x = convolve_x(
             x,
             self.taps("weight_x"),
@@ -224,7 +224,7 @@ class Mamba2Mixer(nnx.Module):
     def _sequence(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch, length, _ = x.shape
         mesh = self.mesh if self._divides(batch, length) else None
-        x, BC, conv = self.conv1d(x, BC, state.conv, rows, mesh, self.num_groups)
+        x, BC, conv = self.conv1d(x, BC, state.conv, rows, mesh)
         B, C = (BC[:, :, i].reshape(batch, length, self.num_groups, self.state_dim) for i in (0, 1))
         scan = ssd if mesh is None else partial(ssd_sharded, mesh=mesh)
         y, ssm = scan(
@@ -241,14 +241,18 @@ class Mamba2Mixer(nnx.Module):
         return y.reshape(batch, length, -1), LayerState(conv, ssm.astype(state.ssm.dtype), None)
 
     def _divides(self, batch: int, length: int) -> bool:
-        """Whether each device gets whole rows, heads and groups, and tokens enough for the convolution."""
+        """Whether there is a mesh and each device gets whole rows, heads and groups, and tokens enough.
+
+        Where not, the compiler splits the convolution and the scan as it does the rest.
+        """
         if self.mesh is None:
             return False
         tensor, pieces = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
         groups_fit = self.num_groups % tensor == 0 or tensor % self.num_groups == 0
-        reach = self.conv1d.weight_x.shape[0] - 1
-        heads_fit = self.num_heads % tensor == 0 and groups_fit
-        return splits_batch(self.mesh, batch) and heads_fit and -(-length // pieces) >= reach
+        tokens, reach = -(-length // pieces), self.conv1d.weight_x.shape[0] - 1
+        return (
+            splits_batch(self.mesh, batch) and self.num_heads % tensor == 0 and groups_fit and tokens >= reach
+        )
 
     def _one_token(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
         batch = x.shape[0]

@@ -82,18 +82,18 @@ class PretrainedModel(nnx.Module):
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
         config = Mamba2Config.from_pretrained(folder)
-        mesh = sharding if isinstance(sharding, Mesh) else None
-        if mesh is not None:
+        place, mesh = sharding, None
+        if isinstance(sharding, Mesh):
+            mesh = sharding
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
-            paths = (
-                leaf.path for stored in checkpoint_table(config, cls._has_head) for leaf in stored.leaves
-            )
-            sharding = parameter_shardings(list(paths), config, mesh).__getitem__
+            table = checkpoint_table(config, cls._has_head)
+            paths = [leaf.path for stored in table for leaf in stored.leaves]
+            place = parameter_shardings(paths, config, mesh).__getitem__
         arrays, load_report = load_weights(
             folder,
             config,
             param_dtype=param_dtype,
-            sharding=sharding,  # pyright: ignore[reportArgumentType]
+            sharding=place,
             allow_non_finite=allow_non_finite,
             head=cls._has_head,
         )

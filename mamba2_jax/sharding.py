@@ -142,8 +142,11 @@ def token_sharding(mesh: Mesh, batch: int, length: int) -> NamedSharding:
 
     Args:
         mesh: with axes out of `AXES`.
-        batch: rows.
-        length: tokens of a row.
+        batch: rows, `b`.
+        length: tokens of a row, `l`.
+
+    Returns:
+        For the first two axes of an array; the others are whole on every device.
     """
     rows = BATCH if splits_batch(mesh, batch) else None
     tokens = None if length % axis_size(mesh, "sequence") else "sequence"

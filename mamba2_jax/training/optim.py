@@ -27,7 +27,8 @@ class OptimConfig:
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     """muon makes the updates of the blocks' projections orthogonal, and gives the rest to AdamW with
-    Nesterov's momentum; for training from random weights, where it needs fewer tokens."""
+    Nesterov's momentum; for training from random weights, where it needs fewer tokens. Its own momentum is
+    0.95."""
     learning_rate: float = 1e-4
     """The highest, after warming up."""
     schedule: Schedule = "cosine"

@@ -8,6 +8,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ssd_cases import segment_ids
 
+from mamba2_jax import Mamba2Config
+
 AXES = ("data", "fsdp", "sequence", "tensor")
 SIZES = {
     "sequence 8": {"sequence": 8},
@@ -16,6 +18,12 @@ SIZES = {
     "tensor 8": {"tensor": 8},
     "data 8": {"data": 8},
 }
+
+
+def small_config(num_groups: int, **changes) -> Mamba2Config:
+    """Two layers that eight devices divide along every axis but the groups."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16}
+    return Mamba2Config(**sizes, n_groups=num_groups, **{"vocab_size": 96, "pad_token_id": 0, **changes})
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

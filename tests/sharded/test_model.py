@@ -9,8 +9,9 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import small_config
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax import Mamba2ForCausalLM, generate
 from mamba2_jax.sharding import BATCH, make_mesh, parameter_shardings
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -26,16 +27,7 @@ IDS = np.random.default_rng(0).integers(3, 96, (8, 21))
 
 @functools.cache
 def saved(num_groups: int, folder: str):
-    config = Mamba2Config(
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_heads=8,
-        head_dim=8,
-        state_size=16,
-        n_groups=num_groups,
-        vocab_size=96,
-        pad_token_id=0,
-    )
+    config = small_config(num_groups)
     model = Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
     model.save_pretrained(f"{folder}/{num_groups}")
     return f"{folder}/{num_groups}", config
