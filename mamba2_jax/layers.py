@@ -21,16 +21,16 @@ from mamba2_jax.attention import AttentionMixer
 from mamba2_jax.cache import ConvState
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.lora.adapters import Adaptable
+from mamba2_jax.mixer_on_mesh import Part, can_mix_on_mesh, mix_on_mesh
 from mamba2_jax.ops import (
-    causal_conv1d,
-    causal_conv1d_sharded,
     causal_conv1d_step,
     gated_rms_norm,
     silu_gate,
-    ssd,
-    ssd_sharded,
     ssd_step,
 )
+from mamba2_jax.ops.causal_conv1d_sharded import convolve_a_piece
+from mamba2_jax.ops.mesh import own_group
+from mamba2_jax.ops.ssd_sharded import ssd_of_a_piece
 from mamba2_jax.parts import (
     GatedMLP,
     LayerState,
@@ -44,7 +44,6 @@ from mamba2_jax.parts import (
     value_of,
     zeros,
 )
-from mamba2_jax.sharding import splits_batch
 from mamba2_jax.typing import Array, DTypeLike, Float
 
 
@@ -88,7 +87,6 @@ class CausalConv1d(Adaptable):
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
-        self.num_groups = config.n_groups
         bound = 1 / math.sqrt(taps)
         self.weight_x = uniform(rngs, (taps, inner), bound, param_dtype)
         self.weight_BC = uniform(rngs, (taps, 2, group_width), bound, param_dtype)
@@ -100,30 +98,15 @@ class CausalConv1d(Adaptable):
         self,
         x: Float[Array, "b l e"],
         BC: Float[Array, "b l 2 gn"],
-        state: ConvState | None,
+        state: ConvState,
         rows: Rows,
-        mesh: Mesh | None,
+        num_pieces: int,
     ) -> tuple[Array, Array, ConvState]:
-        """Convolve a sequence, split over the mesh if there is one; returns x, BC and the state after it."""
-        convolve_x = convolve_BC = causal_conv1d
-        if mesh is not None:
-            convolve_x = partial(causal_conv1d_sharded, mesh=mesh)
-            axis = None if self.num_groups % mesh.shape["tensor"] else -1
-            convolve_BC = partial(causal_conv1d_sharded, mesh=mesh, channel_axis=axis)
-        x, state_x = convolve_x(
-            x,
-            self.taps("weight_x"),
-            value_of(self.bias_x),
-            initial_state=None if state is None else state.x,
-            segment_ids=rows.marks,
-        )
-        BC, state_BC = convolve_BC(
-            BC,
-            self.taps("weight_BC"),
-            value_of(self.bias_BC),
-            initial_state=None if state is None else state.BC,
-            segment_ids=rows.marks,
-        )
+        """Convolve a sequence, or one of `num_pieces` of it; returns x, BC and the state after it."""
+        marks = None if rows.marks is None else rows.marks.astype(jnp.int32)
+        convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
+        x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, marks)
+        BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, marks)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
     def step(
@@ -157,8 +140,8 @@ class Mamba2Mixer(nnx.Module):
         ssd_implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        self.num_heads, self.head_dim = config.num_heads, config.head_dim
-        self.num_groups, self.state_dim = config.n_groups, config.state_size
+        self.config = config
+        self.head_dim, self.state_dim = config.head_dim, config.state_size
         self.time_step_limit = config.time_step_limit
         self.norm_before_gate = config.norm_before_gate
         self.dtype = jnp.dtype(dtype)
@@ -168,9 +151,9 @@ class Mamba2Mixer(nnx.Module):
         self.in_proj = InProjection(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv1d = CausalConv1d(config, param_dtype=param_dtype, rngs=rngs)
         self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs).astype(param_dtype))
-        A = jax.random.uniform(rngs.params(), (self.num_heads,), jnp.float32, 1.0, 16.0)
+        A = jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, 1.0, 16.0)
         self.A_log = nnx.Param(jnp.log(A).astype(param_dtype))
-        skips = (self.num_heads, self.head_dim) if config.D_has_hdim else (self.num_heads,)
+        skips = (config.num_heads, self.head_dim) if config.D_has_hdim else (config.num_heads,)
         self.D = nnx.Param(jnp.ones(skips, param_dtype))
         self.norm = RMSNorm(config.d_ssm, config.layer_norm_epsilon, param_dtype) if config.rmsnorm else None
         self.out_proj = Projection(
@@ -196,20 +179,26 @@ class Mamba2Mixer(nnx.Module):
         Returns:
             The float32 update of the residual stream `(b, l, d)`, and the state after the sequence.
         """
+        if can_mix_on_mesh(self):
+            return mix_on_mesh(self, hidden, state, rows)
+        return self.mix(hidden, state, rows, Part())
+
+    def mix(self, hidden: Array, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
+        """`__call__` on one device: of the whole, or inside a `shard_map` of a part of it."""
         z, x, BC, dt = self.in_proj(hidden)
         dt = jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype))
         dt = jnp.clip(dt, *self.time_step_limit)  # (b, l, h) float32
         if rows.mask is not None:
             dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a token that does not count changes nothing
-        mix = self._one_token if hidden.shape[1] == 1 else self._sequence
-        y, state = mix(x, BC, dt, state, rows)
-        y = self._gate(y, z)
+        scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
+        y, state = scan(x, BC, dt, state, rows, part)
+        y = self._gate(y, z, part)
         beside = self.in_proj.mlp(hidden)
         if beside is not None:
             y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
         return self.out_proj(y), state
 
-    def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"]) -> Float[Array, "b l e"]:
+    def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
         if self.norm is None:
             return silu_gate(y, z)
         return gated_rms_norm(
@@ -217,51 +206,47 @@ class Mamba2Mixer(nnx.Module):
             z,
             self.norm.weight[...],
             eps=self.norm.eps,
-            num_groups=self.num_groups,
+            num_groups=1 if part.devices_per_group > 1 else self._groups,
             norm_before_gate=self.norm_before_gate,
+            combine=partial(part.mean_over_group, num_groups=self._groups),
         )
 
-    def _sequence(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
-        batch, length, _ = x.shape
-        mesh = self.mesh if self._divides(batch, length) else None
-        x, BC, conv = self.conv1d(x, BC, state.conv, rows, mesh)
-        B, C = (BC[:, :, i].reshape(batch, length, self.num_groups, self.state_dim) for i in (0, 1))
-        scan = ssd if mesh is None else partial(ssd_sharded, mesh=mesh)
-        y, ssm = scan(
-            x.reshape(batch, length, self.num_heads, self.head_dim),
+    def _sequence(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
+        x, BC, conv = self.conv1d(x, BC, state.conv, rows, part.num_pieces)
+        B, C = self._split_BC(BC, part)
+        y, ssm = ssd_of_a_piece(
+            x.reshape(*dt.shape, self.head_dim),
             dt,
             self._A(),
             B,
             C,
-            D=self.D[...],
-            initial_state=state.ssm,
-            segment_ids=rows.segment_ids,
+            self.D[...],
+            state.ssm,
+            rows.segment_ids,
+            num_pieces=part.num_pieces,
             implementation=self.ssd_implementation,
         )
-        return y.reshape(batch, length, -1), LayerState(conv, ssm.astype(state.ssm.dtype), None)
+        return y.reshape(x.shape), LayerState(conv, ssm.astype(state.ssm.dtype), None)
 
-    def _divides(self, batch: int, length: int) -> bool:
-        """Whether there is a mesh and each device gets whole rows, heads and groups, and tokens enough.
-
-        Where not, the compiler splits the convolution and the scan as it does the rest.
-        """
-        if self.mesh is None:
-            return False
-        tensor, pieces = self.mesh.shape["tensor"], self.mesh.shape["sequence"]
-        groups_fit = self.num_groups % tensor == 0 or tensor % self.num_groups == 0
-        tokens, reach = -(-length // pieces), self.conv1d.weight_x.shape[0] - 1
-        return (
-            splits_batch(self.mesh, batch) and self.num_heads % tensor == 0 and groups_fit and tokens >= reach
-        )
-
-    def _one_token(self, x, BC, dt, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
-        batch = x.shape[0]
+    def _one_token(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
         x, BC, conv = self.conv1d.step(x[:, 0], BC[:, 0], state.conv)
         conv = keep_rows(rows.mask, conv, state.conv)
-        B, C = (BC[:, i].reshape(batch, self.num_groups, self.state_dim) for i in (0, 1))
-        heads = x.reshape(batch, self.num_heads, self.head_dim)
+        B, C = self._split_BC(BC, part)
+        heads = x.reshape(x.shape[0], -1, self.head_dim)
         y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, state.ssm, D=self.D[...])
-        return y.reshape(batch, 1, -1), LayerState(conv, ssm, None)
+        return y.reshape(x.shape[0], 1, -1), LayerState(conv, ssm, None)
+
+    def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
+        """Take B and C apart, the groups of this device's heads only."""
+        BC = BC.reshape(*BC.shape[:-1], self._groups, self.state_dim)
+        if part.devices_per_group > 1:
+            BC = own_group(BC, part.devices_per_group, axis=BC.ndim - 2)
+        return [BC[..., i, :, :] for i in (0, 1)]
+
+    @property
+    def _groups(self) -> int:
+        """How many groups of B and C there are: on a mesh, on this device."""
+        return self.in_proj.weight_BC.shape[-1] // self.state_dim
 
     def _A(self) -> Float[Array, " h"]:
         return -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32)))

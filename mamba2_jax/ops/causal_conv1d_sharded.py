@@ -90,7 +90,7 @@ def causal_conv1d_sharded(
 
     x_spec, state_spec = P(BATCH, SEQUENCE, *channels), P(BATCH, None, *channels)
     run = jax.shard_map(
-        partial(_convolve_a_piece, num_pieces=num_pieces, activation=activation),
+        partial(convolve_a_piece, num_pieces=num_pieces, activation=activation),
         mesh=mesh,
         in_specs=(x_spec, P(None, *channels), P(*channels), state_spec, P(BATCH, SEQUENCE)),
         out_specs=(x_spec, state_spec),
@@ -100,8 +100,11 @@ def causal_conv1d_sharded(
     return y[:, :length], state
 
 
-def _convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces, activation):
-    """Run one device's part: its rows, its tokens, its channels. Arguments as in `causal_conv1d_sharded`."""
+def convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces, activation):
+    """Run one device's part inside a `shard_map`: its rows, its tokens, its channels.
+
+    Arguments as in `causal_conv1d_sharded`, and `num_pieces`, which the tokens are cut into.
+    """
     convolve = partial(causal_conv1d, weight=weight, bias=bias, activation=activation)
     if num_pieces == 1:
         return convolve(x, initial_state=initial_state, segment_ids=segment_ids)

@@ -53,6 +53,20 @@ def from_piece(piece: int | Int[Array, " b"], x: Array) -> Array:
     return jax.lax.psum(where_rows(mine, x), SEQUENCE)
 
 
+def own_group(x: Array, devices_per_group: int, axis: int) -> Array:
+    """Of all groups along `axis`, take the one that this device's heads belong to."""
+    group = jax.lax.axis_index(TENSOR) // devices_per_group
+    return jax.lax.dynamic_slice_in_dim(x, group, 1, axis=axis)
+
+
+def mean_over_group(x: Array, num_groups: int, devices_per_group: int) -> Array:
+    """Average `x` over the devices of the tensor axis that share a group: one sum for all groups."""
+    group = jax.lax.axis_index(TENSOR) // devices_per_group
+    mine = jax.nn.one_hot(group, num_groups, dtype=x.dtype)  # (g,)
+    sums = jax.lax.psum(x[..., None] * mine, TENSOR)
+    return (sums * mine).sum(axis=-1) / devices_per_group
+
+
 def where_rows(rows: Bool[Array, " b"], x: Array, otherwise: Array | float = 0.0) -> Array:
     """Keep `x (b, ...)` where `rows` is true."""
     return jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.asarray(otherwise, x.dtype))

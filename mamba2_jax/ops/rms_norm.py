@@ -1,5 +1,7 @@
 """RMSNorm, plain and gated by groups. float32 inside."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,7 @@ def gated_rms_norm(
     eps: float = 1e-5,
     num_groups: int = 1,
     norm_before_gate: bool = False,
+    combine: Callable[[Array], Array] = lambda mean_square: mean_square,
 ) -> Float[Array, "*b e"]:
     r"""RMSNorm of `y * silu(z)`, each of `num_groups` equal groups of channels by itself.
 
@@ -48,6 +51,8 @@ def gated_rms_norm(
         eps: added to the mean square of each group.
         num_groups: groups of `e / num_groups` neighbouring channels; the model's `n_groups`.
         norm_before_gate: norm `y` first and gate the result. False in every published model.
+        combine: applied to the mean squares `(..., num_groups, 1)`: inside `shard_map`, where a group's
+            channels lie on several devices, it averages over them.
 
     Returns:
         `(..., e)` in the dtype of `y`; computed in float32 (float64 when `y` is).
@@ -68,15 +73,21 @@ def gated_rms_norm(
     full = jnp.promote_types(y.dtype, jnp.float32)
     gate, weight, value = jax.nn.silu(z.astype(full)), weight.astype(full), y.astype(full)
     if norm_before_gate:
-        out = _normalize(value, weight, eps, num_groups) * gate
+        out = _normalize(value, weight, eps, num_groups, combine) * gate
     else:
-        out = _normalize(value * gate, weight, eps, num_groups)
+        out = _normalize(value * gate, weight, eps, num_groups, combine)
     return out.astype(y.dtype)
 
 
-def _normalize(x: Array, weight: Array, eps: float, num_groups: int) -> Array:
+def _normalize(
+    x: Array,
+    weight: Array,
+    eps: float,
+    num_groups: int,
+    combine: Callable[[Array], Array] = lambda mean_square: mean_square,
+) -> Array:
     grouped = x.reshape(*x.shape[:-1], num_groups, -1)
-    mean_square = jnp.mean(jnp.square(grouped), axis=-1, keepdims=True)
+    mean_square = combine(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True))
     return (grouped * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape) * weight
 
 

@@ -37,6 +37,7 @@ from mamba2_jax.ops.mesh import (
     check_mesh,
     from_piece,
     look_left,
+    own_group,
     pad_tokens,
     where_rows,
 )
@@ -111,7 +112,7 @@ def ssd_sharded(
     check_mesh(op, mesh)
     check_divides(op, mesh, "batch", batch, *BATCH)
     check_divides(op, mesh, "num_heads", num_heads, TENSOR)
-    devices_per_group = _devices_per_group(op, B.shape[2], axis_size(mesh, TENSOR))
+    per_group = devices_per_group(op, B.shape[2], axis_size(mesh, TENSOR))
 
     num_pieces = axis_size(mesh, SEQUENCE)
     padding = -length % num_pieces
@@ -120,13 +121,13 @@ def ssd_sharded(
         segment_ids = pad_tokens(segment_ids.astype(jnp.int32), padding)
 
     by_head = P(BATCH, SEQUENCE, TENSOR)
-    by_group = by_head if devices_per_group == 1 else P(BATCH, SEQUENCE)
+    by_group = by_head if per_group == 1 else P(BATCH, SEQUENCE)
     state_spec = P(BATCH, TENSOR)
     run = jax.shard_map(
         partial(
-            _ssd_of_a_piece,
+            ssd_of_a_piece,
             num_pieces=num_pieces,
-            devices_per_group=devices_per_group,
+            devices_per_group=per_group,
             chunk_size=chunk_size,
             implementation=implementation,
         ),
@@ -140,13 +141,16 @@ def ssd_sharded(
     return y[:, :length], state
 
 
-def _ssd_of_a_piece(
-    x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group, **options
+def ssd_of_a_piece(
+    x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group=1, **options
 ):
-    """Run one device's part: its rows, its tokens, its heads. Arguments as in `ssd_sharded`."""
+    """Run one device's part inside a `shard_map`: its rows, its tokens, its heads.
+
+    Arguments as in `ssd_sharded`, and `num_pieces`, which the tokens are cut into. Where several neighbouring
+    devices of the tensor axis share a group, `devices_per_group`, B and C come with all groups.
+    """
     if devices_per_group > 1:
-        group = jax.lax.axis_index(TENSOR) // devices_per_group
-        B, C = (jax.lax.dynamic_slice_in_dim(array, group, 1, axis=2) for array in (B, C))
+        B, C = (own_group(array, devices_per_group, axis=2) for array in (B, C))
     scan = partial(ssd, D=D, segment_ids=segment_ids, **options)
     if num_pieces == 1:
         return scan(x, dt, A, B, C, initial_state=initial_state)
@@ -236,7 +240,7 @@ def _select(condition: Array, one: Map, other: Map) -> Map:
     return jnp.where(condition, one[0], other[0]), jnp.where(condition, one[1], other[1])
 
 
-def _devices_per_group(op: str, num_groups: int, devices: int) -> int:
+def devices_per_group(op: str, num_groups: int, devices: int) -> int:
     """How many neighbouring devices of the tensor axis share a group; 1 also when each has several."""
     if num_groups % devices and devices % num_groups:
         raise ValueError(

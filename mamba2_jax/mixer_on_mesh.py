@@ -1,0 +1,140 @@
+"""A Mamba-2 mixer on a mesh of devices: each runs its own rows, tokens and heads, and says when to send.
+
+Left to itself, the compiler adds up the gradients of z and x, of B and C, and of dt over `tensor` one by one.
+Here the whole mixer is one `shard_map`, and what it sends is written down:
+
+| over | forward | backward |
+|---|---|---|
+| `tensor` | the sum of all heads' updates `(b, l, d)` | the sum of the gradients of `hidden` `(b, l, d)` |
+| | where a group of the gated norm spans devices: its mean square `(b, l, g)` | as many |
+| `fsdp` | the matrices, gathered before use and dropped after | gathered again; gradients, summed and split |
+| `sequence` | see `ops.ssd_sharded` and `ops.causal_conv1d_sharded` | |
+
+Gradients of what devices hold in common are summed over them. A device's heads never need another's.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from mamba2_jax.cache import ConvState
+from mamba2_jax.ops.mesh import BATCH, SEQUENCE, TENSOR, mean_over_group, pad_tokens
+from mamba2_jax.parts import LayerState, Rows
+from mamba2_jax.sharding import axis_size, parameter_spec, splits_batch
+from mamba2_jax.typing import Array, DTypeLike
+
+_GATHERED = "gathered"
+
+
+class Part(NamedTuple):
+    """What a device must know of the others; by default there are none."""
+
+    num_pieces: int = 1
+    """That the tokens are cut into."""
+    devices_per_group: int = 1
+    """Neighbours on `tensor` whose heads share a group; 1 also when each has several groups."""
+
+    def mean_over_group(self, mean_square: Array, num_groups: int) -> Array:
+        """Average over the channels of a group that lie on other devices."""
+        if self.devices_per_group == 1:
+            return mean_square
+        return mean_over_group(mean_square, num_groups, self.devices_per_group)
+
+
+def can_mix_on_mesh(mixer: Any) -> bool:
+    """Whether there is a mesh that gives each device whole heads and groups.
+
+    Where not, the compiler splits the work as it can; also with dropout, which is drawn for all rows at once.
+    """
+    if mixer.mesh is None:
+        return False
+    config, tensor = mixer.config, mixer.mesh.shape[TENSOR]
+    groups_fit = config.n_groups % tensor == 0 or tensor % config.n_groups == 0
+    mixed = tensor > 1 and config.parallel_mlp_width  # rows of `out_proj` that are no head's
+    adapters = [*mixer.in_proj.adapters_in_use(), *mixer.out_proj.adapters_in_use()]
+    dropout = any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters)
+    return config.num_heads % tensor == 0 and groups_fit and not mixed and not dropout
+
+
+def mix_on_mesh(mixer: Any, hidden: Array, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
+    """`Mamba2Mixer.mix` over `mixer.mesh`: the same numbers, differentiable."""
+    mesh, config = mixer.mesh, mixer.config
+    batch, length, _ = hidden.shape
+    tensor = mesh.shape[TENSOR]
+    num_pieces = _count_pieces(length, mesh.shape[SEQUENCE], config.conv_kernel - 1)
+    part = Part(num_pieces, max(1, tensor // config.n_groups))
+    padding = -length % num_pieces
+    if padding:
+        hidden, rows = pad_tokens(hidden, padding), _pad_rows(rows, batch, length, padding)
+
+    batch_axes = BATCH if splits_batch(mesh, batch) else None
+    by_token = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
+    groups = None if part.devices_per_group > 1 else TENSOR
+    state_specs = LayerState(
+        ConvState(x=P(batch_axes, None, TENSOR), BC=P(batch_axes, None, None, groups)),
+        P(batch_axes, TENSOR),
+        None,
+    )
+    leaves, treedef = jax.tree.flatten_with_path(mixer)
+    paths = [_path(path) for path, _ in leaves]
+    specs = [parameter_spec(path, config, mesh) for path in paths]
+
+    def run(leaves, hidden, state, rows):
+        leaves = [
+            _here(leaf, path, spec, mixer.dtype)
+            for leaf, path, spec in zip(leaves, paths, specs, strict=True)
+        ]
+        update, state = jax.tree.unflatten(treedef, leaves).mix(hidden, state, rows, part)
+        return update[None], state
+
+    if axis_size(mesh, "fsdp") > 1:  # else the gathered matrices would be kept for the backward pass
+        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
+    update, state = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, P(batch_axes), by_token)),
+        # One update for each device of `tensor`, which are added up outside: inside, the sum's gradient
+        # would be summed once more.
+        out_specs=(P(TENSOR, *by_token), state_specs),
+        check_vma=False,  # a kernel and its custom gradient do not say over which axes their results vary
+    )([leaf for _, leaf in leaves], hidden, state, rows)
+    return update.sum(axis=0)[:, :length], state
+
+
+def _count_pieces(length: int, devices: int, reach: int) -> int:
+    """Cut a row over `devices`, unless the convolution would reach past its neighbour."""
+    return devices if length > 1 and -(-length // devices) >= reach else 1
+
+
+def _pad_rows(rows: Rows, batch: int, length: int, padding: int) -> Rows:
+    mask = jnp.ones((batch, length), bool) if rows.mask is None else rows.mask
+    rows = rows._replace(mask=mask)
+    return rows._replace(
+        **{
+            name: pad_tokens(getattr(rows, name), padding)
+            for name in ("mask", "segment_ids", "positions")
+            if getattr(rows, name) is not None
+        }
+    )
+
+
+def _path(path: tuple) -> str:
+    """Where a leaf is in a model; a weight set aside while adapters are merged lies like the weight."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return f"mixer.{name}".replace(".unmerged.", ".")
+
+
+def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
+    """A parameter as a device uses it: gathered over `fsdp`, in the compute dtype if that is narrower."""
+    if path == "mixer.out_proj.bias":  # the devices' updates are added up
+        return jnp.where(jax.lax.axis_index(TENSOR) == 0, leaf, 0)
+    for axis, name in enumerate(spec):
+        if name == "fsdp":
+            narrow = min(leaf.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+            gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
+            leaf = checkpoint_name(gather(leaf.astype(narrow)), _GATHERED)
+    return leaf
