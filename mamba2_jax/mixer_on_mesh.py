@@ -13,21 +13,17 @@ Here the whole mixer is one `shard_map`, and what it sends is written down:
 Gradients of what devices hold in common are summed over them. A device's heads never need another's.
 """
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from mamba2_jax.cache import ConvState
 from mamba2_jax.ops.mesh import BATCH, SEQUENCE, TENSOR, mean_over_group, pad_tokens
 from mamba2_jax.parts import LayerState, Rows
-from mamba2_jax.sharding import axis_size, parameter_spec, splits_batch
+from mamba2_jax.sharding import parameter_spec, splits_batch
 from mamba2_jax.typing import Array, DTypeLike
-
-_GATHERED = "gathered"
 
 
 class Part(NamedTuple):
@@ -91,9 +87,7 @@ def mix_on_mesh(mixer: Any, hidden: Array, state: LayerState, rows: Rows) -> tup
         update, state = jax.tree.unflatten(treedef, leaves).mix(hidden, state, rows, part)
         return update[None], state
 
-    if axis_size(mesh, "fsdp") > 1:  # else the gathered matrices would be kept for the backward pass
-        run = jax.checkpoint(run, policy=jax.checkpoint_policies.save_anything_except_these_names(_GATHERED))
-    update, state = jax.shard_map(
+    mix = jax.shard_map(
         run,
         mesh=mesh,
         in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, P(batch_axes), by_token)),
@@ -101,7 +95,10 @@ def mix_on_mesh(mixer: Any, hidden: Array, state: LayerState, rows: Rows) -> tup
         # would be summed once more.
         out_specs=(P(TENSOR, *by_token), state_specs),
         check_vma=False,  # a kernel and its custom gradient do not say over which axes their results vary
-    )([leaf for _, leaf in leaves], hidden, state, rows)
+    )
+    if mesh.shape["fsdp"] > 1:
+        mix = jax.checkpoint(mix, policy=_all_but_gathered)
+    update, state = mix([leaf for _, leaf in leaves], hidden, state, rows)
     return update.sum(axis=0)[:, :length], state
 
 
@@ -133,8 +130,12 @@ def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
     if path == "mixer.out_proj.bias":  # the devices' updates are added up
         return jnp.where(jax.lax.axis_index(TENSOR) == 0, leaf, 0)
     for axis, name in enumerate(spec):
-        if name == "fsdp":
+        if name == "fsdp" and jax.lax.axis_size("fsdp") > 1:
             narrow = min(leaf.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
-            gather = partial(jax.lax.all_gather, axis_name="fsdp", axis=axis, tiled=True)
-            leaf = checkpoint_name(gather(leaf.astype(narrow)), _GATHERED)
+            leaf = jax.lax.all_gather(leaf.astype(narrow), "fsdp", axis=axis, tiled=True)
     return leaf
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass may keep: a matrix kept whole would undo what `fsdp` is for."""
+    return primitive is not jax.lax.all_gather_p

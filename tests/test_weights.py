@@ -254,7 +254,7 @@ def test_every_problem_is_listed_before_anything_is_allocated(tmp_path, monkeypa
 
     edit_tensors(tmp_path, spoil)
     monkeypatch.setattr(jax, "device_put", None)
-    monkeypatch.setattr("mamba2_jax.weights.load._aligned_empty", None)
+    monkeypatch.setattr("mamba2_jax.weights.shards._aligned_empty", None)
     with pytest.raises(CheckpointError) as caught:
         load_weights(tmp_path, config)
     assert caught.value.problems == (

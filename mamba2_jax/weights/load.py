@@ -29,17 +29,14 @@ from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
-from mamba2_jax.weights.plan import label, plan_load, show_shape
+from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
+from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
-
-Placement = Sharding | jax.Device | None
-"""Where an array goes; None is JAX's default device."""
 
 _BLOCK_BYTES = 1 << 20
 _THREADS = 2  # one waits for the disk while one works; more share the cache and take half as long again
-_ALIGNMENT = 64  # JAX on CPU takes an aligned host array as it is, without a second copy
 
 
 def load_weights(
@@ -140,12 +137,14 @@ class _Loader:
         target, bad, overflown = wide, 0, 0
         for leaf in stored.leaves:
             target = self._target(leaf, wide)
-            host, leaf_bad, leaf_overflown = self._read_leaf(info, leaf, target)
+            placement = self.place(leaf.path)
+            shards = shards_of(leaf, target, placement)
+            leaf_bad, leaf_overflown = self._read_leaf(info, leaf, target, shards)
             bad, overflown = bad + leaf_bad, overflown + leaf_overflown
-            self.stored_dtypes[source.name] += host.size
-            self.param_dtypes[target.name] += host.size
+            self.stored_dtypes[source.name] += math.prod(leaf.shape)
+            self.param_dtypes[target.name] += math.prod(leaf.shape)
             if not self.problems:  # after a refusal the rest is only checked
-                self.arrays[leaf.path] = _put(host, leaf.path, self.place(leaf.path))
+                self.arrays[leaf.path] = _put(shards, leaf, placement)
         found = [f"{bad} NaN or infinite values" if bad else ""]
         found += [f"{overflown} values too large for {target.name}" if overflown else ""]
         if bad or overflown:
@@ -156,32 +155,38 @@ class _Loader:
                 self.problems.append(f"{message}; allow_non_finite=True takes them as they are")
                 self.arrays.clear()
 
-    def _read_leaf(self, info: TensorInfo, leaf: Leaf, target: np.dtype) -> tuple[np.ndarray, int, int]:
-        """Read one leaf in the model's layout and type; count its non-finite values and those cast too small.
+    def _read_leaf(
+        self, info: TensorInfo, leaf: Leaf, target: np.dtype, shards: list[Shard]
+    ) -> tuple[int, int]:
+        """Fill the shards of a leaf in the model's layout and type; count values not finite, and too large.
 
-        Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works.
+        Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works. Of
+        rows that no shard here has, nothing is read; of the others, what lies between the outermost numbers.
         """
-        host = _aligned_empty(leaf.shape, target)
-        rows = leaf.as_rows(host)
-        width = info.size // max(1, info.shape[0])
         stored = FLOAT_DTYPES[info.dtype]
+        first, last = (
+            min(shard.columns.start for shard in shards),
+            max(shard.columns.stop for shard in shards),
+        )
 
-        def read_block(first: int, last: int) -> tuple[int, int]:
-            out = rows[first:last]
-            direct = stored == target and out.flags.c_contiguous
-            block = out if direct else self.scratch.take("block", out.shape, stored)
-            self.checkpoint.read_rows(info.name, leaf.rows[0] + first, block)
+        def read_block(run: range) -> tuple[int, int]:
+            here = [(shard, shard.place_of(run)) for shard in shards]
+            here = [(shard.rows_view[place], shard.columns) for shard, place in here if place is not None]
+            out, columns = here[0]
+            direct = len(here) == 1 and stored == target and out.flags.c_contiguous
+            block = out if direct else self.scratch.take("block", (len(run), last - first), stored)
+            self.checkpoint.read_rows(info.name, leaf.rows[0] + run.start, block, first)
             converted, overflown = cast(block, target)
             bad = count_non_finite(converted) - overflown
             if not direct:
-                copy_rows(converted, out, self.scratch)
+                for out, columns in here:
+                    copy_rows(converted[:, columns.start - first : columns.stop - first], out, self.scratch)
             return bad, overflown
 
-        step = max(1, _BLOCK_BYTES // max(1, width * stored.itemsize))
-        starts = range(0, len(rows), step)
-        run = self.pool.map if len(starts) > 1 else map
-        counts = list(run(read_block, starts, (min(start + step, len(rows)) for start in starts)))
-        return host, sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
+        rows = max(1, _BLOCK_BYTES // max(1, (last - first) * stored.itemsize))
+        blocks = blocks_of(shards, rows)
+        counts = list((self.pool.map if len(blocks) > 1 else map)(read_block, blocks))
+        return sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
 
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
@@ -195,20 +200,12 @@ class _Loader:
             self.notes.append(note)
 
 
-def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX on CPU can take over without a copy."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    offset = -buffer.ctypes.data % _ALIGNMENT
-    return buffer[offset : offset + nbytes].view(dtype).reshape(shape)
-
-
-def _put(host: np.ndarray, path: str, placement: Placement) -> jax.Array:
+def _put(shards: list[Shard], leaf: Leaf, placement: Placement) -> jax.Array:
     """Place one array and wait for it, so that host copies do not pile up behind a slow transfer."""
-    try:
-        return jax.block_until_ready(jax.device_put(host, placement))
-    except ValueError as error:  # a sharding that does not divide the shape
-        raise ValueError(f"load_weights: cannot place {path} {show_shape(host.shape)}: {error}") from error
+    if not isinstance(placement, Sharding):
+        return jax.block_until_ready(jax.device_put(shards[0].array, placement))
+    pieces = [jax.device_put(shard.array, device) for shard in shards for device in shard.devices]
+    return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, placement, pieces))
 
 
 def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:

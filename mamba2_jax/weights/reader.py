@@ -115,18 +115,28 @@ class Checkpoint:
             self.read_rows(name, row, block)
             yield row, block
 
-    def read_rows(self, name: str, first_row: int, out: np.ndarray) -> None:
-        """Fill a contiguous array of the stored type with rows from `first_row` on. Threads may share this.
+    def read_rows(self, name: str, first_row: int, out: np.ndarray, first_column: int = 0) -> None:
+        """Fill a contiguous array `(rows, ...)` of the stored type with rows from `first_row` on.
+
+        Of each row it takes as many numbers as a row of `out` has, from `first_column` on, and nothing else
+        is read. Threads may share this.
 
         Raises:
             CheckpointError: the type is not a float's, or the file ends before the rows do.
         """
         info = self.tensors[name]
-        row_bytes = math.prod(info.shape[1:]) * _float_dtype(info).itemsize
-        start = info.start + first_row * row_bytes
-        if start + out.nbytes > info.stop:
+        itemsize = _float_dtype(info).itemsize
+        row_bytes = math.prod(info.shape[1:]) * itemsize
+        start, wanted = info.start + first_row * row_bytes, out.nbytes // max(1, len(out))
+        if first_column * itemsize + wanted > row_bytes or start + len(out) * row_bytes > info.stop:
             raise ValueError(f"read_rows: {len(out)} rows from {first_row} on go beyond {show(name)}")
-        read_exactly(self._files[info.file], info.file, start, out, f"tensor {show(name)}")
+        file, what = self._files[info.file], f"tensor {show(name)}"
+        if wanted == row_bytes:
+            read_exactly(file, info.file, start, out, what)
+            return
+        for row in out:
+            read_exactly(file, info.file, start + first_column * itemsize, row, what)
+            start += row_bytes
 
     def will_read(self, name: str) -> None:
         """Tell the system that this tensor is read next."""
