@@ -4,7 +4,7 @@ import dataclasses
 import signal
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
 import tyro
@@ -12,8 +12,30 @@ from tyro.conf import arg
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.hub import resolve_folder
+from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult
 from mamba2_jax.training.config import build, read_fields
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """Several processes that train as one, on one host or many: the same command in each."""
+
+    coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
+    """Of the first process; auto: as SLURM, Open MPI or Kubernetes say (None: one process)."""
+    count: int | None = None
+    """How many; not needed with auto."""
+    index: int | None = None
+    """Which one this is, from 0; not needed with auto."""
+    timeout: int = 100
+    """Seconds without a sign of life of one process after which all others end with an error."""
+
+    def start(self) -> None:
+        """Join the others, if there are any."""
+        if self.coordinator is not None:
+            start_processes(self.coordinator, self.count, self.index, timeout=self.timeout)
+        elif self.count is not None or self.index is not None:
+            raise ValueError("processes.count and processes.index need processes.coordinator: host:port")
 
 
 @dataclass(frozen=True)
@@ -35,11 +57,15 @@ class Finetune:
     """Likewise, never trained on (none: the share of `--data.eval-share`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 where the weights are stored so. What is trained is float32."""
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """Options in JSON or YAML."""
 
     def run(self, tell: Callable[[str], None]) -> TrainResult:
         """Train; `tell` is given lines for the user."""
+        self.processes.start()
+        if not is_first():
+            tell = _say_nothing
         folder = resolve_folder(self.model)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(
@@ -84,6 +110,10 @@ def finetune(arguments: Sequence[str], program: str, tell: Callable[[str], None]
     loss = "" if result.loss is None else f", loss {result.loss:.4f}"
     tell(f"{result.step} steps{loss}; metrics and the curve are in {result.output}")
     return 0
+
+
+def _say_nothing(line: str) -> None:
+    """In all processes but the first."""
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:

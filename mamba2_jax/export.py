@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.processes import is_first, meet
 from mamba2_jax.weights import (
     TOKENIZER_FILES,
     Outgoing,
+    file_order,
     new_folder,
     parse_size,
     progress_bar,
@@ -61,6 +63,9 @@ def write_checkpoint(
         content = config.to_state_spaces_dict()
     else:
         raise ValueError("the form 'state-spaces' has no model without a head; save a Mamba2ForCausalLM")
+    if not is_first():
+        _help_to_write(tensors, format, limit)
+        return
     with new_folder(target) as folder:
         write_json(folder / "config.json", content)
         _write_generation_config(folder, config, beside)
@@ -75,6 +80,15 @@ def write_checkpoint(
             else:
                 tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_word_embeddings else {}
                 write_torch(folder / "pytorch_model.bin", tensors, tied, advance)
+    meet("mamba2_jax: a checkpoint is written")
+
+
+def _help_to_write(tensors: Sequence[Outgoing], format: Format, limit: int) -> None:
+    """In another process than the one that writes: send it this process's pieces of each tensor."""
+    for tensor in file_order(tensors, limit) if format == "transformers" else tensors:
+        for _ in tensor.blocks():
+            pass
+    meet("mamba2_jax: a checkpoint is written")
 
 
 def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head: bool) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mamba2_jax.lora.peft import (
 )
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target
+from mamba2_jax.processes import is_first, meet
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError, show
 from mamba2_jax.weights.header import FLOAT_DTYPES
@@ -73,12 +74,9 @@ def save_lora(
         for key, array in to_peft(sites[path].target, adapter).items()
     }
     config = peft_config(adapters, sites, base_model, "CAUSAL_LM" if whole else "FEATURE_EXTRACTION")
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
-        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
-        pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS_NAME, CONFIG_NAME):
-            os.replace(f"{part}/{file}", folder / file)
+    if is_first():
+        _write(folder, tensors, config)
+    meet("mamba2_jax: an adapter is written")
     refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
     if refused:
         warnings.warn(
@@ -86,6 +84,15 @@ def save_lora(
             f" {folder}; for transformers, merge_lora and save the model",
             stacklevel=2,
         )
+
+
+def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
+        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
+        pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        for file in (TENSORS_NAME, CONFIG_NAME):
+            os.replace(f"{part}/{file}", folder / file)
 
 
 def load_lora(

@@ -17,6 +17,7 @@ import numpy as np
 from mamba2_jax.lora.adapters import Adapter
 from mamba2_jax.lora.settings import LoraConfig, check_pattern
 from mamba2_jax.lora.targets import Target, ends_in
+from mamba2_jax.processes import fetch
 from mamba2_jax.weights.files import (
     CheckpointError,
     open_regular,
@@ -48,8 +49,8 @@ def factor_shapes(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
 
 def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
     """An adapter's two tensors in PEFT's form, by their names below the module's."""
-    A = np.asarray(adapter.A[...]).T
-    B = {name: np.ascontiguousarray(value[...]) for name, value in adapter.B.items()}
+    A = fetch(adapter.A[...]).T
+    B = {name: np.ascontiguousarray(fetch(value[...])) for name, value in adapter.B.items()}
     if target.is_embedding:
         rows = [B["weight"].T]
     else:

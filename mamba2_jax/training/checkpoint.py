@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mamba2_jax.processes import is_first, meet
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
 
@@ -201,10 +202,12 @@ class Checkpoints:
         return restored["arrays"]
 
     def _put_aside(self, step: int) -> None:
-        aside = self._folder.with_name(f"{self._folder.name}-damaged")
-        aside.mkdir(exist_ok=True)
-        count = sum(1 for _ in aside.glob(f"{step}.*"))
-        (self._folder / str(step)).rename(aside / f"{step}.{count}")
+        if is_first():
+            aside = self._folder.with_name(f"{self._folder.name}-damaged")
+            aside.mkdir(exist_ok=True)
+            count = sum(1 for _ in aside.glob(f"{step}.*"))
+            (self._folder / str(step)).rename(aside / f"{step}.{count}")
+        meet(f"mamba2_jax: checkpoint {step} put aside")
         self._manager.reload()
 
 

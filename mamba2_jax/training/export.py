@@ -8,6 +8,7 @@ from typing import Any
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.processes import is_first
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
@@ -45,6 +46,6 @@ def save_result(
     model.save_pretrained(folder)
     if adapters:
         unmerge_lora(model)
-    if tokenizer is not None and not any(folder.glob("tokenizer*")):
+    if is_first() and tokenizer is not None and not any(folder.glob("tokenizer*")):
         tokenizer.save_pretrained(folder)
     report(f"model: {folder}")

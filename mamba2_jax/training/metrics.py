@@ -22,6 +22,7 @@ class Metrics:
         tensorboard: also write event files, in `folder/tensorboard`.
         wandb: also send to this project.
         settings: told to Weights & Biases.
+        silent: write nothing: another process does.
     """
 
     def __init__(
@@ -32,20 +33,24 @@ class Metrics:
         tensorboard: bool,
         wandb: str | None,
         settings: dict[str, Any],
+        silent: bool = False,
     ):
+        self._file = self._events = self._wandb = None
+        if silent:
+            return
         path = folder / METRICS_FILE
         kept = [line for line in read_metrics(path) if line["step"] <= after] if after else []
         path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._events = _EventFile(folder / "tensorboard", after) if tensorboard else None
-        self._wandb = None
         if wandb is not None:
             self._wandb = _import("wandb", "wandb").init(project=wandb, config=settings, dir=str(folder))
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Write the values of a step."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+            self._file.flush()
         if self._events is not None:
             self._events.write(step, values)
         if self._wandb is not None:
@@ -53,7 +58,8 @@ class Metrics:
 
     def close(self) -> None:
         """Write what is waiting."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
         if self._events is not None:
             self._events.close()
         if self._wandb is not None:

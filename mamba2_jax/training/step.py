@@ -18,12 +18,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.processes import place
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
 from mamba2_jax.typing import Array, Bool, Float, Int
 
@@ -108,7 +110,12 @@ class TrainState:
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def placed(array):
-            return array if len(array.sharding.device_set) == mesh.size else jax.device_put(array, everywhere)
+            if len(array.sharding.device_set) == mesh.size:
+                return array
+            if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+                data = place(np.asarray(jax.random.key_data(array)), everywhere)
+                return jax.random.wrap_key_data(data, impl=jax.random.key_impl(array))
+            return place(np.asarray(array), everywhere)
 
         return jax.tree.map(placed, self)
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from mamba2_jax.lora import add_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.processes import is_first, meet, place
 from mamba2_jax.sharding import BATCH, axis_size, splits_batch, token_sharding
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.config import TrainConfig
@@ -76,6 +77,9 @@ class Trainer:
 
     The model's weights are left as they are until `fit` has ended; then it has the trained ones.
 
+    Of several processes (`mamba2_jax.processes`) each makes a Trainer with the same arguments; the first one
+    writes the files and reports.
+
     Args:
         model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some;
             with `config.mesh` it is moved onto that mesh.
@@ -88,7 +92,6 @@ class Trainer:
     Raises:
         FileExistsError: the output folder is in use, and `resume` is not set.
         FileNotFoundError: data that does not exist.
-        NotImplementedError: several processes.
         ValueError: no usable data, or options that do not fit it or the devices.
     """
 
@@ -103,7 +106,7 @@ class Trainer:
         report: Callable[[str], None] = lambda message: None,
     ):
         self.model, self.config, self.tokenizer = model, config, tokenizer
-        self._report = report
+        self._report = report if is_first() else lambda message: None
         self._output = pathlib.Path(config.output).expanduser()
         if self._output.exists() and not self._output.is_dir():
             raise FileExistsError(f"{self._output}: is a file; name a folder")
@@ -119,9 +122,10 @@ class Trainer:
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
         self._mesh = config.mesh.make()
-        if jax.process_count() > 1:
-            raise NotImplementedError(
-                f"Trainer: {jax.process_count()} processes; it trains on the devices of one process"
+        if self._mesh is None and jax.process_count() > 1:
+            raise ValueError(
+                f"Trainer: {jax.process_count()} processes, and no mesh of their devices; "
+                "set mesh.data or mesh.fsdp to -1, which is all of them"
             )
         if self._mesh is not None:
             if not splits_batch(self._mesh, config.batch_size):
@@ -134,6 +138,7 @@ class Trainer:
         self._structure, self._trained, self._frozen = split_model(model)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
         self._learning_rate = learning_rate(config.optim, self.steps)
+        meet("mamba2_jax: Trainer")  # all have looked at the output folder before one writes there
 
     def fit(self) -> TrainResult:
         """Train to the end, or until SIGTERM or Ctrl-C, which leave a checkpoint.
@@ -153,9 +158,11 @@ class Trainer:
             tensorboard=self.config.tensorboard,
             wandb=self.config.wandb,
             settings=dataclasses.asdict(self.config),
+            silent=not is_first(),
         )
+        shown = self.config.progress and is_first()
         try:
-            with training_bar(self.steps, first, self.config.progress) as show, StopSignals() as stop:
+            with training_bar(self.steps, first, shown) as show, StopSignals() as stop:
                 run = _Run(self, checkpoints, metrics, show)
                 state = run.steps(state, batches, stop)
                 checkpoints.wait()
@@ -165,7 +172,8 @@ class Trainer:
         self._update_model(state)
         if stop.received is None:
             save_result(self.model, self._output, self.tokenizer, self.config.lora.merge, self._report)
-            draw_curve(self._output)
+            if is_first():
+                draw_curve(self._output)
         return TrainResult(
             self._output, int(state.step), run.loss, run.evaluation, int(state.skipped), stop.received
         )
@@ -199,8 +207,8 @@ class Trainer:
             return batch
         *parts, rows, tokens = batch["input_ids"].shape
         sharding = token_sharding(self._mesh, rows, tokens)
-        spec = PartitionSpec(*(None for _ in parts), *sharding.spec)
-        return jax.device_put(batch, NamedSharding(self._mesh, spec))
+        sharding = NamedSharding(self._mesh, PartitionSpec(*(None for _ in parts), *sharding.spec))
+        return {name: place(array, sharding) for name, array in batch.items()}
 
     def _load(self, what: str, data: Any) -> Documents:
         if isinstance(data, Documents):
@@ -289,7 +297,7 @@ class _Run:
         trainer, config = self._trainer, self._trainer.config
         step, saved = int(state.step), int(state.step)
         update = train_step if trainer._mesh is None else sharded_train_step(state)
-        while step < trainer.steps and stop.received is None:
+        while step < trainer.steps and not stop.asked(step):
             batch = _in_parts(next(batches), config.accumulate)
             state, metrics = update(
                 state,

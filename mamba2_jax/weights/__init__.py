@@ -14,7 +14,7 @@ from mamba2_jax.weights.reader import Checkpoint, find_form, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.save import convertible_weights, outgoing_weights
 from mamba2_jax.weights.torch_file import write_torch
-from mamba2_jax.weights.write import Outgoing, parse_size, write_json, write_safetensors
+from mamba2_jax.weights.write import Outgoing, file_order, parse_size, write_json, write_safetensors
 
 __all__ = [
     "Checkpoint",
@@ -28,6 +28,7 @@ __all__ = [
     "checkpoint_table",
     "convertible_weights",
     "find_form",
+    "file_order",
     "load_weights",
     "new_folder",
     "open_checkpoint",

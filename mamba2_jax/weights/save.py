@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.processes import fetch
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES
@@ -130,7 +131,7 @@ def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callab
     def blocks() -> Iterator[np.ndarray]:
         scratch = Scratch()
         for leaf in stored.leaves:
-            rows = leaf.as_rows(np.ascontiguousarray(arrays[leaf.path]))  # (rows, numbers per row)
+            rows = leaf.as_rows(np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, numbers per row)
             step = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.itemsize))
             for row in range(0, len(rows), step):
                 block = scratch.take("block", rows[row : row + step].shape, rows.dtype)

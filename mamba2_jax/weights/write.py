@@ -81,6 +81,11 @@ def write_safetensors(
     write_json(folder / INDEX_NAME, index)
 
 
+def file_order(tensors: Sequence[Outgoing], max_shard_size: int) -> list[Outgoing]:
+    """List the tensors in the order in which `write_safetensors` asks for their blocks."""
+    return [tensor for shard in _split(tensors, max_shard_size) for tensor in _widest_first(shard)]
+
+
 def write_json(path: Path, content: dict) -> None:
     """Write a JSON file as transformers does, down to the disk."""
     with open(path, "w", encoding="utf-8") as file:
@@ -123,7 +128,7 @@ def _split(tensors: Sequence[Outgoing], max_shard_size: int) -> list[list[Outgoi
 
 def _write_file(path: Path, tensors: Sequence[Outgoing], advance: Callable[[int], object]) -> None:
     """Write the header, then the tensors' bytes without gaps; the widest type first keeps all aligned."""
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+    tensors = _widest_first(tensors)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers wants to see it
     end = 0
     for tensor in tensors:
@@ -137,6 +142,10 @@ def _write_file(path: Path, tensors: Sequence[Outgoing], advance: Callable[[int]
         for tensor in tensors:
             write_blocks(file, tensor, advance)
         os.fsync(file.fileno())
+
+
+def _widest_first(tensors: Sequence[Outgoing]) -> list[Outgoing]:
+    return sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
 
 
 def write_blocks(file, tensor: Outgoing, advance: Callable[[int], object]) -> None:
