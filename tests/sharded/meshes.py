@@ -74,10 +74,14 @@ def assert_equal(got, want, tolerance: float) -> None:
 
 
 def collectives(function, *arguments) -> list[tuple[str, int]]:
-    """What the compiled function sends: name and bytes per device of each collective, sorted."""
+    """What the compiled function sends: name and bytes per device of each collective, sorted.
+
+    Those within groups of one device, as over a mesh axis of size 1, send nothing.
+    """
+    alone = r"\{\{\d+\}|\[\d+,1\]<="
     text = jax.jit(function).lower(*arguments).compile().as_text()
     names = "all-reduce|all-gather|all-to-all|collective-permute|collective-broadcast|reduce-scatter"
-    found = re.findall(rf"= (.*?) ({names})(?:-start)?\(", text)
+    found = re.findall(rf"= (.*?) ({names})(?:-start)?\((?!.*replica_groups=(?:{alone}))", text)
     return sorted((name, sum(map(_bytes, re.findall(r"[a-z]\w*\[[\d,]*\]", shape)))) for shape, name in found)
 
 
