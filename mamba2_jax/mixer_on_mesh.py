@@ -68,13 +68,12 @@ def mix_on_mesh(mixer: Any, hidden: Array, state: LayerState, rows: Rows) -> tup
         hidden, rows = pad_tokens(hidden, padding), _pad_rows(rows, batch, length, padding)
 
     batch_axes = BATCH if splits_batch(mesh, batch) else None
-    by_token = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
+    by_row: Any = P(batch_axes)
+    by_token: Any = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
     groups = None if part.devices_per_group > 1 else TENSOR
-    state_specs = LayerState(
-        ConvState(x=P(batch_axes, None, TENSOR), BC=P(batch_axes, None, None, groups)),
-        P(batch_axes, TENSOR),
-        None,
-    )
+    channels_x: Any = P(batch_axes, None, TENSOR)
+    channels_BC: Any = P(batch_axes, None, None, groups)
+    state_specs = LayerState(ConvState(channels_x, channels_BC), P(batch_axes, TENSOR), None)
     leaves, treedef = jax.tree.flatten_with_path(mixer)
     paths = [_path(path) for path, _ in leaves]
     specs = [parameter_spec(path, config, mesh) for path in paths]
@@ -90,7 +89,7 @@ def mix_on_mesh(mixer: Any, hidden: Array, state: LayerState, rows: Rows) -> tup
     mix = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, P(batch_axes), by_token)),
+        in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, by_row, by_token)),
         # One update for each device of `tensor`, which are added up outside: inside, the sum's gradient
         # would be summed once more.
         out_specs=(P(TENSOR, *by_token), state_specs),

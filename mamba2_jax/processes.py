@@ -18,8 +18,8 @@ def start_processes(
     """Join the other processes; call it before anything else of JAX.
 
     Args:
-        coordinator: `host:port` of the first process, the same for all; "auto": as the launcher says (SLURM,
-            Open MPI, Kubernetes' indexed jobs).
+        coordinator: `host:port` of the first process, the same for all; "auto": as the launcher says, SLURM
+            or Open MPI with a process for each GPU, or Kubernetes' indexed jobs (needs `jax[k8s]`).
         count: how many there are; not needed with "auto".
         index: which one this is, from 0; not needed with "auto".
         timeout: seconds without a sign of life after which a process counts as dead, and all others end

@@ -201,7 +201,7 @@ class Trainer:
         bits_per_byte = nats / math.log(2) / max(int(self._held_out.num_bytes.sum()), 1)
         return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte)
 
-    def _placed(self, batch: Batch) -> Batch:
+    def _placed(self, batch: Batch) -> dict[str, Any]:
         """Put a batch `(b, l)`, or parts of one `(a, b, l)`, on the mesh."""
         if self._mesh is None:
             return batch

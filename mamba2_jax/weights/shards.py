@@ -4,6 +4,7 @@ import bisect
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ class Shard:
     rows_view: np.ndarray
     runs: tuple[range, ...]
     columns: range
-    devices: tuple[jax.Device, ...]
+    devices: tuple[Any, ...]
 
     @cached_property
     def _starts(self) -> list[int]:
@@ -67,7 +68,7 @@ def shards_of(leaf: Leaf, dtype: np.dtype, placement: Placement) -> list[Shard]:
         raise ValueError(
             f"load_weights: cannot place {leaf.path} {show_shape(leaf.shape)}: {error}"
         ) from error
-    devices: dict[tuple, list[jax.Device]] = {}
+    devices: dict[tuple, list[Any]] = {}
     slices: dict[tuple, tuple[slice, ...]] = {}
     for device, index in indices.items():
         index = index or tuple(slice(None) for _ in leaf.shape)

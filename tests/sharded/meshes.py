@@ -5,6 +5,7 @@ import re
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from ssd_cases import segment_ids
 
@@ -24,6 +25,30 @@ def small_config(num_groups: int, **changes) -> Mamba2Config:
     """Two layers that eight devices divide along every axis but the groups."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16}
     return Mamba2Config(**sizes, n_groups=num_groups, **{"vocab_size": 96, "pad_token_id": 0, **changes})
+
+
+TRAINING_MESHES = {
+    "data 8": {"data": 8},
+    "fsdp 8": {"fsdp": 8},
+    "tensor 8": {"tensor": 8},
+    "tensor 2 x fsdp 4": {"tensor": 2, "fsdp": 4},
+    "sequence 8": {"sequence": 8},
+    "sequence 2 x tensor 2 x data 2": {"sequence": 2, "tensor": 2, "data": 2},
+}
+
+
+def mesh_cases(*quick: tuple[str, int]):
+    """Every mesh with 1, 2 and 8 groups, as sizes and groups; all but the `quick` ones are marked slow."""
+    return [
+        pytest.param(
+            sizes,
+            num_groups,
+            id=f"{name}, groups {num_groups}",
+            marks=() if (name, num_groups) in quick else (pytest.mark.slow,),
+        )
+        for name, sizes in TRAINING_MESHES.items()
+        for num_groups in (1, 2, 8)
+    ]
 
 
 def make_mesh(sizes: dict[str, int]) -> Mesh:

@@ -11,22 +11,22 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from meshes import collectives, small_config
+from meshes import collectives, mesh_cases, small_config
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
 from mamba2_jax.sharding import BATCH, axis_size, make_mesh, parameter_shardings
 
 TOLERANCE = 1e-5  # float32 sums in another order
-CASES = {  # mesh, n_groups
-    "data 8": ({"data": 8}, 2),
-    "fsdp 8": ({"fsdp": 8}, 2),
-    "tensor 8": ({"tensor": 8}, 8),
-    "tensor 8, one group": ({"tensor": 8}, 1),
-    "tensor 8, two groups": ({"tensor": 8}, 2),
-    "tensor 2 x fsdp 4": ({"tensor": 2, "fsdp": 4}, 2),
-    "sequence 8": ({"sequence": 8}, 8),
-    "sequence 2 x tensor 2 x data 2": ({"sequence": 2, "tensor": 2, "data": 2}, 1),
-}
+CASES = mesh_cases(
+    ("data 8", 2),
+    ("fsdp 8", 2),
+    ("tensor 8", 8),
+    ("tensor 8", 1),
+    ("tensor 8", 2),
+    ("tensor 2 x fsdp 4", 2),
+    ("sequence 8", 8),
+    ("sequence 2 x tensor 2 x data 2", 1),
+)
 IDS = np.random.default_rng(0).integers(3, 96, (8, 21))
 
 
@@ -67,9 +67,8 @@ def alone(num_groups: int, folder: str):
     return model(IDS).logits, loss, gradients, tokens
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_model_on_a_mesh_gives_the_numbers_of_one_device(name, folder):
-    sizes, num_groups = CASES[name]
+@pytest.mark.parametrize(("sizes", "num_groups"), CASES)
+def test_a_model_on_a_mesh_gives_the_numbers_of_one_device(sizes, num_groups, folder):
     path, _ = saved(num_groups, folder)
     mesh = make_mesh(**sizes)
     logits, loss, gradients, tokens = alone(num_groups, folder)

@@ -18,6 +18,7 @@ from training_runs import texts_file, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM
 from mamba2_jax.cli_finetune import finetune
+from mamba2_jax.lora import load_lora
 from mamba2_jax.processes import start_processes
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
@@ -50,8 +51,8 @@ def options(model, output, **more) -> list[str]:
     return [*arguments, "--no-progress", "--no-tensorboard"]
 
 
-def start(arguments: list[str], tmp_path, program=FINETUNE) -> list[subprocess.Popen]:
-    """Start both processes; what they say goes to files."""
+def start(arguments: list[str], tmp_path, program=FINETUNE, slurm: bool = False) -> list[subprocess.Popen]:
+    """Start both processes, told of each other by arguments or as SLURM does; what they say goes to files."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -60,6 +61,15 @@ def start(arguments: list[str], tmp_path, program=FINETUNE) -> list[subprocess.P
     for index in range(COUNT):
         join = ["--processes.coordinator", f"localhost:{port}"]
         join += ["--processes.count", str(COUNT), "--processes.index", str(index)]
+        if slurm:
+            join = ["--processes.coordinator", "auto"]
+            devices |= {
+                "SLURM_JOB_ID": str(port),
+                "SLURM_STEP_NODELIST": "localhost",
+                "SLURM_NTASKS": str(COUNT),
+            }
+            devices |= {"SLURM_PROCID": str(index), "SLURM_LOCALID": str(index)}
+            devices |= {"JAX_COORDINATOR_PORT": str(port)}
         command = [sys.executable, *program, *arguments, *join]
         with open(tmp_path / f"said.{index}", "w") as said:
             started = subprocess.Popen(command, env=os.environ | devices, stdout=said, stderr=said, cwd=ROOT)
@@ -113,6 +123,26 @@ def test_two_processes_train_as_one_device_does(model, alone, tmp_path):
         shutil.rmtree(again / "checkpoints" / str(STEPS))
         assert finetune([*options(model, again, **mesh), "--resume"], "mamba2-jax finetune", print) == 0
         np.testing.assert_allclose(losses(again), alone, rtol=TOLERANCE)
+
+
+def test_adapters_and_evaluation_under_slurm(model, tmp_path):
+    more = {"steps": 2, "lora.rank": 2, "data.eval-share": 0.3}
+    alone, output = tmp_path / "alone", tmp_path / "run"
+    assert finetune(options(model, alone, **more), "mamba2-jax finetune", print) == 0
+    processes = start(options(model, output, **more, **{"mesh.data": -1}), tmp_path, slurm=True)
+    assert end(processes, tmp_path) == [0, 0]
+    for name in ("loss", "eval_loss"):
+        got, want = (
+            [line[name] for line in read_metrics(folder / METRICS_FILE) if name in line]
+            for folder in (output, alone)
+        )
+        assert want
+        np.testing.assert_allclose(got, want, rtol=TOLERANCE)
+    adapted = Mamba2ForCausalLM.from_pretrained(model)
+    load_lora(adapted, output / "adapter")
+    ids = np.arange(16)[None]
+    plain = Mamba2ForCausalLM.from_pretrained(model)
+    assert not np.array_equal(adapted(ids).logits, plain(ids).logits)
 
 
 def test_sigterm_to_one_process_saves_on_all(model, tmp_path):

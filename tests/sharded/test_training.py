@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from meshes import error, small_config
+from meshes import error, mesh_cases, small_config
 from training_runs import run_config, texts_file, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM, generate
@@ -17,15 +17,15 @@ from mamba2_jax.training import CheckpointConfig, LoraOptions, MeshOptions, Trai
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
 TOLERANCE = 1e-5  # float32 sums in another order
-MESHES = {  # sizes, n_groups
-    "data 8": ({"data": 8}, 2),
-    "fsdp 8": ({"fsdp": 8}, 2),
-    "tensor 8": ({"tensor": 8}, 8),
-    "tensor 8, one group": ({"tensor": 8}, 1),
-    "tensor 2 x fsdp 4": ({"tensor": 2, "fsdp": 4}, 2),
-    "sequence 8": ({"sequence": 8}, 2),
-    "sequence 2 x tensor 2 x data 2": ({"sequence": 2, "tensor": 2, "data": 2}, 1),
-}
+MESHES = mesh_cases(
+    ("data 8", 2),
+    ("fsdp 8", 2),
+    ("tensor 8", 8),
+    ("tensor 8", 1),
+    ("tensor 2 x fsdp 4", 2),
+    ("sequence 8", 2),
+    ("sequence 2 x tensor 2 x data 2", 1),
+)
 
 
 def make_model(num_groups: int) -> Mamba2ForCausalLM:
@@ -58,9 +58,8 @@ def alone(tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("name", MESHES)
-def test_twenty_steps_are_those_of_one_device(name, alone, tmp_path):
-    sizes, num_groups = MESHES[name]
+@pytest.mark.parametrize(("sizes", "num_groups"), MESHES)
+def test_twenty_steps_are_those_of_one_device(sizes, num_groups, alone, tmp_path):
     want_losses, want = alone(num_groups)
     losses, trainer = train(tmp_path / "run", num_groups, MeshOptions(**sizes))
     assert len(losses) == 20
