@@ -111,7 +111,7 @@ class PretrainedModel(nnx.Module):
     def to_mesh(self, mesh: Mesh) -> None:
         """Move the model onto a mesh: parameters as `mamba2_jax.sharding` says, and with them all work.
 
-        Convolution and scan run on each device's own rows, tokens and heads; the compiler splits the rest.
+        Mixers run on each device's own rows, tokens and heads; the compiler splits the rest.
         Inputs need not be placed. Rows of a batch that the mesh does not divide are not split.
 
         Args:

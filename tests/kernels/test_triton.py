@@ -110,8 +110,7 @@ def check_gradients(case, got_from=ssd):
     got = gradients(got_from, inputs, (dy, dstate))
     assert got.keys() == want.keys()
     for name in want:
-        # sums over the sequence cancel in dA and dD: ten times the rounding of values
-        assert error(got[name], want[name]) < 10 * tolerance(case), name
+        assert error(got[name], want[name]) < tolerance(case), name
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in WITH_GRADIENTS], ids=str)
