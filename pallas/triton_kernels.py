@@ -35,6 +35,19 @@ def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.const
 
 
 @triton.jit
+def _log_decays(dt, A):
+    """log2 of the decay from token `s` to token `q`, `(s, q)`, as exact as itself, not as the running sum.
+
+    The sum's multiples of 1/256 are exact, and their differences too; what is left stays small. The gradients
+    of dt and A need it where decay is strong: there they hang on neighbours, far along a large sum.
+    """
+    steps = dt * (A * 1.4426950408889634)
+    coarse = tl.floor(steps * 256.0) * 0.00390625
+    fine, coarse = tl.cumsum(steps - coarse, 0), tl.cumsum(coarse, 0)
+    return (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+
+
+@triton.jit
 def _documents(doc_ptr, row, start, length, Q: tl.constexpr):
     """Load the document of each token of a chunk, of its last token, and of the token before the chunk."""
     q = tl.arange(0, Q)
@@ -221,7 +234,11 @@ def backward_chunks(
             from_start = tl.where(documents == doc_before, from_start, 0.0)
             to_end = tl.where(documents == doc_last, to_end, 0.0)
             kept = tl.where(doc_last == doc_before, kept, 0.0)
-        decay = tl.exp2(tl.where(pairs, u[None, :] - u[:, None], float("-inf")))
+        if PRECISION == "tf32x3":
+            between = _log_decays(dt, tl.load(A_ptr + head))
+        else:  # which 16 bits do not show
+            between = u[None, :] - u[:, None]
+        decay = tl.exp2(tl.where(pairs, between, float("-inf")))
         # of the channels p: x_s . dy_q, and x and dy against the states
         products = tl.zeros((Q, Q), tl.float32)  # (s, q)
         x_left, dy_read = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
