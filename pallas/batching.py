@@ -1,4 +1,4 @@
-"""`vmap` for functions that have a batch axis already: the mapped axis is folded into it."""
+"""Kernels under JAX's transformations: the rule of `vmap`, and where `shard_map` is refused."""
 
 from collections.abc import Callable, Collection
 
@@ -41,3 +41,15 @@ def fold_vmap(run: Callable, shared: Collection[int]) -> Callable:
         return outputs, jax.tree.map(lambda _: True, outputs)
 
     return run_with_rule
+
+
+def refuse_checked_shard_map(name: str, *arrays: jax.Array | None) -> None:
+    """Raise inside a `jax.shard_map` that checks how its values vary over the mesh.
+
+    Kernels do not tell it that their outputs vary. Unrefused, the values pass and the gradient fails.
+    """
+    if any(array is not None and jax.typeof(array).manual_axis_type.varying for array in arrays):
+        raise NotImplementedError(
+            f"ssd: implementation={name!r} does not tell jax.shard_map how its values vary over the mesh; "
+            "pass check_vma=False to the jax.shard_map around it"
+        )

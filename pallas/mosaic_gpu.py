@@ -10,7 +10,10 @@ import functools
 from typing import Any
 
 import jax
-from mamba2_jax.pallas.batching import fold_vmap  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.batching import (  # pyright: ignore[reportMissingImports]
+    fold_vmap,
+    refuse_checked_shard_map,
+)
 from mamba2_jax.pallas.mosaic_backward import backward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_forward import forward  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import unsupported  # pyright: ignore[reportMissingImports]
@@ -52,11 +55,7 @@ def ssd(
     Raises:
         NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
     """
-    if any(jax.typeof(array).manual_axis_type.varying for array in (x, dt, A, B, C, initial_state)):
-        raise NotImplementedError(
-            "ssd: implementation='mosaic_gpu' does not tell jax.shard_map how its values vary over the mesh; "
-            "pass check_vma=False to the jax.shard_map around it"
-        )
+    refuse_checked_shard_map("mosaic_gpu", x, dt, A, B, C, D, initial_state, segment_ids)
     return _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)
 
 

@@ -15,7 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Struct
 from mamba2_jax.pallas import triton_call  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.batching import fold_vmap  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.batching import (  # pyright: ignore[reportMissingImports]
+    fold_vmap,
+    refuse_checked_shard_map,
+)
 from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,7 +63,12 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def ssd(x, dt, A, B, C, D, initial_state, segment_ids):
-    """Run the scan; arguments and results as the table in `mamba2_jax.pallas` says."""
+    """Run the scan; arguments and results as the table in `mamba2_jax.pallas` says.
+
+    Raises:
+        NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
+    """
+    refuse_checked_shard_map("triton", x, dt, A, B, C, D, initial_state, segment_ids)
     num_heads, head_dim = x.shape[2:]
     state_dim = B.shape[3]
     p, n = (max(16, 1 << (size - 1).bit_length()) for size in (head_dim, state_dim))  # tiles: powers of two

@@ -9,6 +9,7 @@ import sys
 import zipfile
 
 import pytest
+from mamba2_jax.pallas import triton_call
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -76,7 +77,12 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.11" in text
     extras = set(re.findall(r"^Provides-Extra: (\w+)", text, re.MULTILINE))
-    assert extras == {"cuda", "torch", "train", "wandb", "eval", "notebooks", "dev"}
+    assert extras == {"cuda", "triton", "torch", "train", "wandb", "eval", "notebooks", "dev"}
+    pins = {
+        tuple(re.match(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", requirement).groups())
+        for requirement in re.findall(r"^Requires-Dist: (.*); .*extra == .triton.$", text, re.MULTILINE)
+    }
+    assert pins == set(triton_call.TESTED.items())
     assert any(n.endswith("licenses/LICENSE") for n in held.namelist())
     assert "# mamba2-jax" in text  # the README
 

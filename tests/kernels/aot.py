@@ -62,6 +62,7 @@ class Kernel:
     spill_bytes: int  # stored and loaded, per thread
     smem_bytes: int
     serialised_wgmma: bool  # ptxas C7512 and its kin: a wait behind every product
+    atomics: int  # additions to memory in an order of their own; without them, the same bits every time
     local_traffic: int | None  # STL and LDL instructions; None where nvdisasm is missing
     wgmma: int | None  # HGMMA instructions; None where nvdisasm is missing
 
@@ -145,6 +146,7 @@ def _read(program: str, smem_bytes: int) -> Kernel:
         spill_bytes=number(r"(\d+) bytes spill stores", said) + number(r"(\d+) bytes spill loads", said),
         smem_bytes=smem_bytes,
         serialised_wgmma="wgmma" in said and "serializ" in said or "C7512" in said,
+        atomics=len(re.findall(r"\b(?:atom|red)\.", ptx)),
         local_traffic=len(re.findall(r"\b(?:STL|LDL)\b", sass)) if sass else None,
         wgmma=len(re.findall(r"\bHGMMA\b", sass)) if sass else None,
     )

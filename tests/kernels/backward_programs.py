@@ -73,6 +73,7 @@ PROGRAMS = [
         D="hp",
         slow=True,
     ),
+    Program("head_dim 128, state_dim 256", p=128, n=256, h=16, g=1, D="hp", spill_budget=WIDE, slow=True),
     Program("state_dim 64", n=64, D=None, slow=True),
     Program("state_dim 256", n=256, h=32, g=1, spill_budget=WIDE),
     Program("state_dim 256, documents", n=256, h=32, g=1, documents=True, spill_budget=WIDE, slow=True),

@@ -65,6 +65,7 @@ PROGRAMS = [
     Program("C, documents", **SHAPES["C"], documents=True, slow=True),
     Program("head_dim 128", p=128, h=64, D="hp", documents=True),
     Program("head_dim 128, state_dim 64", p=128, n=64, h=64, D="hp", save_states=True),
+    Program("head_dim 128, state_dim 256", p=128, n=256, h=16, g=1, D="hp", spill_budget=WIDE, slow=True),
     Program("state_dim 64", n=64, D=None),
     Program("state_dim 256", n=256, h=32, g=1, pieces=1, spill_budget=WIDE),
     Program("state_dim 256, training", n=256, h=32, g=1, documents=True, save_states=True, spill_budget=WIDE),

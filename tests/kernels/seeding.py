@@ -1,7 +1,9 @@
 """Plant a bug in a kernel, to see that the checkers find it."""
 
 import contextlib
+import importlib.util
 import inspect
+import pathlib
 
 from mamba2_jax.pallas.bridge import plgpu
 
@@ -24,3 +26,15 @@ def without(name, caller):
     finally:
         setattr(plgpu, name, original)
     assert left_out, f"{caller} does not call {name}: no bug was planted"
+
+
+def rewritten(module, old, new, folder):
+    """Return `module` with `old` replaced by `new` in its source, as a module of its own in `folder`."""
+    source = pathlib.Path(module.__file__).read_text()
+    assert old in source, f"{old} is not in {module.__name__}: no bug was planted"
+    file = pathlib.Path(folder, "rewritten.py")
+    file.write_text(source.replace(old, new))
+    spec = importlib.util.spec_from_file_location("rewritten", file)
+    changed = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(changed)
+    return changed

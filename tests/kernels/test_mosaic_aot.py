@@ -21,6 +21,7 @@ def test_the_forward_compiles_within_its_budget(program):
     assert kernel.spill_bytes <= program.spill_budget
     assert kernel.stack_bytes <= program.spill_budget
     assert not kernel.serialised_wgmma
+    assert kernel.atomics == 0
     assert kernel.blocks_per_sm == 1
     plan = mosaic_plan.make_plan(
         program.b,

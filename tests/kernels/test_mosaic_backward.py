@@ -226,15 +226,25 @@ def test_jit_scan_and_vmap_agree_with_the_plain_gradient():
         assert error(gradient[1], want[name]) < 1e-6, name
 
 
-def test_inside_a_checked_shard_map_it_says_what_to_do():
+def small_loss_in_a_shard_map(**options):
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    _, leaves, _ = draw_case(SMALL, "float32")
     rows = jax.sharding.PartitionSpec("data")
-    sharded = jax.shard_map(
-        lambda leaves: small_loss(leaves)[None], mesh=mesh, in_specs=(rows,), out_specs=rows
-    )
+    loss = lambda leaves: small_loss(leaves)[None]  # noqa: E731
+    return jax.shard_map(loss, mesh=mesh, in_specs=(rows,), out_specs=rows, **options)
+
+
+def test_inside_a_checked_shard_map_it_says_what_to_do():
+    _, leaves, _ = draw_case(SMALL, "float32")
     with pytest.raises(NotImplementedError, match="check_vma=False"):
-        jax.eval_shape(sharded, leaves)
+        jax.eval_shape(small_loss_in_a_shard_map(), leaves)
+
+
+def test_inside_an_unchecked_shard_map_the_gradients_are_the_same():
+    _, leaves, _ = draw_case(SMALL, "float32")
+    loss = small_loss_in_a_shard_map(check_vma=False)
+    got = jax.jit(jax.grad(lambda leaves: loss(leaves)[0]))(leaves)
+    for name, gradient in jax.grad(small_loss)(leaves).items():
+        assert error(got[name], gradient) < 1e-6, name
 
 
 SEEDED = kernel_case("seeded", l=200, h=3, n=64)

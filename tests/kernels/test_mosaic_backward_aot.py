@@ -26,6 +26,7 @@ def test_the_backward_compiles_within_its_budget(program):
         assert kernel.spill_bytes <= program.budget
         assert kernel.stack_bytes <= program.budget
         assert not kernel.serialised_wgmma
+        assert kernel.atomics == 0
         assert kernel.blocks_per_sm == 1
         assert kernel.smem_bytes <= mosaic_plan.SMEM_LIMIT
         if kernel.local_traffic is not None:

@@ -149,6 +149,21 @@ def test_float16_operands_keep_a_float32_state():
     assert error(state, want_state) < TOLERANCE["float16"]
 
 
+def test_gradients_in_float16():
+    inputs = draw(small("float16", l=70, n=64), dtype=jnp.float16)
+    inputs["B"] = inputs["B"] / 8
+    cotangents = [np.random.default_rng(0).normal(size=inputs[name].shape) for name in ("x", "initial_state")]
+    with jax.enable_x64(True):
+        exact = {name: array.astype(jnp.float64) for name, array in inputs.items()}
+        recurrence = jax.jit(lambda inputs: public_ssd(**inputs, implementation="recurrent"))
+        rounded = [np.asarray(jnp.asarray(c, jnp.float16), np.float64) for c in cotangents]
+        want = gradients(recurrence, exact, rounded)
+    got = gradients(ssd, inputs, cotangents)
+    for name in want:
+        assert got[name].dtype == inputs[name].dtype
+        assert error(got[name], want[name]) < 2 * TOLERANCE["float16"], name
+
+
 def test_the_same_bits_every_time():
     inputs = draw(small("packed", segments="packed"))
     cotangents = [np.ones(s) for s in (inputs["x"].shape, inputs["initial_state"].shape)]
@@ -189,13 +204,23 @@ def test_vmap_over_what_rows_share_runs_once_per_entry():
     assert error(y[1], reference.ssd(**{**inputs, "A": A[1]})[0]) < TOLERANCE["float32"]
 
 
-def test_inside_shard_map():
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_inside_shard_map(check_vma):
+    """As the layers call it, unchecked: values and gradients. Checked, it says what to do."""
     mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    inputs = draw(small("rows", b=2, l=40, D=None, initial_state=False))
     rows, everywhere = PartitionSpec("data"), PartitionSpec()
-
-    @partial(jax.shard_map, mesh=mesh, in_specs=(rows, rows, everywhere, rows, rows), out_specs=rows)
-    def sharded(x, dt, A, B, C):
-        return ssd({"x": x, "dt": dt, "A": A, "B": B, "C": C})[0]
-
-    assert error(sharded(*inputs.values()), reference.ssd(**inputs)[0]) < TOLERANCE["float32"]
+    inputs = draw(small("rows", b=2, l=40))
+    specs = {name: everywhere if name in ("A", "D") else rows for name in inputs}
+    sharded = jax.shard_map(ssd, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows), check_vma=check_vma)
+    if check_vma:
+        with pytest.raises(NotImplementedError, match="implementation='triton'.*check_vma=False"):
+            jax.eval_shape(sharded, inputs)
+        return
+    want_y, want_state = reference.ssd(**inputs)
+    y, state = sharded(inputs)
+    assert error(y, want_y) < TOLERANCE["float32"]
+    assert error(state, want_state) < TOLERANCE["float32"]
+    cotangents = [np.ones(array.shape) for array in (y, state)]
+    want = gradients(ssd, inputs, cotangents)
+    for name, gradient in jax.jit(lambda inputs: gradients(sharded, inputs, cotangents))(inputs).items():
+        assert error(gradient, want[name]) < 1e-6, name

@@ -40,6 +40,7 @@ def test_compiles_within_its_budget(capability, index):
         assert kernel["stack"] <= SPILLS.get((dtype, state_dim), 16), kernel
         assert kernel["shared"] <= SHARED[capability], kernel
         assert 0 < kernel["registers"] <= 255, kernel
+        assert kernel["atomics"] == 0, kernel
 
 
 def test_lowers_through_jax_triton():

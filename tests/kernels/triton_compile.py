@@ -21,6 +21,8 @@ CONFIGURATIONS = [
     ("bfloat16", 64, 256, True),
     ("float16", 128, 64, False),
     ("float32", 64, 128, False),
+    ("bfloat16", 128, 128, True),
+    ("bfloat16", 128, 256, True),
 ]
 
 
@@ -47,7 +49,7 @@ def launches(dtype: str, head_dim: int, state_dim: int, documents: bool):
 
 
 def compile_kernel(kernel, dtype: str, constants: dict, tiles, capability: int) -> dict:
-    """Return registers, bytes of stack (spills) and of shared memory."""
+    """Return registers, bytes of stack (spills) and of shared memory, and the number of atomics."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -73,7 +75,8 @@ def compile_kernel(kernel, dtype: str, constants: dict, tiles, capability: int) 
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout).groups())
-    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared}
+    atomics = len(re.findall(r"\b(?:atom|red)\.", compiled.asm["ptx"]))
+    return {"registers": registers, "stack": stack, "shared": compiled.metadata.shared, "atomics": atomics}
 
 
 def main() -> None:
