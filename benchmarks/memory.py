@@ -46,7 +46,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, help="also write the tables to this Markdown file")
-    parser.add_argument("--implementation", default="xla", help="of the scan: xla or mosaic_gpu")
+    parser.add_argument("--implementation", default="mosaic_gpu", help="of the scan: mosaic_gpu or xla")
     parser.add_argument("--parts", nargs="*", choices=["memory", "sent"], default=["memory", "sent"])
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     arguments = parser.parse_args()
@@ -215,10 +215,12 @@ def collectives(text: str) -> collections.Counter:
         match = re.search(rf"= (.*?) ({SENDING})(-start)?\(", line)
         if match is None or re.search(r"replica_groups=(\{\{\d+\}|\[\d+,1\]<=)", line):
             continue
-        shapes = re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]", match[1])
-        if match[3]:  # operands, results, and perhaps counters
-            shapes = [shape for shape in shapes if shape[0] != "u32"]
-            shapes = shapes[len(shapes) // 2 :]
+        written = re.sub(r"\{.*?\}", "", match[1])  # without layouts
+        _, nested, results = written.partition("), ") if written.startswith("((") else ("", "", written)
+        shapes = re.findall(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]", results)
+        shapes = [shape for shape in shapes if shape[0] != "u32"]  # counters
+        if match[3] and not nested and match[2] in ("all-gather", "collective-permute"):
+            shapes = shapes[len(shapes) // 2 :]  # operands, then results
         for dtype, dimensions in shapes:
             width = 1 if dtype == "pred" else int(re.sub(r"\D", "", dtype)) // 8
             found[match[2], width * math.prod(map(int, filter(None, dimensions.split(","))))] += 1

@@ -112,7 +112,8 @@ def residual_gain(config: Mamba2Config) -> float:
 
 def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
     """Take the two meanings of a leaf pair apart."""
-    return pair[..., 0, :], pair[..., 1, :]
+    first, second = jax.lax.split(pair, (1, 1), axis=pair.ndim - 2)
+    return first.squeeze(-2), second.squeeze(-2)
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:

@@ -1,10 +1,13 @@
 """The benchmark of the scan, tiny: it runs, it writes what it measured, and it stops at a wrong result."""
 
+import importlib.util
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+import pytest
 
 BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "ssd.py"
 
@@ -58,3 +61,24 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 1
     assert "no NVIDIA GPU here that jax" in done.stderr
     assert "--small" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "arrays"),
+    [
+        ("f32[8,4]{1,0} all-reduce(f32[8,4] %x)", [("all-reduce", 128)]),
+        ("f32[8,4]{1,0} all-reduce-start(f32[8,4] %x)", [("all-reduce", 128)]),
+        ("(f32[8,4]{1,0}, bf16[2]{0}) all-reduce-start(%x, %y)", [("all-reduce", 128), ("all-reduce", 4)]),
+        ("((f32[8,4]{1,0}, bf16[2]{0}), (f32[8,4]{1,0}, bf16[2]{0})) all-reduce-start(%x, %y)",
+         [("all-reduce", 128), ("all-reduce", 4)]),
+        ("(f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(f32[8,4] %x)", [("all-gather", 256)]),
+        ("(bf16[8]{0}, bf16[8]{0}, u32[], u32[]) collective-permute-start(%x)", [("collective-permute", 16)]),
+        ("f32[8,4]{1,0} all-reduce(f32[8,4] %x), replica_groups={{0},{1}}", []),  # of one device each
+    ],
+)  # fmt: skip
+def test_collectives_are_counted_in_every_form_that_the_compiler_writes(line, arrays, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # the script adds to it
+    spec = importlib.util.spec_from_file_location("memory", BENCHMARK.with_name("memory.py"))
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    assert sorted(memory.collectives(f"  %a = {line}").elements()) == sorted(arrays)

@@ -1,5 +1,7 @@
 """The short depthwise convolution before the scan: whole sequences, and one token at a time."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -103,6 +105,7 @@ def causal_conv1d_step(
     return y.astype(x.dtype), extended[:, 1:]
 
 
+@partial(jax.checkpoint, static_argnums=(3, 4))  # keeps the inputs, and not a float32 copy of them per tap
 def _convolve(extended, weight, bias, activation, length, documents=None):
     """Sum the shifted inputs tap by tap: elementwise, so XLA fuses it with what comes after."""
     full = jnp.promote_types(extended.dtype, jnp.float32)

@@ -1,9 +1,11 @@
 """RMSNorm, plain and gated by groups. float32 inside."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mamba2_jax.ops.checks import check_dtype, check_shape
 from mamba2_jax.typing import Array, Float
@@ -71,12 +73,18 @@ def gated_rms_norm(
             "check n_groups in the config"
         )
     full = jnp.promote_types(y.dtype, jnp.float32)
-    gate, weight, value = jax.nn.silu(z.astype(full)), weight.astype(full), y.astype(full)
-    if norm_before_gate:
-        out = _normalize(value, weight, eps, num_groups, combine) * gate
-    else:
-        out = _normalize(value * gate, weight, eps, num_groups, combine)
-    return out.astype(y.dtype)
+
+    # Keep y and z for the backward pass, not four float32 arrays of their size; and what devices combined.
+    @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("mean_square"))
+    def run(y, z, weight):
+        gate, weight, value = jax.nn.silu(z.astype(full)), weight.astype(full), y.astype(full)
+        if norm_before_gate:
+            out = _normalize(value, weight, eps, num_groups, combine) * gate
+        else:
+            out = _normalize(value * gate, weight, eps, num_groups, combine)
+        return out.astype(y.dtype)
+
+    return run(y, z, weight)
 
 
 def _normalize(
@@ -86,8 +94,10 @@ def _normalize(
     num_groups: int,
     combine: Callable[[Array], Array] = lambda mean_square: mean_square,
 ) -> Array:
-    grouped = x.reshape(*x.shape[:-1], num_groups, -1)
+    # XLA on CPU takes the gradient of a mean five times as slowly beside an axis of size 1.
+    grouped = x.reshape(*x.shape[:-1], num_groups, -1) if num_groups > 1 else x
     mean_square = combine(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True))
+    mean_square = checkpoint_name(mean_square, "mean_square")
     return (grouped * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape) * weight
 
 
