@@ -223,6 +223,28 @@ def test_steps_that_are_not_finite_end_the_run_and_name_the_tensor(tmp_path):
         trainer.fit()
 
 
+def test_weights_and_biases_gets_the_numbers_and_goes_on_with_its_run(tmp_path, monkeypatch):
+    """Offline: what would be sent is in a file."""
+    pytest.importorskip("wandb", reason="the wandb extra")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code = """
+    from mamba2_jax.training.metrics import Metrics
+    settings = {"lora": {"rank": 8}}
+    metrics = Metrics(pathlib.Path("."), after=0, tensorboard=False, wandb="a-project", settings=settings)
+    metrics.write(1, {"loss": 2.5})
+    metrics.close()
+    """
+    for _ in range(2):
+        done = child(tmp_path, code)
+        assert done.returncode == 0, done.stderr
+    name = (tmp_path / "wandb-id").read_text()
+    sent = list(tmp_path.glob(f"wandb/offline-run-*-{name}/run-{name}.wandb"))
+    assert len(sent) == 2
+    assert all(
+        word in file.read_bytes() for file in sent for word in (b"loss", b"2.5", b"a-project", b"lora")
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -44,7 +44,7 @@ class Metrics:
         self._file = path.open("a", encoding="utf-8")
         self._events = _EventFile(folder / "tensorboard", after) if tensorboard else None
         if wandb is not None:
-            self._wandb = _import("wandb", "wandb").init(project=wandb, config=settings, dir=str(folder))
+            self._wandb = _start_wandb(folder, wandb, settings)
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
         """Write the values of a step."""
@@ -86,6 +86,17 @@ class _EventFile:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _start_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) -> Any:
+    """Begin a run of Weights & Biases, or go on with the one of this folder."""
+    path = folder / "wandb-id"
+    known = path.read_text(encoding="utf-8") if path.exists() else None
+    run = _import("wandb", "wandb").init(
+        project=project, id=known, resume="allow", config=settings, dir=str(folder)
+    )
+    path.write_text(run.id, encoding="utf-8")
+    return run
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
