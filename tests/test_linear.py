@@ -73,3 +73,14 @@ def test_forward_mode_in_float32():
     x, weight = draw((3, 8), (8, 2, 3), dtype=jnp.float32)
     y, dy = jax.jvp(lambda x: linear(x, weight, dtype=jnp.float32), (x,), (x,))
     np.testing.assert_allclose(dy, y, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_remat_policy_dots_keeps_the_product(dtype, capsys):
+    x, weight = draw((4, 8), (8, 2, 3), dtype=jnp.float32)
+    kept = jax.checkpoint(
+        lambda x: jnp.sin(linear(jnp.sin(x), weight, dtype=dtype)).sum(),
+        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    )
+    jax.ad_checkpoint.print_saved_residuals(kept, x)
+    assert "f32[4,6] output of dot_general" in capsys.readouterr().out

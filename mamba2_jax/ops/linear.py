@@ -84,7 +84,7 @@ def _half_product(rows: Array, weight: Array, over: int) -> Array:
 
 
 def _half_product_forward(rows: Array, weight: Array, over: int) -> tuple[Array, tuple[Array, Array]]:
-    return _half_product(rows, weight, over), (rows, weight)
+    return _dot(rows, weight.astype(rows.dtype), (1,), (over,)), (rows, weight)
 
 
 def _half_product_backward(over: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
