@@ -202,7 +202,7 @@ def _load_descriptions(torch: ModuleType, path: Path, target: Path) -> dict[str,
     try:
         loaded = torch.load(str(target), weights_only=True, mmap=True, map_location="meta")
         found = [t for t in loaded.values() if type(t) is torch.Tensor] if isinstance(loaded, dict) else []
-        if not all(hasattr(tensor.untyped_storage(), "_checkpoint_offset") for tensor in found):
+        if any(getattr(t.untyped_storage(), "_checkpoint_offset", None) is None for t in found):
             # PyTorch 2.10 says where the bytes lie only in this mode, which takes seconds to start
             from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -234,11 +234,10 @@ def _describe(torch: ModuleType, name: object, tensor: Any, path: Path, starts: 
             f"declares shape {shape} with strides {tuple(tensor.stride())}, which is not a plain block of "
             "numbers; save it as tensor.contiguous()"
         )
-    storage = tensor.untyped_storage()
-    offset, held = storage._checkpoint_offset, storage.nbytes()
+    offset = tensor.untyped_storage()._checkpoint_offset
     start = offset + tensor.storage_offset() * tensor.element_size()
     stop = start + tensor.numel() * tensor.element_size()
-    if starts.get(offset) != held or stop > offset + held:
+    if offset not in starts or stop > offset + starts[offset]:
         raise ValueError(f"{dtype} {shape} does not fit the bytes that the file has for it")
     return TensorInfo(name, path, dtype, shape, start, stop)
 
