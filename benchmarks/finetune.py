@@ -95,10 +95,12 @@ def compare_in(dtype: str, folder: str, rounds: int, steps: int):
         for side, results in found.items():
             results.append(run_side(side, folder, steps, dtype))
     ours, theirs = found["ours"], found["transformers"]
-    for mine, peer in zip(ours, theirs, strict=True):
-        apart = max(abs(a / b - 1) for a, b in zip(mine["losses"], peer["losses"], strict=True))
-        if not apart < APART[dtype]:
-            raise SystemExit(f"the losses differ by {apart:.1e}: {mine['losses']} and {peer['losses']}")
+    pairs = [
+        pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["losses"], b["losses"], strict=True)
+    ]
+    apart = max(abs(mine / peer - 1) for mine, peer in pairs)
+    if not apart < APART[dtype]:
+        raise SystemExit(f"the losses differ by {apart:.1e}, ours and theirs: {pairs}")
     seconds = [statistics.median(s for run in side for s in run["seconds"]) for side in (ours, theirs)]
     speeds = [BATCH * LENGTH / s for s in seconds]
     peaks = [max(run["peak"] for run in side) / 1e9 for side in (ours, theirs)]
