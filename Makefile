@@ -28,7 +28,7 @@ demo: $(DEMO_VENV)/.installed
 
 test: $(VENV)/.installed
 	@echo "==> pytest"
-	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --ignore tests/kernels -m "not slow and not gpu" $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/kernels -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-kernels:
 	@PYTHON="$(PYTHON)" .ci/test-kernels $(KERNEL_VENVS)
