@@ -241,7 +241,7 @@ class Mamba2Mixer(nnx.Module):
         BC = BC.reshape(*BC.shape[:-1], self._groups, self.state_dim)
         if part.devices_per_group > 1:
             BC = own_group(BC, part.devices_per_group, axis=BC.ndim - 2)
-        return [part.squeeze(-3) for part in jax.lax.split(BC, (1, 1), axis=BC.ndim - 3)]
+        return [one.squeeze(-3) for one in jax.lax.split(BC, (1, 1), axis=BC.ndim - 3)]
 
     @property
     def _groups(self) -> int:

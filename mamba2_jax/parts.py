@@ -111,7 +111,7 @@ def residual_gain(config: Mamba2Config) -> float:
 
 
 def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
-    """Take the two meanings of a leaf pair apart."""
+    """Take the two meanings of a leaf pair apart; by a split, whose gradient is one concatenation."""
     first, second = jax.lax.split(pair, (1, 1), axis=pair.ndim - 2)
     return first.squeeze(-2), second.squeeze(-2)
 

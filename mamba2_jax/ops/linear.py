@@ -24,7 +24,7 @@ def linear(
         x: `(..., d)`.
         weight: `(d, *out)`.
         bias: `(*out)`.
-        dtype: of both operands.
+        dtype: of both operands, in the gradient too; in half precision that has reverse mode only.
 
     Returns:
         `(..., *out)` in float32 (float64 when `dtype` is); the caller narrows it.
@@ -43,7 +43,7 @@ def vocabulary_logits(
     Args:
         x: `(..., d)`.
         embedding: `(v, d)`, the head's or the tied embedding's matrix.
-        dtype: of both operands.
+        dtype: of both operands, in the gradient too; in half precision that has reverse mode only.
 
     Returns:
         `(..., v)` in float32 (float64 when `dtype` is).
