@@ -34,10 +34,11 @@ test-kernels:
 	@PYTHON="$(PYTHON)" .ci/test-kernels $(KERNEL_VENVS)
 
 # On this machine's own Python, which has jax for CUDA, pytest and jaxtyping, and perhaps the peers to compare
-# with. Needs no network. make gpu PYTHON=/path/to/python BENCHMARK_ARGS="--shapes A B"
+# with. Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
 gpu:
 	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
-	@$(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py -m gpu -rs
+	@XLA_PYTHON_CLIENT_PREALLOCATE=false $(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py \
+		-m gpu -rs --override-ini addopts=--strict-markers $(PYTEST_ARGS)
 	@echo "==> benchmarks/ssd.py"
 	@$(or $(PYTHON),python3) benchmarks/ssd.py --output benchmarks/results $(BENCHMARK_ARGS)
 

@@ -5,8 +5,9 @@ in the layout that the tensor cores of Hopper read and write (WGMMA), or in shar
 and the tensor cores both take. Only this module knows layouts, tilings and versions of jax.
 """
 
+import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -163,3 +164,54 @@ def product(
 
     result = pl.run_scoped(multiply, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
     return result if start is None else start + result
+
+
+def in_flight(
+    sums: Iterable[Any],
+    use: Callable,
+    *,
+    apart: bool = False,
+    spill: Any = None,
+    interpreted: bool = False,
+) -> Any:
+    """Start sums of products, and return what `use` makes of them while the tensor cores are at work.
+
+    Args:
+        sums: for each, operands `[(a, b), ...]`, as in `product`, and what it starts from, or None.
+        use: takes for each sum, in their order, a function that waits for it and returns it.
+        apart: whether to wait for each sum before the next one is started, and for all before `use`: where
+            registers are too few for what goes on meanwhile.
+        spill: as in `product`.
+        interpreted: as in `product`.
+    """
+    if apart or interpreted:
+        values = []
+        for operands, value in sums:
+            for a, b in operands:
+                value = product(a, b, value, spill=spill, interpreted=interpreted)
+            values.append(value)
+        return use(*(functools.partial(lambda value: value, value) for value in values))
+
+    sums = list(sums)
+
+    def run(*accumulators):
+        for accumulator, (operands, start) in zip(accumulators, sums, strict=True):
+            if start is not None:
+                accumulator[...] = start
+            for a, b in operands:
+                plgpu.wgmma(accumulator, a, b)
+        later = [sum(len(operands) for operands, _ in sums[i + 1 :]) for i in range(len(sums))]
+        return use(*map(functools.partial, [_wait] * len(sums), accumulators, later))
+
+    shapes = [(operands[0][0].shape[0], operands[0][1].shape[1]) for operands, _ in sums]
+    return pl.run_scoped(run, *(plgpu.ACC(shape, jnp.float32) for shape in shapes))
+
+
+def all_of(*sums: Callable) -> tuple[jax.Array, ...]:
+    """Wait for all; what `in_flight` does when there is nothing to do meanwhile."""
+    return tuple(wait() for wait in sums)
+
+
+def _wait(accumulator: Any, later: int) -> jax.Array:
+    """Return a sum once no more products are under way than the `later` ones, which were started after it."""
+    return plgpu.wgmma_accumulator_load(accumulator, wait_n=later)

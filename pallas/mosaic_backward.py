@@ -2,18 +2,19 @@ r"""The scan's backward pass on Hopper: two kernels, and sums over vectors that 
 
     saved states, x, B, C, dt (from the forward pass)          dy, the gradient of the final state
             |                                                         |
-            |              `mosaic_backward_walk`: dx, and the gradient of the state every 256 tokens
+            |              `mosaic_backward_walk`: dx, and the gradient of the state behind every chunk
             |                                                         |
             '----- `mosaic_backward_chunks`: dB, dC, and six vectors of every token and strip
                                          |
                             XLA: the gradients of dt, A and D
 
 Every element is written by one thread block, in a fixed order: the same inputs give the same bits. Nothing
-of the size of a pair of tokens reaches HBM; of the states one in 256 tokens, which the forward pass saved,
-and as many gradients of states. `tests/kernels` holds what is verified without a GPU. Of its speed nothing is
-known: it has not run on one yet.
+of the size of a pair of tokens reaches HBM; of the states one in 64 tokens, which the forward pass saved,
+and as many gradients of states. One state in 256 tokens, and those between computed again, moves half the
+bytes and took a third longer on an H200 (`benchmarks/results/h200.md`).
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +28,6 @@ from mamba2_jax.pallas.mosaic_forward import whole_tiles  # pyright: ignore[repo
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
     CHUNK,
     MULTIPROCESSORS,
-    SAVE_EVERY,
     STRIP,
 )
 
@@ -69,7 +69,7 @@ def backward(
         B: `(b, l, g, n)`, n 64, 128 or 256.
         C: `(b, l, g, n)`.
         D: `(h,)`, `(h, p)` or None.
-        saved_states: `(b, ceil(l / 256), h, p, n)`, as the forward pass returned them.
+        saved_states: `(b, ceil(l / 64), h, p, n)`, as the forward pass returned them.
         segment_ids: `(b, l)` int32 or None.
         dy: `(b, l, h, p)`, the gradient of y.
         final_gradient: `(b, h, p, n)` float32, the gradient of the final state.
@@ -80,18 +80,12 @@ def backward(
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
     strips = heads * (head_dim // STRIP)
-    spans = -(-length // SAVE_EVERY)
 
     def in_strips(tokens):
         return whole_tiles(tokens).reshape(batch, -1, strips, STRIP)
 
-    whole_spans = chunks.split(dt, SAVE_EVERY).reshape(batch, -1, heads)
-    decays = chunks.decays(whole_spans, A, CHUNK)
-    documents = None
-    if segment_ids is not None:
-        documents = chunks.document_ends(segment_ids, CHUNK)
-        missing = decays.shape[2] - documents.shape[1]  # chunks of the last span that do not exist
-        documents = jnp.pad(documents, ((0, 0), (0, missing), (0, 0), (0, 0)))
+    decays = chunks.decays(dt, A, CHUNK)
+    documents = None if segment_ids is None else chunks.document_ends(segment_ids, CHUNK)
     D_strips = None
     if D is not None:
         D_strips = jnp.broadcast_to(D.reshape(heads, -1).astype(jnp.float32), (heads, head_dim))
@@ -115,7 +109,7 @@ def backward(
     dB, dC, vectors = mosaic_backward_chunks.gradients(
         x_strips,
         dy_strips,
-        saved_states.reshape(batch, spans, strips, STRIP, state_dim),
+        saved_states.reshape(batch, -1, strips, STRIP, state_dim),
         state_gradients,
         B_tiles,
         C_tiles,
@@ -124,7 +118,7 @@ def backward(
         splits=splits,
         interpret=interpret,
     )
-    ddt, dA, dD = _sum_vectors(vectors, decays[:, :, : vectors.shape[3], 1], A.astype(jnp.float32))
+    ddt, dA, dD = _sum_vectors(vectors, decays[:, :, :, 1], A.astype(jnp.float32))
     return Gradients(
         x=dx.reshape(batch, -1, heads, head_dim)[:, :length],
         dt=ddt[:, :length],
@@ -162,8 +156,9 @@ def _sum_vectors(vectors: jax.Array, dt: jax.Array, A: jax.Array) -> tuple[jax.A
         vector.reshape(batch, heads, -1, chunks, CHUNK).sum(2)
         for vector in (inside, across, read, left, over)
     )
-    behind = jax.lax.cumsum(read, axis=3, reverse=True)
-    before = jnp.cumsum(jnp.pad((dt * left)[..., :-1], ((0, 0), (0, 0), (0, 0), (1, 0))), axis=-1)
+    from_on = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))  # [token, up to which]
+    exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    behind, before = exact(read, from_on), exact(dt * left, 1 - from_on)
     d_decay = across + behind + before + over.sum(-1, keepdims=True)  # of dt * A, (b, h, c, 64)
     ddt = inside + left + A[:, None, None] * d_decay
     return ddt.reshape(batch, heads, -1).swapaxes(1, 2), (dt * d_decay).sum((2, 3)), x_dy.sum(2)

@@ -22,15 +22,11 @@ and each token and strip gives four numbers, of which XLA makes the gradients of
 These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs
 no digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
 
-HBM holds `H` and `G` only at the ends of spans of four chunks. For each strip, a block first brings `H` up
-over the chunks before its own, and `G` down over those behind: nothing else passes between chunks. A copying
-warpgroup runs ahead with a ring of tiles; two computing ones take half of state_dim each, and half of the
-targets `i` of the pairs:
+The forward pass and the walk before this kernel have left `H` and `G` of every chunk in HBM, so that no block
+needs another chunk. A copying warpgroup runs up to three strips ahead; two computing ones take half of
+state_dim each, and half of the targets `i` of the pairs:
 
-    for each strip    H = H kept + (x w dt)^T B                  for each chunk of the span before this one
-                      G = G kept + (dy a)^T C                    for each chunk of the span behind, backwards
-                      over
-                      pairs,  d_scores += dt pairs,  inside,  across
+    for each strip    pairs,  d_scores += dt pairs,  inside,  across,  over
                       dC += a (dy H),  read
                       dB += w dt (x G),  left
     at the end        dB += d_scores C,  dC += d_scores^T B
@@ -48,7 +44,6 @@ from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImpo
 from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_backward_sums import (  # pyright: ignore[reportMissingImports]
     HALF,
-    SPAN,
     VECTORS,
     Sums,
 )
@@ -63,20 +58,20 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     Args:
         x: `(b, l, strips, 64)`, compute dtype; `l` is a multiple of 8 and at least 64.
         dy: as x.
-        states: `(b, spans, strips, 64, n)`, compute dtype: the state before each span.
-        state_gradients: as states: the gradient of the state after each span.
+        states: `(b, c, strips, 64, n)`, compute dtype: the state before each chunk.
+        state_gradients: as states: the gradient of the state after each chunk.
         B: `(b, l, g, n)`, compute dtype.
         C: `(b, l, g, n)`.
-        decays: `(b, h, SPAN * spans, 2, 64)` float32: log2 of the decay from the chunk's start, and dt.
-        documents: `(b, SPAN * spans, 2, 64)` int32, as from `chunks.document_ends`, or None.
+        decays: `(b, h, c, 2, 64)` float32: log2 of the decay from the chunk's start, and dt.
+        documents: `(b, c, 2, 64)` int32, as from `chunks.document_ends`, or None.
         splits: into how many parts to cut the strips of a group, for blocks enough to fill a GPU.
         interpret: None on a GPU, or what `bridge.interpreter` returned.
 
     Returns:
-        dB: `(splits, b, chunks * 64, g, n)`, to be summed over the splits; float32 if there are several,
+        dB: `(splits, b, c * 64, g, n)`, to be summed over the splits; float32 if there are several,
             otherwise compute dtype.
         dC: as dB.
-        vectors: `(parts, b, strips, chunks, VECTORS, 64)` float32, to be summed over the parts.
+        vectors: `(parts, b, strips, c, VECTORS, 64)` float32, to be summed over the parts.
     """
     batch, length, strips, _ = x.shape
     groups, state_dim = B.shape[2:]
@@ -86,11 +81,10 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
         strips_per_group=strips // groups,
         strips_per_split=-(-strips // groups // splits),
         strips_per_head=strips // decays.shape[1],
-        half=half,  # of state_dim, for each computing warpgroup
+        half=half,  # of a block's columns of the state, for each computing warpgroup
+        halves=state_dim // half,
         parts=state_dim // (2 * half),  # blocks that share the columns of a wide state
-        tiles=2 * half // STRIP,  # of a block's columns of the state
-        others=(state_dim - 2 * half) // STRIP,  # tiles of the other blocks' columns
-        ring=_ring(batch),
+        stages=3 if state_dim <= 128 else 2,  # strips in shared memory
     )
     inputs = {"x": x, "dy": dy, "states": states, "state_gradients": state_gradients, "B": B, "C": C}
     inputs["decays"] = decays
@@ -116,38 +110,35 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     return run(*inputs.values())
 
 
-def _ring(batch: int) -> int:
-    """Return how many tiles the ring has; a strip takes at most 2 * 2 + 3 + 2 = 9 of them.
-
-    Both numbers are enough. Which one leaves the compiler (ptxas 13) a register for every number that all
-    strips share depends on the grid, and was found by compiling: with the other, 10 to 14 of them spill.
-    """
-    return 13 if batch == 1 else 12
-
-
 def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
     """Shared memory and barriers of a block. All tiles are 32 columns wide, to be cut in halves."""
     tiles = functools.partial(gpu.tiles, dtype=dtype, width=HALF)
+    stages = plan.stages
     scratch = {
-        "rows": tiles(2, (SPAN + 1) * CHUNK, plan.half),  # B up to the own chunk, C from it on
-        "ring": tiles(plan.ring, CHUNK, STRIP),
+        # For all strips.
+        "B": tiles(plan.halves, CHUNK, plan.half),
+        "C": tiles(plan.halves, CHUNK, plan.half),
         "scores": tiles(2, CHUNK, HALF),
-        "pairs": tiles(2, CHUNK, HALF),
         "before": tiles(CHUNK, CHUNK),
+        # One slot for each strip of the pipeline, filled by TMA.
+        "x": tiles(stages, CHUNK, STRIP),
+        "dy": tiles(stages, CHUNK, STRIP),
+        "entering": tiles(stages, 2, STRIP, plan.half),
+        "leaving": tiles(stages, 2, STRIP, plan.half),
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
-        "decays": plgpu.SMEM((2, SPAN, 2, CHUNK), jnp.float32),
-        "column_decays": plgpu.SMEM((2, CHUNK), jnp.float32),
+        "decays": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
+        "column_decays": plgpu.SMEM((stages, CHUNK), jnp.float32),
+        # Of the strip that is computed.
+        "pairs": tiles(2, CHUNK, HALF),
         "vectors": plgpu.SMEM((2, 2, VECTORS, CHUNK), jnp.float32),
         "summed": plgpu.SMEM((2, VECTORS // 2, CHUNK), jnp.float32),
-        "resident": plgpu.Barrier(num_arrivals=2 * (SPAN + 1) + documents),
-        "full": plgpu.Barrier(num_arrivals=1, num_barriers=plan.ring),
-        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=plan.ring),
-        "decays_full": plgpu.Barrier(num_arrivals=2, num_barriers=2),
-        "decays_empty": plgpu.Barrier(num_arrivals=2, num_barriers=2),
+        "resident": plgpu.Barrier(num_arrivals=2 * plan.halves + documents),
+        "full": plgpu.Barrier(num_arrivals=8, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         "both": plgpu.Barrier(num_arrivals=2),
     }
     if documents:
-        scratch["documents"] = plgpu.SMEM((SPAN, 2, CHUNK), jnp.int32)
+        scratch["documents"] = plgpu.SMEM((2, CHUNK), jnp.int32)
     return scratch
 
 
@@ -167,106 +158,47 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
 
 
 def _place(plan: Any) -> Any:
-    """Find the block's chunk in its span, its strips, and the order of the tiles in its ring."""
-    chunk, group, part = lax.axis_index("chunk"), lax.axis_index("group"), lax.axis_index("part")
+    """Find the block's chunk, its strips, and its columns of the state."""
+    group, part = lax.axis_index("group"), lax.axis_index("part")
     split = lax.div(part, jnp.int32(plan.parts))
-    span, own = lax.div(chunk, jnp.int32(SPAN)), lax.rem(chunk, jnp.int32(SPAN))
     past = split * plan.strips_per_split
-    place = types.SimpleNamespace(
+    return types.SimpleNamespace(
         batch=lax.axis_index("batch"),
         group=group,
-        chunk=chunk,
-        span=span,
-        own=own,  # chunks of the span before this one
-        behind=jnp.minimum(SPAN, plan.chunks - span * SPAN) - 1 - own,
+        chunk=lax.axis_index("chunk"),
         part=lax.rem(part, jnp.int32(plan.parts)),
         split=split,
         strip=group * plan.strips_per_group + past,
         strips=jnp.minimum(plan.strips_per_split, plan.strips_per_group - past),
     )
-    # For each strip: the state, x of the chunks before, the state's gradient, dy of the chunks behind from
-    # the last one down, and the own dy and x. The tiles of other blocks' columns of B and C precede them.
-    place.gradient_tile = plan.tiles + own
-    place.own_tile = place.gradient_tile + plan.tiles + place.behind
-    place.tiles_per_strip = place.own_tile + 2
-    place.first_tile = lambda strip: 2 * plan.others + strip * place.tiles_per_strip
-    return place
 
 
 def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
-    """The copying warpgroup: B and C once, then the ring, as fast as it empties."""
-
-    def tokens(chunk):
-        return pl.ds((place.span * SPAN + chunk) * CHUNK, CHUNK)
-
-    def columns(tile):
-        return pl.ds(tile * STRIP, STRIP)
-
-    def put(number, source):
-        slot = lax.rem(number, jnp.int32(plan.ring))
-        pl.when(number >= plan.ring)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
-        plgpu.copy_gmem_to_smem(source, smem.ring.at[slot], smem.full.at[slot])
-
-    @pl.loop(jnp.int32(0), jnp.int32(SPAN + 1))
-    def _(index):
-        target = pl.ds(pl.multiple_of(index * CHUNK, CHUNK), CHUNK)
-        last = place.own + place.behind  # behind a row's last chunk there is none: it is copied again
-        for array, chunk, wanted in (
-            (hbm.B, index, index <= place.own),
-            (hbm.C, jnp.minimum(index - 1, last), index > place.own),
-        ):
-            for half in range(2):
-                wide = pl.ds((place.part * 2 + half) * plan.half, plan.half)
-
-                @pl.when(wanted)
-                def _(array=array, chunk=chunk, half=half, wide=wide):
-                    source = array.at[place.batch, tokens(chunk), place.group, wide]
-                    plgpu.copy_gmem_to_smem(source, smem.rows.at[half, target], smem.resident)
-
+    """The copying warpgroup: B and C once, then strip after strip, as fast as slots empty."""
+    tokens = pl.ds(place.chunk * CHUNK, CHUNK)
+    for half in range(plan.halves):
+        columns = pl.ds(half * plan.half, plan.half)
+        for array, tile in ((hbm.B, smem.B), (hbm.C, smem.C)):
+            source = array.at[place.batch, tokens, place.group, columns]
+            plgpu.copy_gmem_to_smem(source, tile.at[half], smem.resident)
     if hasattr(hbm, "documents"):
-        source = hbm.documents.at[place.batch, pl.ds(place.span * SPAN, SPAN)]
-        plgpu.copy_gmem_to_smem(source, smem.documents, smem.resident)
-    for i in range(plan.others):
-        other = lax.rem((place.part + 1) * plan.tiles + i, jnp.int32(plan.tiles + plan.others))
-        for k, array in enumerate((hbm.B, hbm.C)):
-            source = array.at[place.batch, tokens(place.own), place.group, columns(other)]
-            put(jnp.int32(2 * i + k), source)
+        plgpu.copy_gmem_to_smem(hbm.documents.at[place.batch, place.chunk], smem.documents, smem.resident)
 
     @pl.loop(jnp.int32(0), place.strips)
     def _(index):
-        strip, buffer, first = place.strip + index, lax.rem(index, jnp.int32(2)), place.first_tile(index)
-        full = smem.decays_full.at[buffer]
-        pl.when(index >= 2)(lambda: plgpu.barrier_wait(smem.decays_empty.at[buffer]))
-        head = hbm.decays.at[place.batch, lax.div(strip, jnp.int32(plan.strips_per_head))]
-        plgpu.copy_gmem_to_smem(head.at[pl.ds(place.span * SPAN, SPAN)], smem.decays.at[buffer], full)
-        plgpu.copy_gmem_to_smem(head.at[place.chunk, 0], smem.column_decays.at[buffer], full)
+        strip, slot = place.strip + index, lax.rem(index, jnp.int32(plan.stages))
+        fill = functools.partial(plgpu.copy_gmem_to_smem, barrier=smem.full.at[slot])
+        pl.when(index >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
+        decays = hbm.decays.at[place.batch, lax.div(strip, jnp.int32(plan.strips_per_head)), place.chunk]
+        fill(decays, smem.decays.at[slot])
+        fill(decays.at[0], smem.column_decays.at[slot])
+        fill(hbm.x.at[place.batch, tokens, strip], smem.x.at[slot])
+        fill(hbm.dy.at[place.batch, tokens, strip], smem.dy.at[slot])
+        for half in range(2):
+            columns = pl.ds((place.part * 2 + half) * plan.half, plan.half)
+            for array, tile in ((hbm.states, smem.entering), (hbm.state_gradients, smem.leaving)):
+                fill(array.at[place.batch, place.chunk, strip, :, columns], tile.at[slot, half])
 
-        wide = [columns(place.part * plan.tiles + i) for i in range(plan.tiles)]
-        for i in range(plan.tiles):
-            put(first + i, hbm.states.at[place.batch, place.span, strip, :, wide[i]])
-
-        @pl.loop(jnp.int32(0), place.own)
-        def _(chunk):
-            put(first + plan.tiles + chunk, hbm.x.at[place.batch, tokens(chunk), strip])
-
-        for i in range(plan.tiles):
-            source = hbm.state_gradients.at[place.batch, place.span, strip, :, wide[i]]
-            put(first + place.gradient_tile + i, source)
-
-        @pl.loop(jnp.int32(0), place.behind)
-        def _(i):
-            source = hbm.dy.at[place.batch, tokens(place.own + place.behind - i), strip]
-            put(first + place.gradient_tile + plan.tiles + i, source)
-
-        put(first + place.own_tile, hbm.dy.at[place.batch, tokens(place.own), strip])
-        put(first + place.own_tile + 1, hbm.x.at[place.batch, tokens(place.own), strip])
-
-    end = place.first_tile(place.strips)
-
-    @pl.loop(jnp.maximum(end - plan.ring, 0), end)
-    def _(number):
-        plgpu.barrier_wait(smem.empty.at[lax.rem(number, jnp.int32(plan.ring))])
-
-    @pl.loop(jnp.maximum(place.strips - 2, 0), place.strips)
+    @pl.loop(jnp.maximum(place.strips - plan.stages, 0), place.strips)
     def _(index):
-        plgpu.barrier_wait(smem.decays_empty.at[lax.rem(index, jnp.int32(2))])
+        plgpu.barrier_wait(smem.empty.at[lax.rem(index, jnp.int32(plan.stages))])

@@ -12,6 +12,7 @@ few strips: a block first walks the chunks behind its piece, updating `G` only.
 """
 
 import functools
+import itertools
 import types
 from typing import Any
 
@@ -20,21 +21,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.bridge import plgpu, transposed  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
     CHUNK,
-    SAVE_EVERY,
     STRIP,
     choose_pieces,
     cut,
+    state_width,
 )
-
-SPAN = SAVE_EVERY // CHUNK  # chunks between two states in HBM
-COLUMNS = 64  # of the state, multiplied at a time
 
 
 def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpret=None):
-    """Return dx, the gradient of the state behind each span of chunks, and that of the initial state.
+    """Return dx, the gradient of the state behind each chunk, and that of the initial state.
 
     Args:
         dy: `(b, l, strips, 64)`, compute dtype; `l` is a multiple of 8 and at least 64.
@@ -49,7 +47,7 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
 
     Returns:
         dx: as dy.
-        state_gradients: `(b, spans, strips, 64, n)`, compute dtype.
+        state_gradients: `(b, c, strips, 64, n)`, compute dtype.
         initial_gradient: `(b, strips, 64, n)` float32.
     """
     batch, length, strips, _ = dy.shape
@@ -66,13 +64,14 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
         strips_per_head=strips // decays.shape[1],
         blocks_per_group=blocks_per_group,
         stages=min(3 if state_dim <= 128 else 2, ends[0]),
-        columns=[pl.ds(start, COLUMNS) for start in range(0, state_dim, COLUMNS)],
+        width=state_width(state_dim),
         # Of a thread that computes, and of one that copies; together 3 * 168, what a block starts with.
         registers=(240, 24) if state_dim > 128 or documents is not None else (232, 40),
     )
+    plan.columns = [pl.ds(start, plan.width) for start in range(0, state_dim, plan.width)]
     inputs = {"dy": dy, "B": B, "C": C, "decays": decays, "final": final_gradient}
     inputs |= {name: array for name, array in (("documents", documents), ("D", D)) if array is not None}
-    saved = (batch, -(-chunks // SPAN), *final_gradient.shape[1:])
+    saved = (batch, chunks, *final_gradient.shape[1:])
     outputs = {
         "dx": jax.ShapeDtypeStruct(dy.shape, dy.dtype),
         "saved": jax.ShapeDtypeStruct(saved, dy.dtype),
@@ -107,8 +106,8 @@ def _scratch(plan: Any, state_dim: int, dtype: Any, documents: bool) -> dict[str
         "column_decays": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
         # One for each computing warpgroup.
         "weights": gpu.tiles(2, CHUNK, CHUNK, dtype=dtype),
-        "state": gpu.tiles(2, STRIP, COLUMNS, dtype=dtype),
-        "strip": gpu.tiles(2, CHUNK, STRIP, dtype=dtype),
+        "state": gpu.tiles(2, STRIP, plan.width, dtype=dtype),
+        "decayed": gpu.tiles(2, CHUNK, STRIP, dtype=dtype),
         "full": plgpu.Barrier(num_arrivals=8 + documents, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
     }
@@ -183,8 +182,9 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
     """A computing warpgroup: walk one strip back through the chunks, to the start of the block's piece."""
     strip, stores = place.strip(me), place.exists(me)
     dtype, float32 = hbm.dy.dtype, jnp.float32
-    accumulate = functools.partial(product, interpreted=interpreted)
-    weights, staged = smem.weights.at[me], smem.strip.at[me]
+    apart = len(plan.columns) > 1  # beside a wide state
+    in_flight = functools.partial(gpu.in_flight, apart=apart, interpreted=interpreted)
+    weights, decayed = smem.weights.at[me], smem.decayed.at[me]
     D = gpu.load_from_hbm(hbm.D.at[strip], gpu.ONE_PER_COLUMN) if hasattr(hbm, "D") else None
 
     def decays(slot):
@@ -202,64 +202,78 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
             kept = jnp.where(first_start >= CHUNK, kept, 0.0)
         return from_start, to_end, kept
 
-    def updated(state, slot, from_start, kept):
-        """Add the chunk's dy to the gradient of the state, which passes from the chunk's end to its start."""
+    def scale(slot, from_start):
+        """Put dy, decayed from the chunk's start, into shared memory."""
         dy = gpu.load(smem.dy.at[slot, me]).astype(float32)
-        staged[...] = (dy * gpu.per_row(from_start, STRIP)).astype(dtype)
-        plgpu.commit_smem()
-        return tuple(
-            accumulate(transposed(staged), smem.C.at[slot, :, columns], part * kept)
-            for part, columns in zip(state, plan.columns, strict=True)
-        )
+        decayed[...] = (dy * gpu.per_row(from_start, STRIP)).astype(dtype)
+
+    def update(state, slot, kept):
+        """Add dy to the gradient of the state, which passes from the chunk's end to its start."""
+        for part, columns in zip(state, plan.columns, strict=True):
+            yield [(transposed(decayed), smem.C.at[slot, :, columns])], part * kept
 
     def pass_by(step, state):
         """A chunk behind the block's piece: the gradient of the state only."""
         slot = lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem.full.at[slot])
         from_start, _, kept = decays(slot)
-        state = updated(state, slot, from_start, kept)
+        scale(slot, from_start)
+        plgpu.commit_smem()
+        state = in_flight(update(state, slot, kept), gpu.all_of)
         plgpu.barrier_arrive(smem.empty.at[slot])
         return state
 
     def walk_step(step, state):
-        """A chunk of the block's piece: dx, the gradient of the state, and every so often that one to HBM."""
+        """A chunk of the block's piece: dx, and the gradient of the state, also to HBM."""
         chunk, slot = plan.chunks - 1 - step, lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem.full.at[slot])
         B, C, dy = smem.B.at[slot], smem.C.at[slot], smem.dy.at[slot, me]
-        source = gpu.load(smem.row_decays.at[slot, me, 0], gpu.ONE_PER_ROW)
-        target = gpu.load(smem.column_decays.at[slot, me], gpu.ONE_PER_COLUMN)
-        log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
-        last = gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW) if hasattr(smem, "documents") else None
-        # Mask before exp2: below the diagonal the difference is positive and overflows.
-        between = jnp.exp2(jnp.where(_sees(last), log, -jnp.inf))
-        dt = gpu.load(smem.row_decays.at[slot, me, 1], gpu.ONE_PER_ROW)
-        scores = product(B, transposed(C))
-        weights[...] = (scores * between * gpu.per_row(dt, CHUNK)).astype(dtype)
+        from_start, to_end, kept = decays(slot)
+        scale(slot, from_start)
 
+        def weigh(scores):
+            """While the tensor cores compute the scores."""
+            source = gpu.load(smem.row_decays.at[slot, me, 0], gpu.ONE_PER_ROW)
+            target = gpu.load(smem.column_decays.at[slot, me], gpu.ONE_PER_COLUMN)
+            log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
+            documents = hasattr(smem, "documents")
+            last = gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW) if documents else None
+            # Mask before exp2: below the diagonal the difference is positive and overflows.
+            between = jnp.exp2(jnp.where(_sees(last), log, -jnp.inf))
+            dt = gpu.load(smem.row_decays.at[slot, me, 1], gpu.ONE_PER_ROW)
+            weights[...] = (scores() * between * gpu.per_row(dt, CHUNK)).astype(dtype)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dx and the state of the step before have left
+        in_flight([([(B, transposed(C))], None)], weigh)
         dx = None
-        saves = stores & ((lax.rem(chunk, jnp.int32(SPAN)) == SPAN - 1) | (step == 0))
-        for part, columns in zip(state, plan.columns, strict=True):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
+        for i, (part, columns) in enumerate(zip(state, plan.columns, strict=True)):
+            if i > 0:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
             smem.state.at[me][...] = part.astype(dtype)
             plgpu.commit_smem()
 
-            @pl.when(saves)
+            @pl.when(stores)
             def _(columns=columns):
-                target = hbm.saved.at[place.batch, lax.div(chunk, jnp.int32(SPAN)), strip, :, columns]
+                target = hbm.saved.at[place.batch, chunk, strip, :, columns]
                 plgpu.copy_smem_to_gmem(smem.state.at[me], target)
 
-            dx = accumulate(B.at[:, columns], transposed(smem.state.at[me]), dx)
-        from_start, to_end, kept = decays(slot)
+            reading = [(B.at[:, columns], transposed(smem.state.at[me]))]
+            (dx,) = in_flight([(reading, dx)], gpu.all_of)
         dx = dx * gpu.per_row(to_end, STRIP)
         if D is not None:
             dx = dx + gpu.per_column(D, CHUNK) * gpu.load(dy).astype(float32)
-        dx = accumulate(weights, dy, dx)
-        state = updated(state, slot, from_start, kept)
+
+        def send(dx, *state):
+            """While the tensor cores update the gradient of the state."""
+            weights[...] = dx().astype(dtype)  # nobody needs the weights any more
+            plgpu.commit_smem()
+            tokens = pl.ds(chunk * CHUNK, CHUNK)
+            pl.when(stores)(lambda: plgpu.copy_smem_to_gmem(weights, hbm.dx.at[place.batch, tokens, strip]))
+            return tuple(part() for part in state)
+
+        dx = [(weights, dy)], dx
+        state = in_flight(itertools.chain([dx], update(state, slot, kept)), send)
         plgpu.barrier_arrive(smem.empty.at[slot])
-        staged[...] = dx.astype(dtype)
-        plgpu.commit_smem()
-        tokens = pl.ds(chunk * CHUNK, CHUNK)
-        pl.when(stores)(lambda: plgpu.copy_smem_to_gmem(staged, hbm.dx.at[place.batch, tokens, strip]))
         return state
 
     final = hbm.final.at[place.batch, strip]

@@ -10,8 +10,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-CHUNK = 64  # tokens a step; four steps between two saved states
-SAVE_EVERY = 256  # tokens
+CHUNK = 64  # tokens a step
 STRIP = 64  # channels, one warpgroup
 STRIPS_PER_BLOCK = 2
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
@@ -76,7 +75,7 @@ class Plan:
     @property
     def state_blocks(self) -> list[tuple[int, int]]:
         """Start and width of the column blocks in which a warpgroup holds and multiplies the state."""
-        width = 64 if self.state_dim == 256 else self.state_dim
+        width = state_width(self.state_dim)
         return [(start, width) for start in range(0, self.state_dim, width)]
 
 
@@ -90,6 +89,7 @@ def make_plan(
     *,
     itemsize: int = 2,
     documents: bool = False,
+    save_states: bool = False,
     pieces: int | None = None,
 ) -> Plan:
     """Plan a launch.
@@ -97,14 +97,20 @@ def make_plan(
     Args:
         itemsize: bytes of the compute dtype.
         documents: whether there are segment ids.
+        save_states: whether the state before every chunk is written.
         pieces: how often to cut the sequence; None for the rule of `choose_pieces`.
     """
     chunks = -(-length // CHUNK)
     strips_per_group = heads // groups * (head_dim // STRIP)
     blocks = batch * groups * -(-strips_per_group // STRIPS_PER_BLOCK)
     ends = cut(chunks, choose_pieces(blocks, chunks) if pieces is None else pieces)
-    stages = max(1, min(MOST_STAGES, fitting_stages(state_dim, itemsize, documents), ends[0]))
+    stages = max(1, min(MOST_STAGES, fitting_stages(state_dim, itemsize, documents, save_states), ends[0]))
     return Plan(batch, chunks, heads, groups, head_dim, state_dim, stages, ends)
+
+
+def state_width(state_dim: int) -> int:
+    """Return the columns of a state that a warpgroup multiplies, and stages in shared memory, at a time."""
+    return 64 if state_dim > 128 else state_dim
 
 
 def choose_pieces(blocks: int, chunks: int) -> int:
@@ -129,20 +135,21 @@ def cut(chunks: int, pieces: int) -> tuple[int, ...]:
     return tuple(ends[1:])
 
 
-def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool) -> int:
+def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool, save_states: bool = False) -> int:
     """Return the shared memory of a block: what each stage holds, and what there is once."""
     strip = CHUNK * STRIP * itemsize
     decays = STRIPS_PER_BLOCK * CHUNK * 4
     stage = STRIPS_PER_BLOCK * strip + 2 * CHUNK * state_dim * itemsize + 3 * decays
     stage += 2 * CHUNK * 4 if documents else 0
     once = STRIPS_PER_BLOCK * (strip + CHUNK * CHUNK * itemsize) + 2 * decays
+    once += STRIPS_PER_BLOCK * STRIP * state_width(state_dim) * itemsize if save_states else 0
     return stages * stage + once + 2 * 8 * stages  # and the barriers
 
 
-def fitting_stages(state_dim: int, itemsize: int, documents: bool) -> int:
+def fitting_stages(state_dim: int, itemsize: int, documents: bool, save_states: bool = False) -> int:
     """Return how many stages shared memory has room for."""
-    once = smem_bytes(state_dim, 0, itemsize, documents)
-    return (SMEM_LIMIT - 1024 - once) // (smem_bytes(state_dim, 1, itemsize, documents) - once)
+    none, one = (smem_bytes(state_dim, stages, itemsize, documents, save_states) for stages in (0, 1))
+    return (SMEM_LIMIT - 1024 - none) // (one - none)
 
 
 def unsupported(problem: Any) -> str | None:

@@ -14,6 +14,7 @@ decays of a token from the chunk's start, to its end, and of the state over the 
 import dataclasses
 import functools
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -24,7 +25,6 @@ from mamba2_jax.pallas import bridge as gpu  # pyright: ignore[reportMissingImpo
 from mamba2_jax.pallas.bridge import plgpu  # pyright: ignore[reportMissingImports]
 from mamba2_jax.pallas.mosaic_plan import (  # pyright: ignore[reportMissingImports]
     CHUNK,
-    SAVE_EVERY,
     STRIP,
     STRIPS_PER_BLOCK,
     Plan,
@@ -145,19 +145,33 @@ class Walk:
         source, dt, last, kept = self.decays(slot)
         target = gpu.load(self.smem.column_decays.at[slot, self.head], gpu.ONE_PER_COLUMN)
         log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
-        # Mask before exp2: below the diagonal the difference is positive and overflows.
-        weights = jnp.exp2(jnp.where(seen(last), log, -jnp.inf)) * gpu.per_row(dt, CHUNK)
-        self.smem.weights.at[self.me][...] = (self.product(B, C) * weights).astype(self.dtype)
-        plgpu.commit_smem()
 
+        def weigh(scores):
+            """While the tensor cores compute the scores."""
+            # Mask before exp2: below the diagonal the difference is positive and overflows.
+            weights = jnp.exp2(jnp.where(seen(last), log, -jnp.inf)) * gpu.per_row(dt, CHUNK)
+            self.smem.weights.at[self.me][...] = (scores() * weights).astype(self.dtype)
+            plgpu.commit_smem()
+
+        self.in_flight([([(B, C)], None)], weigh)
+        read_out = [
+            (part.astype(self.dtype), C.at[columns])
+            for part, columns in zip(state, self.state_columns, strict=True)
+        ]
         x = gpu.load(gpu.transposed(self.smem.x.at[slot, self.me]))  # [channel, token], and so is y
-        y = self.read_out(state, C) * self.turned(self.smem.from_start)
+        (y,) = self.in_flight([(read_out, None)], gpu.all_of)
+        y = y * self.turned(self.smem.from_start)
         if D is not None:
             y = y + gpu.per_row(D, CHUNK) * x.astype(jnp.float32)
-        y = self.product(x, self.smem.weights.at[self.me], y)
-        state = self.updated(state, slot, kept, x)
+
+        def send(y, *state):
+            """While the tensor cores update the state."""
+            self.send(chunk, y())
+            return tuple(part() for part in state)
+
+        y = [(x, self.smem.weights.at[self.me])], y
+        state = self.in_flight(itertools.chain([y], self.update(state, slot, kept, x)), send)
         plgpu.barrier_arrive(self.smem.empty.at[slot])
-        self.send(chunk, y)
         self.save(chunk + 1, state)
         return state
 
@@ -166,7 +180,8 @@ class Walk:
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
         *_, kept = self.decays(slot)
-        state = self.updated(state, slot, kept, gpu.load(gpu.transposed(self.smem.x.at[slot, self.me])))
+        x = gpu.load(gpu.transposed(self.smem.x.at[slot, self.me]))
+        state = self.in_flight(self.update(state, slot, kept, x), gpu.all_of)
         plgpu.barrier_arrive(self.smem.empty.at[slot])
         return state
 
@@ -200,20 +215,11 @@ class Walk:
         """A vector over the rows, stored before, as one over the columns of `[channel, token]`."""
         return gpu.per_column(gpu.load(vector.at[self.me], gpu.ONE_PER_COLUMN), STRIP)
 
-    def read_out(self, state: Any, C: Any) -> Any:
-        """`state C`, before any decay."""
-        y = None
-        for part, columns in zip(state, self.state_columns, strict=True):
-            y = self.product(part.astype(self.dtype), C.at[columns], y)
-        return y
-
-    def updated(self, state: Any, slot: Any, kept: Any, x: jax.Array) -> Any:
-        """`state * kept + (x * to_end) B`."""
+    def update(self, state: Any, slot: Any, kept: Any, x: jax.Array) -> Iterator[Any]:
+        """`state * kept + (x * to_end) B`, as sums to be started."""
         x_to_end = (x.astype(jnp.float32) * self.turned(self.smem.to_end)).astype(self.dtype)
-        return tuple(
-            self.product(x_to_end, self.smem.B.at[slot, :, columns], part * kept)
-            for part, columns in zip(state, self.state_columns, strict=True)
-        )
+        for part, columns in zip(state, self.state_columns, strict=True):
+            yield [(x_to_end, self.smem.B.at[slot, :, columns])], part * kept
 
     def send(self, chunk: Any, y: jax.Array) -> None:
         """Send y off to HBM; the y before it must have left shared memory."""
@@ -225,25 +231,31 @@ class Walk:
         pl.when(self.owns)(lambda: plgpu.copy_smem_to_gmem(mine, target))
 
     def save(self, chunk: Any, state: Any) -> None:
-        """Write the state before every 256th token straight to HBM, if asked to.
+        """Send off the state that enters a chunk, if asked to.
 
         Called after a step, not before the next one: there the compiler would keep the state in 16 bits,
         which that step needs later on, in registers, and spill.
         """
         if not hasattr(self.hbm, "saved"):
             return
-        every = jnp.int32(SAVE_EVERY // CHUNK)
-        place = self.hbm.saved.at[self.place.batch, lax.div(chunk, every), self.place.strip(self.me)]
+        mine = self.smem.saved.at[self.me]
+        place = self.hbm.saved.at[self.place.batch, chunk, self.place.strip(self.me)]
 
-        @pl.when(self.owns & (lax.rem(chunk, every) == 0) & (chunk < self.plan.chunks))
+        @pl.when(self.owns & (chunk < self.plan.chunks))
         def _():
             for part, columns in zip(state, self.state_columns, strict=True):
-                gpu.store_to_hbm(place.at[:, columns], part.astype(self.dtype))
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent before has left
+                mine[...] = part.astype(self.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(mine, place.at[:, columns])
 
-    def product(self, a: Any, b: Any, start: jax.Array | None = None) -> jax.Array:
-        """`start + a @ b`, whichever way this kernel runs."""
-        spill = self.smem.operand.at[self.me] if self.interpreted else None
-        return gpu.product(a, b, start, spill=spill, interpreted=self.interpreted)
+    def in_flight(self, sums: Any, use: Any) -> Any:
+        """Start sums of products, whichever way this kernel runs; beside a wide state, one by one."""
+        apart, spill = (
+            len(self.state_columns) > 1,
+            self.smem.operand.at[self.me] if self.interpreted else None,
+        )
+        return gpu.in_flight(sums, use, apart=apart, spill=spill, interpreted=self.interpreted)
 
     @property
     def dtype(self) -> Any:

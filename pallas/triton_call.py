@@ -1,6 +1,8 @@
 """The one door to jax_triton: which versions work together, and launching a kernel from JAX."""
 
+import importlib
 import importlib.metadata
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -48,10 +50,7 @@ def launch(
         num_stages: how far loads run ahead in loops.
         **constants: the kernel's `tl.constexpr` arguments.
     """
-    # Only here: without a GPU's jaxlib it does not import.
-    import jax_triton  # pyright: ignore[reportMissingImports]
-
-    return jax_triton.triton_call(
+    return jax_triton().triton_call(
         *inputs,
         kernel=kernel,
         out_shape=list(outputs),
@@ -60,6 +59,22 @@ def launch(
         num_stages=num_stages,
         **constants,
     )
+
+
+def jax_triton() -> Any:
+    """Import jax_triton, here alone: without a GPU's jaxlib it fails.
+
+    It also empties `TRITON_CACHE_DIR`, with which all other Triton kernels of the process, PyTorch's among
+    them, would stop at "Could not create or locate cache dir". So that is put back.
+    """
+    variable = "TRITON_CACHE_DIR"
+    before = os.environ.get(variable)
+    module = importlib.import_module("jax_triton")
+    if before is None:
+        os.environ.pop(variable, None)
+    else:
+        os.environ[variable] = before
+    return module
 
 
 def _version(name: str) -> str | None:

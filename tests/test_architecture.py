@@ -130,12 +130,15 @@ def test_arrows_go_one_way():
 def test_only_the_command_line_prints_and_reads_the_environment(file):
     if room_of(file) in COMMAND_LINE:
         return
+    restores = file == ROOT / "pallas" / "triton_call.py"  # what jax_triton changes there
     for node in ast.walk(ast.parse(file.read_text())):
         where = f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"{where} prints"
         if isinstance(node, ast.Attribute):
-            assert node.attr not in ("environ", "getenv", "putenv"), f"{where} uses the environment"
+            assert restores or node.attr not in ("environ", "getenv", "putenv"), (
+                f"{where} uses the environment"
+            )
             assert ast.unparse(node) not in ("sys.stdout", "sys.argv"), f"{where} uses {ast.unparse(node)}"
 
 

@@ -1,4 +1,4 @@
-"""The benchmark of the scan, tiny: it runs, it writes what it measured, and it stops at a wrong result."""
+"""The benchmarks, tiny: they run, they write what they measured, and they stop at a wrong result."""
 
 import importlib.util
 import json
@@ -8,6 +8,8 @@ import subprocess
 import sys
 
 import pytest
+
+from mamba2_jax import Mamba2Config
 
 BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "ssd.py"
 
@@ -54,6 +56,38 @@ def test_a_wrong_result_of_ours_ends_it():
     done = run("--small", "--rounds", "1", code=wrong)
     assert done.returncode == 1
     assert "small: recurrent: differs from float32 by y 2.5e-01" in done.stderr
+
+
+def test_whole_models_are_compared(tmp_path, monkeypatch, capsys):
+    """On the CPU and tiny: `benchmarks/gpu.py` itself wants a GPU and a published size."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.syspath_prepend(BENCHMARK.parent)
+    import gpu
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 32, "state_size": 16}
+    tiny = Mamba2Config.preset("mamba2-130m").replace(**sizes)
+    monkeypatch.setattr(Mamba2Config, "preset", lambda name: tiny)
+    for name, value in {"DEVICE": "cpu", "ROUNDS": 1, "PROMPTS": ((2, 32),), "DECODED": ((2, 3),)}.items():
+        monkeypatch.setattr(gpu, name, value)
+    monkeypatch.setattr(gpu, "BATCHES", ((1, 32),))
+    before = torch.get_default_dtype()
+    gpu.write(tmp_path, "mamba2-130m")
+    torch.set_default_dtype(before)
+    found = {}
+    for side, run_side in gpu.SIDES.items():
+        capsys.readouterr()
+        run_side(tmp_path, True)
+        found[side] = json.loads(capsys.readouterr().out.splitlines()[-1])
+    gpu.check(found)
+    expected = ["prompt, 2 x 32 tokens", "decode, 2 rows, a token", "training step, 1 x 32 tokens"]
+    assert [list(each["seconds"]) for each in found.values()] == [expected] * 2
+    for name in expected:
+        seconds = [each["seconds"][name] for each in found.values()]
+        assert all(len(each) == 2 for each in seconds), seconds  # numbers, not words
+        assert gpu.row("tiny", name, *seconds).count("|") == 7
+    found["ours"]["logits"][0] += 10 * max(map(abs, found["transformers"]["logits"]))
+    with pytest.raises(SystemExit, match="results differ"):
+        gpu.check(found)
 
 
 def test_without_a_gpu_it_says_so():

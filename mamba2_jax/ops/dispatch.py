@@ -111,7 +111,7 @@ def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
 
 
 def _xla_tuning(chunk_size: int | None, platform: str) -> dict[str, int]:
-    """One chunk of 64 at a time was fastest on CPU; on accelerators all chunks at once, not measured yet."""
+    """One chunk of 64 at a time was fastest on CPU; on accelerators all chunks at once, not tuned yet."""
     if platform == "cpu":
         return {"chunk_size": chunk_size or 64, "chunks_per_step": 1}
     return {"chunk_size": chunk_size or 128, "chunks_per_step": 1 << 30}

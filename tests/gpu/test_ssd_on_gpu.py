@@ -37,7 +37,7 @@ CASES = [
     (case("five groups of one head", b=1, l=130, h=5, g=5), "bfloat16"),
     (case("one token", l=1), "bfloat16"),
     (case("shorter than a chunk", l=11, D=None, initial_state=False), "bfloat16"),
-    (case("whole spans", l=512), "bfloat16"),
+    (case("whole chunks", l=512), "bfloat16"),
     (case("long, cut into pieces", b=1, l=1500, h=2, g=1), "bfloat16"),
     (case("head_dim 128, D per channel", p=128, D="hp"), "bfloat16"),
     (case("state_dim 64", n=64), "bfloat16"),

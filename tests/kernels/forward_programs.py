@@ -6,6 +6,10 @@ import jax
 import jax.numpy as jnp
 from mamba2_jax.pallas import mosaic_forward, mosaic_plan
 
+# Bytes that a thread stores and loads in local memory: constants, stored before the walk and loaded once in a
+# chunk of 64 tokens. At state_dim 256 the state alone takes 128 of a thread's 240 registers.
+NARROW, WIDE = 64, 128
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -23,7 +27,7 @@ class Program:
     documents: bool = False
     save_states: bool = False
     pieces: int | None = None
-    spill_budget: int = dataclasses.field(default=0, kw_only=True)  # bytes a thread stores and loads
+    spill_budget: int = dataclasses.field(default=NARROW, kw_only=True)  # bytes a thread stores and loads
     smoke: bool = dataclasses.field(default=False, kw_only=True)
     slow: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -50,9 +54,6 @@ SHAPES = {
     "B": {"b": 8, "l": 2048, "h": 80, "g": 1},  # a layer of the 2.7b
     "C": {"b": 1, "l": 131072, "h": 80, "g": 1},
 }
-# At state_dim 256 the state alone takes 128 of a thread's 240 registers. What spills are constants, stored
-# before the walk and loaded once a chunk of 64 tokens: at most 16 words each way.
-WIDE = 128
 PROGRAMS = [
     Program("A", **SHAPES["A"], smoke=True),
     Program("A, one piece", **SHAPES["A"], pieces=1),
@@ -128,6 +129,7 @@ def l2_bytes(program) -> int:
     plan = mosaic_plan.make_plan(
         *(program.b, program.l, program.h, program.g, program.p, program.n),
         documents=program.documents,
+        save_states=program.save_states,
         pieces=program.pieces,
     )
     chunk = mosaic_plan.CHUNK
@@ -139,5 +141,5 @@ def l2_bytes(program) -> int:
         start * passed_by + (end - start) * own for start, end in zip(starts, plan.piece_ends, strict=True)
     )
     states = program.b * program.h * program.p * program.n * 4 * (len(starts) + 1)
-    saved = program.save_states * program.b * -(-program.l // 256) * program.h * program.p * program.n * 2
+    saved = program.save_states * program.b * -(-program.l // 64) * program.h * program.p * program.n * 2
     return program.b * program.g * plan.blocks_per_group * per_block + states + saved

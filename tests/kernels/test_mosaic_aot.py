@@ -31,9 +31,10 @@ def test_the_forward_compiles_within_its_budget(program):
         program.p,
         program.n,
         documents=program.documents,
+        save_states=program.save_states,
         pieces=program.pieces,
     )
-    counted = mosaic_plan.smem_bytes(program.n, plan.stages, 2, program.documents)
+    counted = mosaic_plan.smem_bytes(program.n, plan.stages, 2, program.documents, program.save_states)
     assert kernel.smem_bytes <= mosaic_plan.SMEM_LIMIT
     assert abs(kernel.smem_bytes - counted) <= 4096  # the rest is alignment
     if kernel.local_traffic is not None:

@@ -20,9 +20,9 @@ DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "initial_state")
 WHOLE = {"splits": 1, "pieces": 1}
 CASES = [
     # (case, dtype, options); a tail, unless the name says otherwise
-    (kernel_case("more strips than the ring holds, odd heads", l=136, h=3, n=64), "float32", WHOLE),
+    (kernel_case("more strips than stages, odd heads", l=136, h=5, n=64), "float32", WHOLE),
     (
-        kernel_case("more chunks than stages, two spans, packed", l=328, h=2, n=64, segments="packed"),
+        kernel_case("more chunks than stages, packed", l=328, h=2, n=64, segments="packed"),
         "bfloat16",
         WHOLE,
     ),
@@ -39,9 +39,9 @@ CASES = [
 ]
 SLOW_CASES = [
     (kernel_case("left padding, rows", b=2, l=75, h=1, n=64, segments="left"), "float32", {}),
-    (kernel_case("three spans, packed", l=520, h=3, segments="packed", D="hp"), "float32", WHOLE),
+    (kernel_case("nine chunks, packed", l=520, h=3, segments="packed", D="hp"), "float32", WHOLE),
     (kernel_case("eight strips", l=328, h=8), "bfloat16", WHOLE),
-    (kernel_case("whole spans", l=512, h=2), "float32", {}),
+    (kernel_case("whole chunks", l=256, h=2), "float32", {}),
     (kernel_case("float16", l=328, D=None), "float16", WHOLE),
     (
         kernel_case("head_dim 128, state_dim 256, packed", l=150, p=128, n=256, segments="packed"),
@@ -115,7 +115,7 @@ def backward_arguments(inputs, leaves, cotangents):
     """Arguments of the backward pass alone, with states as the recurrence leaves them after each prefix."""
     del leaves
     ids, states = inputs["segment_ids"], [inputs["initial_state"]]
-    for length in range(256, inputs["x"].shape[1], 256):
+    for length in range(64, inputs["x"].shape[1], 64):
         prefix = [inputs[k][:, :length] if k in ("x", "dt", "B", "C") else inputs[k] for k in DIFFERENTIABLE]
         prefix = [None if a is None else a.astype(jnp.float32) for a in prefix]
         states.append(ssd_recurrent(*prefix, None if ids is None else ids[:, :length])[1])
@@ -247,13 +247,13 @@ def test_inside_an_unchecked_shard_map_the_gradients_are_the_same():
         assert error(got[name], gradient) < 1e-6, name
 
 
-SEEDED = kernel_case("seeded", l=200, h=3, n=64)
+SEEDED = kernel_case("seeded", l=200, h=5, n=64)  # five strips, three stages
 
 
 @pytest.mark.parametrize(
     ("missing", "caller"),
     [
-        ("barrier_wait", "tile"),  # a tile is used before it has arrived
+        ("barrier_wait", "strip"),  # a strip is used before it has arrived
         ("commit_smem", "release"),  # a slot is filled again while plain loads read it
         ("wait_smem_to_gmem", "walk_step"),  # dx is overwritten on its way out
     ],

@@ -49,7 +49,8 @@ def floor(b, l, h, g, p=64, n=128):
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_backward_touches_at_most_2_3_times_the_floor(name):
+def test_the_backward_touches_at_most_4_2_times_the_floor(name):
+    """Half of it states and their gradients: to compute them again was slower, measured on an H200."""
     counted = sum(traffic.hbm_bytes(*backward_programs.traced(Program(name, **SHAPES[name]))).values())
 
     def forward(**options):
@@ -57,4 +58,4 @@ def test_the_backward_touches_at_most_2_3_times_the_floor(name):
         return sum(traffic.hbm_bytes(*forward_programs.traced(program)).values())
 
     counted += forward(save_states=True) - forward()  # what the forward writes for the backward only
-    assert 1.5 < counted / floor(**SHAPES[name]) <= 2.3
+    assert 1.5 < counted / floor(**SHAPES[name]) <= 4.2

@@ -103,14 +103,14 @@ def test_values_on_a_gpu_equal_the_float64_recurrence(case, dtype, options):
 
 
 @pytest.mark.parametrize("segments", [None, "packed"])
-def test_saved_states_are_those_before_every_256th_token(segments):
-    case = kernel_case("saved", b=1, l=520, h=1, n=64, segments=segments)
+def test_saved_states_are_those_before_every_chunk(segments):
+    case = kernel_case("saved", b=1, l=200, h=1, n=64, segments=segments)
     inputs = arguments(case, "bfloat16")
     *_, saved = interpreter.run(mosaic_forward.forward, **inputs, save_states=True, pieces=2)
-    assert saved.shape == (1, 3, 1, 64, 64)
+    assert saved.shape == (1, 4, 1, 64, 64)
     assert saved.dtype == jnp.bfloat16
     np.testing.assert_array_equal(saved[:, 0], inputs["initial_state"].astype(jnp.bfloat16))
-    for i, length in ((1, 256), (2, 512)):
+    for i, length in ((1, 64), (2, 128), (3, 192)):
         prefix = {k: v[:, :length] if k in ("x", "dt", "B", "C") else v for k, v in inputs.items()}
         if segments:
             prefix["segment_ids"] = inputs["segment_ids"][:, :length]

@@ -43,9 +43,13 @@ def test_compiles_within_its_budget(capability, index):
         assert kernel["atomics"] == 0, kernel
 
 
-def test_lowers_through_jax_triton():
+@pytest.mark.parametrize("cache", ["set", "unset"])
+def test_lowers_through_jax_triton(cache, tmp_path):
+    """And the folder in which all of the process's Triton kernels are kept stays what it was."""
     script = SCRIPT.with_name("triton_lowering.py")
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    ours = ("TRITON_INTERPRET", "TRITON_CACHE_DIR")
+    environment = {key: value for key, value in os.environ.items() if key not in ours}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path)} if cache == "set" else {}
     done = subprocess.run(
         [sys.executable, str(script), "80"],
         capture_output=True,
@@ -55,4 +59,4 @@ def test_lowers_through_jax_triton():
     )
     assert done.returncode == 0, done.stderr
     # two pieces: forward twice; backward: forward twice, backward twice, and the chunks
-    assert done.stdout.split() == ["7"]
+    assert done.stdout.split() == ["7", str(tmp_path) if cache == "set" else "None"]

@@ -1,5 +1,6 @@
 """Lower a forward and a backward pass through jax_triton for a GPU that is not here. Run as a script."""
 
+import os
 import sys
 
 import jax
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 
 
 def main() -> None:
-    """Print how many launches the lowered program holds."""
-    import jax_triton.triton_lib as library
-    from mamba2_jax.pallas import triton_gpu
+    """Print how many launches the lowered program holds, and TRITON_CACHE_DIR, which jax_triton empties."""
+    from mamba2_jax.pallas import triton_call, triton_gpu
 
+    library = triton_call.jax_triton().triton_lib
     # the one question that jax_triton asks the device
     library.triton_kernel_call_lib.get_compute_capability = lambda device: int(sys.argv[1])
 
@@ -24,7 +25,7 @@ def main() -> None:
     inputs = [jax.ShapeDtypeStruct(*shape) for shape in [*shapes, ((b, l), jnp.int32)]]
     gradient = jax.jit(jax.value_and_grad(loss, argnums=range(7)))
     text = gradient.trace(*inputs).lower(lowering_platforms=("cuda",)).as_text()
-    print(text.count("triton_kernel_call"))
+    print(text.count("triton_kernel_call"), os.environ.get("TRITON_CACHE_DIR"))
 
 
 if __name__ == "__main__":
