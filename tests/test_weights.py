@@ -17,8 +17,7 @@ import torch
 from checkpoint_files import edit_tensors, expected_leaves, pack, random_model, write_checkpoint
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.weights import CheckpointError, checkpoint_table, load_weights, open_checkpoint, reader
-from mamba2_jax.weights.files import available_memory
+from mamba2_jax.weights import CheckpointError, checkpoint_table, load_weights, open_checkpoint
 
 EMBEDDED = Path(__file__).parents[1] / "mamba2_jax" / "assets" / "tiny-python"
 
@@ -411,30 +410,6 @@ def large_checkpoint(tmp_path_factory):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-@pytest.mark.parametrize(("available", "goes"), [(1, True), (1 << 50, False), (None, False)])
-def test_a_large_file_leaves_the_page_cache_as_it_is_read(tmp_path, monkeypatch, available, goes):
-    """Large: so that the file and its weights do not both fit into memory."""
-    state, config = write_checkpoint(tmp_path, tie_word_embeddings=False)
-    gone = []
-    monkeypatch.setattr(reader, "available_memory", lambda: available)
-    monkeypatch.setattr(reader, "let_go", lambda file, start, count: gone.append((start, start + count)))
-    arrays, _ = load_weights(tmp_path, config)
-    assert_same(arrays, expected_leaves(state, config))
-    with open_checkpoint(tmp_path) as checkpoint:
-        spans = [(info.start, info.stop) for info in checkpoint.tensors.values()]
-    let_go = np.zeros(max(stop for _, stop in spans), bool)
-    for start, stop in gone:
-        let_go[start:stop] = True
-    assert all(let_go[start:stop].all() == goes for start, stop in spans)
-    assert goes or not gone
-
-
-def test_available_memory_is_what_linux_says():
-    found = available_memory()
-    assert (found is not None) == Path("/proc/meminfo").exists()
-    assert found is None or 1 << 20 < found < 1 << 50
-
-
 @pytest.mark.parametrize("param_dtype", [None, "float32"])
 def test_peak_memory(large_checkpoint, param_dtype):
     folder, size = large_checkpoint

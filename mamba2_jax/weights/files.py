@@ -104,21 +104,6 @@ def will_read(file: io.FileIO, offset: int, count: int) -> None:
         os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
 
 
-def let_go(file: io.FileIO, offset: int, count: int) -> None:
-    """Tell the system that what was read will not be needed again, so that its memory can serve at once."""
-    if hasattr(os, "posix_fadvise"):
-        os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_DONTNEED)
-
-
-def available_memory() -> int | None:
-    """Return the bytes that programs can still take, where Linux tells them."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError, IndexError):
-        return None
-
-
 _ONE_READER = threading.Lock()
 
 

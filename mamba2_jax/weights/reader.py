@@ -22,7 +22,6 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +29,6 @@ import numpy as np
 from mamba2_jax.weights.files import (
     MAX_JSON_BYTES,
     CheckpointError,
-    available_memory,
-    let_go,
     open_regular,
     parse_json,
     read_exactly,
@@ -83,16 +80,6 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
         return sum(info.nbytes for info in self.tensors.values())
-
-    @cached_property
-    def _is_large(self) -> bool:
-        """Whether the weights and the system's copy of the files would not both fit into memory.
-
-        Then the copy goes as it is read. Its memory is what the weights take next, and is sooner to be had
-        than any other: where a virtual machine's host has to find each page, by half.
-        """
-        available = available_memory()
-        return available is not None and 2 * self.nbytes > available
 
     def blocks(
         self, name: str, first_row: int = 0, last_row: int | None = None, block_bytes: int = _BLOCK_BYTES
@@ -146,8 +133,6 @@ class Checkpoint:
         file, what = self._files[info.file], f"tensor {show(name)}"
         if wanted == row_bytes:
             read_exactly(file, info.file, start, out, what)
-            if self._is_large:
-                let_go(file, start, out.nbytes)
             return
         for row in out:
             read_exactly(file, info.file, start + first_column * itemsize, row, what)
