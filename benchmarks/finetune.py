@@ -1,12 +1,11 @@
 """Training: ours against transformers on PyTorch, on this machine's CPU; and what a step needs of memory.
 
-The first table trains two small models, one with the sizes of the embedded model and one with those of
-mamba2-130m's layers, on one batch with both, each in a process of its own, taking turns: in float32, and with
-products in bfloat16 and weights in float32 (transformers under `torch.autocast`). The losses of all steps are
-compared before any time is shown. The second one asks XLA's compiler, for the
+The first table trains one small model on one batch with both, each in a process of its own, taking turns:
+in float32, and with products in bfloat16 and weights in float32 (transformers under `torch.autocast`). The
+losses of all steps are compared before any time is shown. The second one asks XLA's compiler, for the
 CPU, how much memory a compiled step of two published sizes takes; nothing of that size is allocated.
 
-    python benchmarks/finetune.py                                          # a quarter of an hour, if idle
+    python benchmarks/finetune.py                                          # ten minutes on an idle machine
     python benchmarks/finetune.py --output benchmarks/results/finetune.md
 """
 
@@ -24,16 +23,13 @@ import time
 
 import numpy as np
 
-COMMON = {
-    "num_hidden_layers": 4, "head_dim": 64, "n_groups": 1, "vocab_size": 4096, "chunk_size": 256,
-    "tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0,
-    "rescale_prenorm_residual": False,
+SIZES = {
+    "hidden_size": 256, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 64, "state_size": 64,
+    "n_groups": 1, "vocab_size": 4096, "chunk_size": 256, "tie_word_embeddings": True,
+    "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rescale_prenorm_residual": False,
 }  # fmt: skip
-MODELS = {  # what differs, and the batch
-    "embedded": ({"hidden_size": 256, "num_heads": 8, "state_size": 64}, (4, 512)),
-    "130m": ({"hidden_size": 768, "num_heads": 24, "state_size": 128}, (2, 512)),
-}
-RATE = 1e-4
+BATCH, LENGTH = 4, 512
+RATE = 1e-3
 APART = {"float32": 1e-3, "bfloat16": 1e-2}  # relative, how far the losses may differ
 SHAPES = {"mamba2-130m": (8, 1024), "mamba2-2.7b": (2, 1024)}
 
@@ -48,12 +44,11 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=list(SHAPES), help="sizes of the second table")
     parser.add_argument("--side", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(APART), help=argparse.SUPPRESS)
-    parser.add_argument("--model", choices=list(MODELS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         train = train_ours if arguments.side == "ours" else train_theirs
-        print(json.dumps(train(arguments.folder, arguments.steps, arguments.dtype, batch(arguments.model))))
+        print(json.dumps(train(arguments.folder, arguments.steps, arguments.dtype)))
         return
     lines = ["# Training: ours against transformers, and memory by the compiler", ""]
 
@@ -70,8 +65,8 @@ def main() -> None:
         tell(line)
 
 
-def batch(model: str) -> np.ndarray:
-    return np.random.default_rng(0).integers(1, COMMON["vocab_size"], MODELS[model][1])
+def batch() -> np.ndarray:
+    return np.random.default_rng(0).integers(1, SIZES["vocab_size"], (BATCH, LENGTH))
 
 
 def compare(rounds: int, steps: int):
@@ -80,26 +75,25 @@ def compare(rounds: int, steps: int):
     )
     yield f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start; {versions}."
     yield ""
-    yield "Models of 4 layers, vocabulary 4096, chunk_size 256 as published (ours has its own): the embedded"
-    yield "model's width 256 and state_size 64, and mamba2-130m's 768 and 128; AdamW. Medians of"
-    yield f"{rounds} x {steps - 1} steps, the two taking turns; peak memory is the process's resident set,"
-    yield "compiler and libraries included."
+    layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
+    yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, chunk_size 256 as published"
+    yield f"(ours has its own); batch {BATCH} x {LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps,"
+    yield "the two taking turns; peak memory is the process's resident set, compiler and libraries included."
     yield ""
-    yield "| model | products in | what | ours | transformers | ratio |"
-    yield "|---|---|---|---|---|---|"
-    for model in MODELS:
-        with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(folder, model)
-            for dtype in APART:
-                yield from compare_in(dtype, model, folder, rounds, steps)
+    yield "| products in | what | ours | transformers | ratio |"
+    yield "|---|---|---|---|---|"
+    with tempfile.TemporaryDirectory() as folder:
+        write_checkpoint(folder)
+        for dtype in APART:
+            yield from compare_in(dtype, folder, rounds, steps)
     yield ""
 
 
-def compare_in(dtype: str, model: str, folder: str, rounds: int, steps: int):
+def compare_in(dtype: str, folder: str, rounds: int, steps: int):
     found = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for side, results in found.items():
-            results.append(run_side(side, model, folder, steps, dtype))
+            results.append(run_side(side, folder, steps, dtype))
     ours, theirs = found["ours"], found["transformers"]
     pairs = [
         pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["losses"], b["losses"], strict=True)
@@ -108,35 +102,32 @@ def compare_in(dtype: str, model: str, folder: str, rounds: int, steps: int):
     if not apart < APART[dtype]:
         raise SystemExit(f"the losses differ by {apart:.1e}, ours and theirs: {pairs}")
     seconds = [statistics.median(s for run in side for s in run["seconds"]) for side in (ours, theirs)]
-    rows, length = MODELS[model][1]
-    speeds = [rows * length / s for s in seconds]
+    speeds = [BATCH * LENGTH / s for s in seconds]
     peaks = [max(run["peak"] for run in side) / 1e9 for side in (ours, theirs)]
-    what = f"{model}, {rows} x {length} | {dtype} | tokens/s"
-    yield f"| {what} | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.2f}x |"
-    yield f"| | | peak memory | {peaks[0]:.2f} GB | {peaks[1]:.2f} GB | {peaks[0] / peaks[1]:.2f}x |"
-    yield f"| | | first step (ours compiles) | {ours[0]['first']:.1f} s | {theirs[0]['first']:.1f} s | |"
-    yield f"| | | losses apart, relative | {apart:.0e} | | |"
+    yield f"| {dtype} | tokens/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.2f}x |"
+    yield f"| | peak memory | {peaks[0]:.2f} GB | {peaks[1]:.2f} GB | {peaks[0] / peaks[1]:.2f}x |"
+    yield f"| | first step (ours compiles) | {ours[0]['first']:.1f} s | {theirs[0]['first']:.1f} s | |"
+    yield f"| | losses apart, relative | {apart:.0e} | | |"
 
 
-def write_checkpoint(folder: str, model: str) -> None:
+def write_checkpoint(folder: str) -> None:
     from flax import nnx
 
     from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 
-    config = Mamba2Config(**COMMON, **MODELS[model][0])
-    Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
+    Mamba2ForCausalLM(Mamba2Config(**SIZES), rngs=nnx.Rngs(0)).save_pretrained(folder)
 
 
-def run_side(side: str, model: str, folder: str, steps: int, dtype: str) -> dict:
+def run_side(side: str, folder: str, steps: int, dtype: str) -> dict:
     command = [sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
-    command += ["--dtype", dtype, "--model", model]
+    command += ["--dtype", dtype]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
+def train_ours(folder: str, steps: int, dtype: str) -> dict:
     import jax
 
     from mamba2_jax import Mamba2ForCausalLM
@@ -147,7 +138,7 @@ def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     config = OptimConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0)
     optimizer = make_optimizer(config, trained, steps)
     state = TrainState.start(trained, optimizer, jax.random.key(0))
-    inputs = {"input_ids": ids}
+    inputs = {"input_ids": batch()}
 
     def step() -> float:
         nonlocal state
@@ -157,7 +148,7 @@ def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     return timed(step, steps)
 
 
-def train_theirs(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
+def train_theirs(folder: str, steps: int, dtype: str) -> dict:
     import torch
     import transformers
 
@@ -165,7 +156,7 @@ def train_theirs(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     transformers.logging.disable_progress_bar()
     model = transformers.Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    ids = torch.tensor(ids)
+    ids = torch.tensor(batch())
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):

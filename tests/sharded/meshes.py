@@ -24,7 +24,7 @@ SIZES = {
 def small_config(num_groups: int, **changes) -> Mamba2Config:
     """Two layers that eight devices divide along every axis but the groups."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 8, "state_size": 16}
-    return Mamba2Config(**sizes, n_groups=num_groups, **{"vocab_size": 96, "pad_token_id": 0, **changes})
+    return Mamba2Config(n_groups=num_groups, **{**sizes, "vocab_size": 96, "pad_token_id": 0, **changes})
 
 
 TRAINING_MESHES = {

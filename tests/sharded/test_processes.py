@@ -33,7 +33,8 @@ FINETUNE = ("-m", "mamba2_jax.cli", "finetune")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     end = tokenizer().eos_token_id
-    config = small_config(2, vocab_size=32, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    config = small_config(2, vocab_size=32, num_hidden_layers=1, **ids)  # one compiles sooner
     folder = tmp_path_factory.mktemp("model") / "model"
     Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
@@ -47,7 +48,9 @@ def options(model, output, **more) -> list[str]:
         "data.max-length": 48, "optim.learning-rate": 0.01, "checkpoint.every": 4, "checkpoint.keep": 9,
         **more,
     }  # fmt: skip
-    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    arguments = []
+    for name, value in settings.items():
+        arguments += [f"--{name}", *map(str, value if isinstance(value, tuple) else (value,))]
     return [*arguments, "--no-progress", "--no-tensorboard"]
 
 
@@ -56,7 +59,9 @@ def start(arguments: list[str], tmp_path, program=FINETUNE, slurm: bool = False)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    # LLVM's optimizations would be half of the time, as in conftest.py.
+    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    devices = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     processes = []
     for index in range(COUNT):
         join = ["--processes.coordinator", f"localhost:{port}"]
@@ -126,10 +131,12 @@ def test_two_processes_train_as_one_device_does(model, alone, tmp_path):
 
 
 def test_adapters_and_evaluation_under_slurm(model, tmp_path):
-    more = {"steps": 2, "lora.rank": 2, "data.eval-share": 0.3}
+    more = {"steps": 2, "accumulate": 2, "lora.rank": 2, "data.eval-share": 0.3}
+    more["lora.targets"] = ("embeddings", "in_proj", "conv1d", "out_proj")
+    mesh = {"mesh.tensor": 2, "mesh.fsdp": 2, "mesh.data": -1}
     alone, output = tmp_path / "alone", tmp_path / "run"
     assert finetune(options(model, alone, **more), "mamba2-jax finetune", print) == 0
-    processes = start(options(model, output, **more, **{"mesh.data": -1}), tmp_path, slurm=True)
+    processes = start(options(model, output, **more, **mesh), tmp_path, slurm=True)
     assert end(processes, tmp_path) == [0, 0]
     for name in ("loss", "eval_loss"):
         got, want = (

@@ -17,10 +17,8 @@ from mamba2_jax.training import CheckpointConfig, LoraOptions, MeshOptions, Trai
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
 TOLERANCE = 1e-5  # float32 sums in another order
-MESHES = mesh_cases(  # every axis in a product; logits and gradients on every mesh are in test_model.py
-    ("tensor 2 x fsdp 4", 2),
-    ("sequence 2 x tensor 2 x data 2", 1),
-)
+# Logits and gradients on every mesh are in test_model.py, and tensor 2 x fsdp 4 trains in test_processes.py.
+MESHES = mesh_cases(("sequence 2 x tensor 2 x data 2", 1))
 
 
 def make_model(num_groups: int) -> Mamba2ForCausalLM:
@@ -78,7 +76,9 @@ def test_twenty_steps_are_those_of_one_device(sizes, num_groups, alone, tmp_path
     )
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_upon_another_mesh(alone, tmp_path):
+    """In one process; from two to one, in every run, is in test_processes.py."""
     want, _ = alone(2)
     train(tmp_path / "run", 2, MeshOptions(fsdp=8))
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "20")
@@ -89,7 +89,9 @@ def test_a_run_goes_on_upon_another_mesh(alone, tmp_path):
     np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_adapters_and_accumulation_on_a_mesh(alone, tmp_path):
+    """In one process; in two, in every run, is in test_processes.py."""
     changes = {
         "lora": LoraOptions(rank=2, targets=("embeddings", "in_proj", "conv1d", "out_proj")),
         "accumulate": 2,
