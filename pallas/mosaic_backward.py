@@ -10,8 +10,8 @@ r"""The scan's backward pass on Hopper: two kernels, and sums over vectors that 
 
 Every element is written by one thread block, in a fixed order: the same inputs give the same bits. Nothing
 of the size of a pair of tokens reaches HBM; of the states one in 64 tokens, which the forward pass saved,
-and as many gradients of states. One state in 256 tokens, and those between computed again, moves half the
-bytes and took a third longer on an H200 (`benchmarks/results/h200.md`).
+and as many gradients of states. With one in 256 tokens, and those between computed again, half the bytes
+moved, and a step took 1.4 times as long on an H200 (`benchmarks/results/h200.md`).
 """
 
 import functools
