@@ -15,7 +15,7 @@ from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "initial_state")
 
-# One block for all strips of a group, and for the whole row: so a small case fills every ring and pipeline,
+# One block for all strips of a group, and for the whole row: so a small case fills every pipeline,
 # and goes around. On a GPU, the rules for few blocks would cut these.
 WHOLE = {"splits": 1, "pieces": 1}
 CASES = [
