@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import jax
@@ -238,7 +239,9 @@ class PretrainedModel(nnx.Module):
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
         """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        model = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0), **options))  # pyright: ignore[reportCallIssue]
+        # Nothing is drawn, so one key does for all: counting them while tracing, nnx.Rngs takes 3 s at 64 layers.
+        same = SimpleNamespace(params=lambda: jax.random.key(0))
+        model = nnx.eval_shape(lambda: cls(config, rngs=same, **options))  # pyright: ignore[reportCallIssue]
         parameters = nnx.state(model, nnx.Param)
         for path, leaf in nnx.to_flat_state(parameters):
             leaf.set_value(arrays[cls._path(path)])
