@@ -3,7 +3,9 @@
 Random weights of Codestral's shape (7.29 billion parameters, bfloat16, 14.6 GB in three shards), with every
 step in a process of its own. For each it prints seconds, GB/s, CPU seconds, and the peaks of anonymous and of
 mapped memory above what the process had before the step, from /proc. Reading starts from a cold cache, as it
-does for `cat` beside it, and for a bare read of the same bytes into memory that is new to the process.
+does for `cat` beside it, and for a bare read of the same bytes into memory that is new to the process. These
+three take turns, and before each another process touches all free memory and ends: a virtual machine gives
+memory that it does not use back to its host, and to have it back takes longer than to read the files.
 
     python benchmarks/checkpoint_size.py --folder /scratch              # 45 GB of disk, 20 GB of memory
     python benchmarks/checkpoint_size.py --folder /scratch --layers 4   # a quick look
@@ -32,6 +34,7 @@ from mamba2_jax.export import write_checkpoint
 from mamba2_jax.weights import Outgoing, checkpoint_table, open_checkpoint
 
 STEPS = ("write", "inspect", "cat", "read", "load", "convert", "to_state_spaces", "generate")
+COMPARED = ("cat", "read", "load")
 BLOCK = 1 << 20  # numbers
 
 
@@ -45,10 +48,14 @@ def main() -> None:
     parser.add_argument("--preset", default="codestral-7b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
     parser.add_argument("--steps", nargs="*", choices=STEPS, default=STEPS)
+    parser.add_argument("--rounds", type=int, default=3, help="of cat, read and load")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to this Markdown file")
-    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)  # the child's
+    parser.add_argument("--step", choices=(*STEPS, "touch"), help=argparse.SUPPRESS)  # the child's
     arguments = parser.parse_args()
+    if arguments.step == "touch":
+        touch_free_memory()
+        return
     if arguments.step:
         run_step(arguments)
         return
@@ -65,8 +72,7 @@ def main() -> None:
     ]
     print("\n".join(lines), flush=True)
     try:
-        for step in arguments.steps:
-            line = in_a_process(step, arguments)
+        for line in measured(arguments):
             lines.append(line)
             print(line, flush=True)
     finally:
@@ -94,19 +100,52 @@ def machine() -> str:
     )
 
 
-def in_a_process(step: str, arguments) -> str:
+def measured(arguments):
+    """A line of the table for each step, those of `COMPARED` when all of them have ended."""
+    compared = [step for step in COMPARED if step in arguments.steps]
+    results = {step: [] for step in compared}
+    for step in arguments.steps:
+        if step not in compared:
+            yield line_of(step, [in_a_process(step, arguments)])
+        elif step == compared[0]:
+            for _ in range(arguments.rounds):
+                for turn in compared:
+                    forget(arguments.folder / "original")
+                    in_a_process("touch", arguments)
+                    results[turn].append(in_a_process(turn, arguments))
+            for turn in compared:
+                yield line_of(turn, results[turn])
+
+
+def in_a_process(step: str, arguments) -> dict:
     command = [sys.executable, __file__, "--folder", str(arguments.folder), "--preset", arguments.preset]
     command += ["--layers", str(arguments.layers)] if arguments.layers else []
     done = subprocess.run([*command, "--step", step], stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        return f"| {step} | failed with exit code {done.returncode} | | | | | |"
-    result = json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"{step} failed with exit code {done.returncode}")
+    return json.loads(done.stdout.splitlines()[-1]) if done.stdout else {}
+
+
+def line_of(step: str, results: list[dict]) -> str:
+    result = sorted(results, key=lambda result: result["seconds"])[len(results) // 2]
     speed = f"{result['bytes'] / result['seconds'] / 1e9:.2f}" if result["bytes"] else ""
     peaks = f"{result['anonymous'] / 1e6:,.0f} MB | {result['mapped'] / 1e6:,.0f} MB"
-    name = step.replace("_", " ")
-    return (
-        f"| {name} | {result['seconds']:.1f} | {speed} | {peaks} | {result['cpu']:.1f} | {result['note']} |"
-    )
+    note = result["note"]
+    if len(results) > 1:
+        note += f"; the median of {len(results)}: " + ", ".join(
+            f"{result['seconds']:.1f}" for result in results
+        )
+    name, seconds, cpu = step.replace("_", " "), result["seconds"], result["cpu"]
+    return f"| {name} | {seconds:.1f} | {speed} | {peaks} | {cpu:.1f} | {note} |"
+
+
+def touch_free_memory() -> None:
+    """Write to each page of what memory there is, but for 2 GB, and give it back to this machine."""
+    (available,) = proc_fields("/proc/meminfo", "MemAvailable")
+    memory = np.empty(max(0, available - (2 << 30)), np.uint8)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(memory), 64 << 20):
+            pool.submit(memory[start : start + (64 << 20) : 4096].fill, 1)
 
 
 def run_step(arguments) -> None:

@@ -239,7 +239,7 @@ class PretrainedModel(nnx.Module):
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
         """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        # Nothing is drawn, so one key does for all: counting them while tracing, nnx.Rngs takes 3 s at 64 layers.
+        # Nothing is drawn, so one key does for all: traced, nnx.Rngs takes 3 s to count them at 64 layers.
         same = SimpleNamespace(params=lambda: jax.random.key(0))
         model = nnx.eval_shape(lambda: cls(config, rngs=same, **options))  # pyright: ignore[reportCallIssue]
         parameters = nnx.state(model, nnx.Param)

@@ -18,6 +18,7 @@ from checkpoint_files import edit_tensors, expected_leaves, pack, random_model, 
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.weights import CheckpointError, checkpoint_table, load_weights, open_checkpoint
+from mamba2_jax.weights.reader import Checkpoint
 
 EMBEDDED = Path(__file__).parents[1] / "mamba2_jax" / "assets" / "tiny-python"
 
@@ -240,6 +241,23 @@ def test_open_checkpoint_reads_lazily(tmp_path):
         np.testing.assert_array_equal(np.concatenate([b for _, b in blocks]).astype(np.float32), whole[3:60])
         with pytest.raises(ValueError, match="rows 3 to 1000"):
             next(checkpoint.blocks(name, 3, 1000))
+
+
+@pytest.mark.parametrize("piece", [4096, 4 << 20])
+def test_weights_that_would_not_fit_twice_are_read_past_the_cache(tmp_path, monkeypatch, piece):
+    state, config = write_checkpoint(tmp_path, max_shard_size="9KB", dtype=torch.bfloat16)
+    with open_checkpoint(tmp_path) as checkpoint:
+        if not checkpoint.bypass_cache():
+            pytest.skip("this file system has no uncached reads")
+    done = []
+    bypass = Checkpoint.bypass_cache
+    monkeypatch.setattr(Checkpoint, "bypass_cache", lambda self: done.append(bypass(self)) or done[-1])
+    monkeypatch.setattr("mamba2_jax.weights.files._UNCACHED_BYTES", piece)
+    for available, want in ((2 * 10**9, []), (2 * 10**3, [True]), (None, [True])):
+        monkeypatch.setattr("mamba2_jax.weights.load.available_memory", lambda now=available: now)
+        arrays, _ = load_weights(tmp_path, config)
+        assert_same(arrays, expected_leaves(state, config))
+        assert done == want
 
 
 def test_every_problem_is_listed_before_anything_is_allocated(tmp_path, monkeypatch):

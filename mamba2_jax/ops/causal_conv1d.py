@@ -113,10 +113,10 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
     shape = (extended.shape[0], length, *extended.shape[2:])
     # Spelled out, so that their gradients are sums over both axes, rows and tokens: a sum over the tokens of
     # a single row, which `*` and `+` would leave, takes XLA on CPU thirty times as long.
-    weight, bias = (w if w is None else w.astype(full) for w in (weight, bias))
-    y = jnp.zeros((), full) if bias is None else jnp.broadcast_to(bias, shape)
+    y = jnp.zeros((), full) if bias is None else jnp.broadcast_to(bias.astype(full), shape)
     for tap in range(reach + 1):
-        term = extended[:, tap : tap + length].astype(full) * jnp.broadcast_to(weight[tap], shape)
+        taps = jnp.broadcast_to(weight[tap].astype(full), shape)
+        term = extended[:, tap : tap + length].astype(full) * taps
         if documents is not None and tap < reach:
             same_document = documents[:, tap : tap + length] == documents[:, reach:]
             term = _where(same_document, term)

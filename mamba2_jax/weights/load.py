@@ -26,7 +26,7 @@ from jax.sharding import Sharding
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights.files import CheckpointError
+from mamba2_jax.weights.files import CheckpointError, available_memory
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
 from mamba2_jax.weights.plan import label, plan_load
@@ -35,8 +35,9 @@ from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
 
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 2 << 20
 _THREADS = 2  # one waits for the disk while one works; more share the cache and take half as long again
+_UNCACHED_THREADS = 4  # nothing is read ahead, so several wait
 
 
 def load_weights(
@@ -77,7 +78,9 @@ def load_weights(
     table = checkpoint_table(config, head)
     with open_checkpoint(folder) as checkpoint:
         plan, notes = plan_load(checkpoint, config, table, head)
-        run = _Loader(checkpoint, wanted, place, allow_non_finite)
+        uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
+        threads = _UNCACHED_THREADS if uncached else _THREADS
+        run = _Loader(checkpoint, wanted, place, allow_non_finite, threads)
         total = sum(info.nbytes for _, info in plan)
         with run.pool, progress_bar("loading weights", total, show_progress) as advance:
             # in the order of the files, so that a disk reads straight on
@@ -115,12 +118,13 @@ class _Loader:
         param_dtype: np.dtype | None,
         place: Callable[[str], Placement],
         allow_non_finite: bool,
+        threads: int,
     ):
         self.checkpoint = checkpoint
         self.param_dtype = param_dtype
         self.place = place
         self.allow_non_finite = allow_non_finite
-        self.pool = ThreadPoolExecutor(_THREADS, "load_weights")
+        self.pool = ThreadPoolExecutor(threads, "load_weights")
         self.scratch = Scratch()
         self.arrays: dict[str, jax.Array] = {}
         self.problems: list[str] = []
@@ -206,6 +210,12 @@ def _put(shards: list[Shard], leaf: Leaf, placement: Placement) -> jax.Array:
         return jax.block_until_ready(jax.device_put(shards[0].array, placement))
     pieces = [jax.device_put(shard.array, device) for shard in shards for device in shard.devices]
     return jax.block_until_ready(jax.make_array_from_single_device_arrays(leaf.shape, placement, pieces))
+
+
+def _too_large_for_the_cache(checkpoint: Checkpoint) -> bool:
+    """Whether the weights, and the files in the system's cache beside them, would not fit into memory."""
+    available = available_memory()
+    return available is not None and 2 * checkpoint.nbytes > available
 
 
 def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:

@@ -29,9 +29,11 @@ import numpy as np
 from mamba2_jax.weights.files import (
     MAX_JSON_BYTES,
     CheckpointError,
+    bypass_cache,
     open_regular,
     parse_json,
     read_exactly,
+    read_uncached,
     resolve_inside,
     show,
     will_read,
@@ -70,6 +72,7 @@ class Checkpoint:
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
         self._files: dict[Path, io.FileIO] = {}
+        self._uncached: set[Path] = set()
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -131,17 +134,28 @@ class Checkpoint:
         if first_column * itemsize + wanted > row_bytes or start + len(out) * row_bytes > info.stop:
             raise ValueError(f"read_rows: {len(out)} rows from {first_row} on go beyond {show(name)}")
         file, what = self._files[info.file], f"tensor {show(name)}"
+        read = read_uncached if info.file in self._uncached else read_exactly
         if wanted == row_bytes:
-            read_exactly(file, info.file, start, out, what)
+            read(file, info.file, start, out, what)
             return
         for row in out:
-            read_exactly(file, info.file, start + first_column * itemsize, row, what)
+            read(file, info.file, start + first_column * itemsize, row, what)
             start += row_bytes
 
     def will_read(self, name: str) -> None:
         """Tell the system that this tensor is read next."""
         info = self.tensors[name]
-        will_read(self._files[info.file], info.start, info.nbytes)
+        if info.file not in self._uncached:
+            will_read(self._files[info.file], info.start, info.nbytes)
+
+    def bypass_cache(self) -> bool:
+        """Read past the system's cache from now on, files that allow it; whether all do.
+
+        For weights that would not fit into memory twice: cached, they would push out what else is there, and
+        each page would be cleared and copied once more.
+        """
+        self._uncached = {path for path, file in self._files.items() if bypass_cache(file)}
+        return len(self._uncached) == len(self._files)
 
     def read(self, name: str) -> np.ndarray:
         """Read one whole tensor into a new array of the stored type."""

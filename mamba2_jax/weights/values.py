@@ -9,7 +9,7 @@ _EXPONENT = {
     8: 0x7FF0 << 48,
     4: 0x7F80 << 16,
 }  # all ones: infinite or NaN; of 2 bytes see `count_non_finite`
-_TILE_ROWS = 16  # rows of a matrix that are transposed together: their lines stay in the cache
+_TILE_ROWS = 32  # rows of a matrix that are transposed together: their lines stay in the cache
 
 
 class Scratch(threading.local):
