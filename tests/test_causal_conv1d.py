@@ -92,3 +92,15 @@ def test_bad_arguments_are_named(name):
     change, message = BAD[name]
     with pytest.raises(ValueError, match=f"causal_conv1d: {message}"):
         ops.causal_conv1d(**{**draw(), **change})
+
+
+def test_gradients_of_one_row_are_summed_over_rows_and_tokens_at_once():
+    """Over the tokens alone, beside an axis of size 1, XLA on CPU takes thirty times as long."""
+
+    def loss(weight, bias, x):
+        return ops.causal_conv1d(x, weight, bias)[0].sum()
+
+    x, weight = jnp.ones((1, 16, 3)), jnp.ones((4, 3))
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(weight, weight[0], x))
+    assert jaxpr.count("reduce_sum[axes=(0, 1)") == 5  # four taps and the bias
+    assert "reduce_sum[axes=(1,)" not in jaxpr

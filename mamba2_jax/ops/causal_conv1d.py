@@ -115,8 +115,8 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
     # a single row, which `*` and `+` would leave, takes XLA on CPU thirty times as long.
     y = jnp.zeros((), full) if bias is None else jnp.broadcast_to(bias.astype(full), shape)
     for tap in range(reach + 1):
-        taps = jnp.broadcast_to(weight[tap].astype(full), shape)
-        term = extended[:, tap : tap + length].astype(full) * taps
+        factor = jnp.broadcast_to(weight[tap].astype(full), shape)
+        term = extended[:, tap : tap + length].astype(full) * factor
         if documents is not None and tap < reach:
             same_document = documents[:, tap : tap + length] == documents[:, reach:]
             term = _where(same_document, term)

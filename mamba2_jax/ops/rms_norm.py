@@ -53,8 +53,8 @@ def gated_rms_norm(
         eps: added to the mean square of each group.
         num_groups: groups of `e / num_groups` neighbouring channels; the model's `n_groups`.
         norm_before_gate: norm `y` first and gate the result. False in every published model.
-        combine: applied to the mean squares `(..., num_groups, 1)`: inside `shard_map`, where a group's
-            channels lie on several devices, it averages over them.
+        combine: applied to the mean squares `(..., num_groups, 1)`, axes of size 1 but the last left out:
+            inside `shard_map`, where a group's channels lie on several devices, it averages over them.
 
     Returns:
         `(..., e)` in the dtype of `y`; computed in float32 (float64 when `y` is).
