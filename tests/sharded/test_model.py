@@ -23,6 +23,7 @@ CASES = mesh_cases(
     ("tensor 8", 8),
     ("tensor 8", 1),
     ("tensor 2 x fsdp 4", 2),
+    ("sequence 8", 8),
     ("sequence 2 x tensor 2 x data 2", 1),
 )
 IDS = np.random.default_rng(0).integers(3, 96, (8, 21))
