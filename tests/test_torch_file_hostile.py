@@ -128,7 +128,7 @@ def test_what_is_not_a_plain_tensor(tmp_path, content, message):
 
 def test_conjugates(tmp_path):
     (tmp_path / FILE).write_bytes(saved({"a": torch.ones(3, dtype=torch.complex64).conj()}))
-    refused(tmp_path)
+    assert "tensor 'a': is torch.complex64" in refused(tmp_path)
 
 
 GOOD = saved({"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4, dtype=torch.bfloat16)})
