@@ -13,7 +13,7 @@ from typing import NoReturn
 import numpy as np
 
 MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; the parsed form takes several times the text
-_UNCACHED_BYTES = 4 << 20  # read at once
+_UNCACHED_BYTES = 4 << 20  # that a thread reads at once past the cache
 
 
 class CheckpointError(ValueError):

@@ -78,6 +78,7 @@ def load_weights(
     table = checkpoint_table(config, head)
     with open_checkpoint(folder) as checkpoint:
         plan, notes = plan_load(checkpoint, config, table, head)
+        # With a sharding parts of rows are read, and other processes may read the same files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
         threads = _UNCACHED_THREADS if uncached else _THREADS
         run = _Loader(checkpoint, wanted, place, allow_non_finite, threads)
