@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,38 +166,75 @@ def test_a_full_disk_is_told_and_leaves_the_last_checkpoint(straight, tmp_path):
 @pytest.fixture
 def copied(straight, tmp_path):
     """A copy of the finished run, to be damaged."""
-    import shutil
-
     return pathlib.Path(shutil.copytree(straight[0], tmp_path / "copy"))
 
 
-def flip_bits(folder: pathlib.Path) -> None:
-    """Invert bytes in the middle of the file that holds the arrays."""
-    file = max(folder.rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(file.read_bytes())
-    middle = len(content) // 2
-    content[middle : middle + 8] = bytes(byte ^ 0x10 for byte in content[middle : middle + 8])
-    file.write_bytes(content)
-
-
 def test_the_newest_whole_checkpoint_is_restored(straight, copied):
-    flip_bits(copied / "checkpoints" / "20" / "arrays")
+    def take(part: str, *, of: str, into: str) -> None:
+        """Whole files, but another step's: only our checksums can tell."""
+        shutil.rmtree(copied / "checkpoints" / into / part)
+        shutil.copytree(copied / "checkpoints" / of / part, copied / "checkpoints" / into / part)
+
+    take("arrays", of="15", into="20")
     (copied / "checkpoints" / "25").mkdir()  # what a crash of another kind may leave
     said = []
     trainer = make_trainer(copied, resume=True, report=said.append)
     assert trainer.fit().step == STEPS
     assert_same_run(trainer, copied, straight)
-    assert [line.split(":")[0] for line in said if "damaged" in line] == [
-        "checkpoint of step 25",
-        "checkpoint of step 20",
-    ]
+    damaged = [line for line in said if "damaged" in line]
+    assert [line.split(":")[0] for line in damaged] == ["checkpoint of step 25", "checkpoint of step 20"]
+    assert "do not match their checksums" in damaged[1]
     assert "going on from step 15 of 20" in said
     aside = {path.name for path in (copied / "checkpoints-damaged").iterdir()}
     assert aside == {"20.0", "25.0"}
-    flip_bits(copied / "checkpoints" / "15" / "arrays")
-    flip_bits(copied / "checkpoints" / "20" / "arrays")
+    take("arrays", of="15", into="20")
+    take("meta", of="20", into="15")
     with pytest.raises(ValueError, match=r"not one of the checkpoints of steps \[15, 20\] is whole"):
         make_trainer(copied, resume=True).fit()
+
+
+def test_a_flipped_bit_is_noticed_or_was_not_in_use(copied):
+    """At places all over the files of a checkpoint: what is restored always has the bits that were saved.
+
+    In a process of its own: where one read fails, those that Orbax gives up complain at any time later.
+    """
+    checkpoint = copied / "checkpoints" / str(STEPS)
+    shutil.rmtree(checkpoint.with_name("15"))
+    done = child(
+        copied,
+        f"""
+        import jax, numpy as np
+        from training_runs import make_trainer
+        from mamba2_jax.training import CheckpointConfig
+        from mamba2_jax.training.checkpoint import Checkpoints
+        from mamba2_jax.training.step import TrainState
+
+        checkpoint = pathlib.Path({str(checkpoint)!r})
+        trainer = make_trainer(pathlib.Path("elsewhere"), pathlib.Path({str(texts_file())!r}))
+        like = TrainState.start(trainer._trained, trainer._optimizer, jax.random.key(0))
+        checkpoints = Checkpoints(checkpoint.parent, CheckpointConfig())
+        saved, _ = checkpoints.restore(like)
+        saved, noticed, unused = jax.tree.map(np.asarray, (saved.params, saved.opt_state)), 0, 0
+        for file in [path for path in checkpoint.rglob("*") if path.is_file() and path.stat().st_size > 4000]:
+            content = file.read_bytes()
+            for place in np.random.default_rng(0).integers(len(content), size=10):
+                file.write_bytes(content[:place] + bytes([content[place] ^ 0x10]) + content[place + 1 :])
+                try:
+                    state, _ = checkpoints.restore(like)
+                except ValueError as error:
+                    assert "not one of the checkpoints of steps [20] is whole" in str(error), error
+                    noticed += 1
+                else:
+                    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), saved)
+                    unused += 1
+            file.write_bytes(content)
+        print(noticed, unused)
+        """,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    noticed, unused = map(int, done.stdout.split())
+    assert noticed > 10
+    assert unused > 0
 
 
 @pytest.mark.parametrize(
