@@ -15,7 +15,7 @@ from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
 from mamba2_jax.training.loss import sliced_cross_entropy
 from mamba2_jax.training.optim import learning_rate
-from mamba2_jax.training.step import first_not_finite
+from mamba2_jax.training.step import TOKENS_IN_CACHE, _cut, first_not_finite
 from mamba2_jax.weights.names import checkpoint_table
 
 
@@ -121,6 +121,29 @@ def test_the_logits_of_a_batch_never_exist():
     assert temporary_bytes(64) < logits / 5
 
 
+@pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((0, 1), 3)])
+def test_a_slice_is_scored_once_and_nothing_frozen_gets_a_gradient(trained, products):
+    """One product with the head forward; one more for the gradient of each of its operands that is wanted."""
+    head = jax.random.normal(jax.random.key(0), (50, 8))
+    hidden = jax.random.normal(jax.random.key(1), (2, 40, 8))
+    targets = jax.random.randint(jax.random.key(2), (2, 40), 0, 50).at[0, :7].set(-100)
+
+    def loss(hidden, head):
+        return 3 * sliced_cross_entropy(lambda x: x @ head.T, hidden, targets, positions_per_slice=16)
+
+    def plain(hidden, head):
+        nats = optax.losses.softmax_cross_entropy_with_integer_labels(
+            hidden @ head.T, jnp.maximum(targets, 0)
+        )
+        return 3 * jnp.where(targets == -100, 0, nats).sum()
+
+    take = (lambda f: jax.value_and_grad(f, argnums=trained)) if trained else (lambda f: f)
+    assert str(jax.make_jaxpr(take(loss))(hidden, head)).count("dot_general") == products
+    got, want = (jax.tree.leaves(jax.jit(take(f))(hidden, head)) for f in (loss, plain))
+    for one, other in zip(got, want, strict=True):
+        assert relative(one, other) < 1e-6
+
+
 def step_function(structure, optimizer, frozen):
     return lambda state, batch: train_step(
         state, frozen, batch, structure=structure, optimizer=optimizer, tokens_per_slice=64
@@ -151,6 +174,33 @@ def test_four_parts_are_one_batch():
         moved = np.asarray(one.params[name] - start)
         assert np.abs(moved).max() > 0
         assert np.abs(np.asarray(four.params[name]) - one.params[name]).max() < 1e-6, name
+
+
+def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
+    structure, params, frozen = model_parts()
+    rate, rows, length = 1e3, 6, TOKENS_IN_CACHE // 2
+    optimizer = optax.sgd(rate)
+    ids = random_ids(rows, length)
+    batch = {
+        "input_ids": ids,
+        "labels": np.where(np.arange(length) % 7 < np.arange(rows)[:, None], ids, -100),
+    }
+    in_two_parts = {name: array.reshape(2, 3, length) for name, array in batch.items()}
+    assert _cut(batch, TOKENS_IN_CACHE)["labels"].shape == (3, 2, length)
+    assert _cut(in_two_parts, TOKENS_IN_CACHE)["labels"].shape == (6, 1, length)
+    assert _cut(batch, rows * length) is batch
+
+    nats, tokens, grads = gradients(params, frozen, batch, structure)
+    lower = partial(train_step.lower, structure=structure, optimizer=optimizer)
+    compiled = lower(fresh(params, optimizer), frozen, batch).compile()
+    state, metrics = compiled(fresh(params, optimizer), frozen, batch)
+    np.testing.assert_allclose(metrics.loss, nats / tokens, rtol=1e-6)
+    for name, start in params.items():
+        assert relative((start - state.params[name]) / rate, grads[name] / tokens) < 1e-4, name
+
+    two_rows = {name: array[:2] for name, array in batch.items()}
+    few = lower(fresh(params, optimizer), frozen, two_rows).compile().memory_analysis().temp_size_in_bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * few
 
 
 def make_sgd():

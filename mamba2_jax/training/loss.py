@@ -1,7 +1,8 @@
 """Next-token cross entropy in slices of the sequence: the logits of a whole batch never exist at once.
 
 With 50,000 tokens in the vocabulary, float32 logits are the largest array of a training step by far. Here a
-slice's logits live for one turn of a loop, going forward and again, recomputed, going back.
+slice's logits live for one turn of a loop. The same turn takes their gradient, if one is wanted: a sum's
+gradient needs nothing that comes after it, and going back would have to compute them again.
 """
 
 from collections.abc import Callable, Mapping
@@ -98,16 +99,49 @@ def sliced_cross_entropy(
         array = jnp.pad(array, pad, constant_values=fill).reshape(batch, count, width, *array.shape[2:])
         return jnp.moveaxis(array, 1, 0)
 
-    @jax.checkpoint
-    def one_slice(total, inputs):
-        hidden, targets = inputs
-        scores = logits(hidden)  # (b, s, v) float32
-        counts = targets != IGNORED_LABEL
-        chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-        nats = jax.nn.logsumexp(scores, axis=-1) - chosen
-        return total + jnp.where(counts, nats, 0.0).sum(dtype=jnp.float32), None
+    score, weights = jax.closure_convert(logits, hidden[:, :width])
+    return _summed_nats(score, weights, split(hidden, 0), split(targets, IGNORED_LABEL))
 
-    total, _ = jax.lax.scan(
-        one_slice, jnp.zeros((), jnp.float32), (split(hidden, 0), split(targets, IGNORED_LABEL))
-    )
-    return total
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
+    """Sum over slices `hidden (slices, b, s, d)` and `targets (slices, b, s)`; `score(hidden, *weights)`."""
+
+    def one_slice(total, inputs):
+        return total + _nats_of_a_slice(score, weights, *inputs), None
+
+    return jax.lax.scan(one_slice, jnp.zeros((), jnp.float32), (hidden, targets))[0]
+
+
+def _forward(score, weights, hidden, targets):
+    """The sum, and kept for `_backward` its gradients by `hidden` and by those weights that are trained."""
+    trained = [weight.value for weight in weights if weight.perturbed]
+
+    def nats(trained, hidden, targets):
+        of_trained = iter(trained)
+        every = [next(of_trained) if weight.perturbed else weight.value for weight in weights]
+        return _nats_of_a_slice(score, every, hidden, targets)
+
+    def one_slice(totals, inputs):
+        value, (d_trained, d_hidden) = jax.value_and_grad(nats, argnums=(0, 1))(trained, *inputs)
+        return jax.tree.map(jnp.add, totals, (value, d_trained)), d_hidden
+
+    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
+    (total, d_trained), d_hidden = jax.lax.scan(one_slice, zeros, (hidden.value, targets.value))
+    of_trained = iter(d_trained)
+    return total, ([next(of_trained) if weight.perturbed else None for weight in weights], d_hidden)
+
+
+def _backward(score, gradients, d_total):
+    return *jax.tree.map(lambda gradient: (gradient * d_total).astype(gradient.dtype), gradients), None
+
+
+_summed_nats.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
+    scores = score(hidden, *weights)  # (b, s, v) float32
+    counts = targets != IGNORED_LABEL
+    chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(scores, axis=-1) - chosen
+    return jnp.where(counts, nats, 0.0).sum(dtype=jnp.float32)
