@@ -127,7 +127,7 @@ def _step(
     # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
     scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
     between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    weights = _spread(scores, heads, 3) * jnp.exp(between)  # (b, c, g, h, q, s)
+    weights = _spread(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
     x_dt = x_heads * dt[..., None]
@@ -141,7 +141,10 @@ def _step(
 
     # 3. The recurrence over chunks.
     kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
-    kept = _spread(jnp.repeat(kept, head_dim, axis=-1), B.shape[-1])  # (b, c, g, n, k)
+    kept = jnp.repeat(kept, head_dim, axis=-1)  # (b, c, g, k)
+    # As in `_spread`, but by chunks, so that the gradient takes the states as they lie.
+    ones = jnp.ones((batch, num_chunks, num_groups, B.shape[-1]), full)
+    kept = product("bcgn,bcgk->bcgnk", ones, kept, precision="highest")
     entering, state = _pass_states(state, kept, left)
 
     # 4. The entering state, read out at each token.
@@ -155,7 +158,7 @@ def _step(
     return state, jnp.moveaxis(y.astype(compute), 4, 2)  # (b, c, q, g, h, p)
 
 
-def _spread(x: Array, count: int, axis: int = -2) -> Array:
+def _spread(x: Array, count: int, axis: int) -> Array:
     """Repeat `x` along a new axis, as a product with ones.
 
     Its gradient is then a product, too: XLA on CPU takes a sum over an inner axis ten times as slowly.
