@@ -1,11 +1,12 @@
 """Training: ours against transformers on PyTorch, on this machine's CPU; and what a step needs of memory.
 
 The first table trains one small model on one batch with both, each in a process of its own, taking turns:
-in float32, and with products in bfloat16 and weights in float32 (transformers under `torch.autocast`). The
-losses of all steps are compared before any time is shown. The second one asks XLA's compiler, for the
-CPU, how much memory a compiled step of two published sizes takes; nothing of that size is allocated.
+batches of several sizes, in float32, and with products in bfloat16 and weights in float32 (transformers under
+`torch.autocast`). The losses of all steps are compared before any time is shown. The second one asks XLA's
+compiler, for the CPU, how much memory a compiled step of two published sizes takes; nothing of that size is
+allocated.
 
-    python benchmarks/finetune.py                                          # ten minutes on an idle machine
+    python benchmarks/finetune.py                                  # twenty minutes on an idle machine, 8 GB
     python benchmarks/finetune.py --output benchmarks/results/finetune.md
 """
 
@@ -28,7 +29,7 @@ SIZES = {
     "n_groups": 1, "vocab_size": 4096, "chunk_size": 256, "tie_word_embeddings": True,
     "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "rescale_prenorm_residual": False,
 }  # fmt: skip
-BATCH, LENGTH = 4, 512
+LENGTH = 512  # tokens of a row
 RATE = 1e-3
 APART = {"float32": 1e-3, "bfloat16": 1e-2}  # relative, how far the losses may differ
 SHAPES = {"mamba2-130m": (8, 1024), "mamba2-2.7b": (2, 1024)}
@@ -39,16 +40,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--output", type=pathlib.Path, help="also write the tables to this Markdown file")
+    parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 16, 32], help="rows of a batch")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
     parser.add_argument("--steps", type=int, default=6, help="of each process; the first is not timed")
     parser.add_argument("--presets", nargs="*", default=list(SHAPES), help="sizes of the second table")
     parser.add_argument("--side", choices=["ours", "transformers"], help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--dtype", choices=list(APART), help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
         train = train_ours if arguments.side == "ours" else train_theirs
-        print(json.dumps(train(arguments.folder, arguments.steps, arguments.dtype)))
+        print(json.dumps(train(arguments.folder, arguments.steps, arguments.dtype, batch(arguments.rows))))
         return
     lines = ["# Training: ours against transformers, and memory by the compiler", ""]
 
@@ -59,17 +62,17 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text("\n".join(lines) + "\n")
 
-    for line in compare(arguments.rounds, arguments.steps):
+    for line in compare(arguments.batches, arguments.rounds, arguments.steps):
         tell(line)
     for line in memory_table(arguments.presets):
         tell(line)
 
 
-def batch() -> np.ndarray:
-    return np.random.default_rng(0).integers(1, SIZES["vocab_size"], (BATCH, LENGTH))
+def batch(rows: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(1, SIZES["vocab_size"], (rows, LENGTH))
 
 
-def compare(rounds: int, steps: int):
+def compare(batches: list[int], rounds: int, steps: int):
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers")
     )
@@ -77,23 +80,32 @@ def compare(rounds: int, steps: int):
     yield ""
     layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
     yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, chunk_size 256 as published"
-    yield f"(ours has its own); batch {BATCH} x {LENGTH}, AdamW. Medians of {rounds} x {steps - 1} steps,"
-    yield "the two taking turns; peak memory is the process's resident set, compiler and libraries included."
+    yield f"(ours has its own), AdamW; the same batch for both. Medians of {rounds} x {steps - 1} steps,"
+    yield "taking turns; peak memory is the process's resident set, compiler and libraries included."
     yield ""
-    yield "| products in | what | ours | transformers | ratio |"
-    yield "|---|---|---|---|---|"
+    yield "| batch | products in | tokens/s: ours | transformers | ratio | memory: ours | transformers | ratio |"
+    yield "|---|---|---|---|---|---|---|---|"
+    apart, first = dict.fromkeys(APART, 0.0), []
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(folder)
-        for dtype in APART:
-            yield from compare_in(dtype, folder, rounds, steps)
+        for rows in batches:
+            for dtype in APART:
+                row, difference, seconds = compare_one(rows, dtype, folder, rounds, steps)
+                apart[dtype] = max(apart[dtype], difference)
+                first.append(seconds)
+                yield row
+    yield ""
+    yield f"Our first step, which compiles, took {min(first):.1f} to {max(first):.1f} s. Losses differ by at most"
+    yield ", ".join(f"{apart[dtype]:.0e} in {dtype}" for dtype in apart) + ", relative."
     yield ""
 
 
-def compare_in(dtype: str, folder: str, rounds: int, steps: int):
+def compare_one(rows: int, dtype: str, folder: str, rounds: int, steps: int) -> tuple[str, float, float]:
+    """A row of the table, how far the losses are apart, and the seconds of our first step."""
     found = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for side, results in found.items():
-            results.append(run_side(side, folder, steps, dtype))
+            results.append(run_side(side, folder, steps, dtype, rows))
     ours, theirs = found["ours"], found["transformers"]
     pairs = [
         pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["losses"], b["losses"], strict=True)
@@ -102,12 +114,14 @@ def compare_in(dtype: str, folder: str, rounds: int, steps: int):
     if not apart < APART[dtype]:
         raise SystemExit(f"the losses differ by {apart:.1e}, ours and theirs: {pairs}")
     seconds = [statistics.median(s for run in side for s in run["seconds"]) for side in (ours, theirs)]
-    speeds = [BATCH * LENGTH / s for s in seconds]
+    speeds = [rows * LENGTH / s for s in seconds]
     peaks = [max(run["peak"] for run in side) / 1e9 for side in (ours, theirs)]
-    yield f"| {dtype} | tokens/s | {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.2f}x |"
-    yield f"| | peak memory | {peaks[0]:.2f} GB | {peaks[1]:.2f} GB | {peaks[0] / peaks[1]:.2f}x |"
-    yield f"| | first step (ours compiles) | {ours[0]['first']:.1f} s | {theirs[0]['first']:.1f} s | |"
-    yield f"| | losses apart, relative | {apart:.0e} | | |"
+    row = (
+        f"| {rows} x {LENGTH} | {dtype} "
+        f"| {speeds[0]:,.0f} | {speeds[1]:,.0f} | {speeds[0] / speeds[1]:.2f}x "
+        f"| {peaks[0]:.2f} GB | {peaks[1]:.2f} GB | {peaks[0] / peaks[1]:.2f}x |"
+    )
+    return row, apart, ours[0]["first"]
 
 
 def write_checkpoint(folder: str) -> None:
@@ -118,16 +132,16 @@ def write_checkpoint(folder: str) -> None:
     Mamba2ForCausalLM(Mamba2Config(**SIZES), rngs=nnx.Rngs(0)).save_pretrained(folder)
 
 
-def run_side(side: str, folder: str, steps: int, dtype: str) -> dict:
+def run_side(side: str, folder: str, steps: int, dtype: str, rows: int) -> dict:
     command = [sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
-    command += ["--dtype", dtype]
+    command += ["--dtype", dtype, "--rows", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def train_ours(folder: str, steps: int, dtype: str) -> dict:
+def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     import jax
 
     from mamba2_jax import Mamba2ForCausalLM
@@ -138,7 +152,7 @@ def train_ours(folder: str, steps: int, dtype: str) -> dict:
     config = OptimConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0)
     optimizer = make_optimizer(config, trained, steps)
     state = TrainState.start(trained, optimizer, jax.random.key(0))
-    inputs = {"input_ids": batch()}
+    inputs = {"input_ids": ids}
 
     def step() -> float:
         nonlocal state
@@ -148,7 +162,7 @@ def train_ours(folder: str, steps: int, dtype: str) -> dict:
     return timed(step, steps)
 
 
-def train_theirs(folder: str, steps: int, dtype: str) -> dict:
+def train_theirs(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     import torch
     import transformers
 
@@ -156,11 +170,11 @@ def train_theirs(folder: str, steps: int, dtype: str) -> dict:
     transformers.logging.disable_progress_bar()
     model = transformers.Mamba2ForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
-    ids = torch.tensor(batch())
+    batch = torch.tensor(ids)
 
     def step() -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
