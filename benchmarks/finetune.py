@@ -83,7 +83,7 @@ def compare(batches: list[int], rounds: int, steps: int):
     yield f"(ours has its own), AdamW; the same batch for both. Medians of {rounds} x {steps - 1} steps,"
     yield "taking turns; peak memory is the process's resident set, compiler and libraries included."
     yield ""
-    yield "| batch | products in | tokens/s: ours | transformers | ratio | memory: ours | transformers | ratio |"
+    yield "| batch | products in | tokens/s: ours | transformers | ratio | memory: ours | theirs | ratio |"
     yield "|---|---|---|---|---|---|---|---|"
     apart, first = dict.fromkeys(APART, 0.0), []
     with tempfile.TemporaryDirectory() as folder:
@@ -95,8 +95,8 @@ def compare(batches: list[int], rounds: int, steps: int):
                 first.append(seconds)
                 yield row
     yield ""
-    yield f"Our first step, which compiles, took {min(first):.1f} to {max(first):.1f} s. Losses differ by at most"
-    yield ", ".join(f"{apart[dtype]:.0e} in {dtype}" for dtype in apart) + ", relative."
+    yield f"Our first step, which compiles, took {min(first):.1f} to {max(first):.1f} s."
+    yield "Losses differ by at most " + " and ".join(f"{apart[d]:.0e} in {d}" for d in apart) + ", relative."
     yield ""
 
 
