@@ -15,7 +15,7 @@ from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
 from mamba2_jax.training.loss import sliced_cross_entropy
 from mamba2_jax.training.optim import learning_rate
-from mamba2_jax.training.step import TOKENS_IN_CACHE, _cut, first_not_finite
+from mamba2_jax.training.step import TOKENS_IN_CACHE, _rows_in_turn, first_not_finite
 from mamba2_jax.weights.names import checkpoint_table
 
 
@@ -186,9 +186,13 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
         "labels": np.where(np.arange(length) % 7 < np.arange(rows)[:, None], ids, -100),
     }
     in_two_parts = {name: array.reshape(2, 3, length) for name, array in batch.items()}
-    assert _cut(batch, TOKENS_IN_CACHE)["labels"].shape == (3, 2, length)
-    assert _cut(in_two_parts, TOKENS_IN_CACHE)["labels"].shape == (6, 1, length)
-    assert _cut(batch, rows * length) is batch
+    model = structure.merge(params, frozen)
+    assert _rows_in_turn(model, batch)["labels"].shape == (3, 2, length)
+    assert _rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
+    longer = {"input_ids": np.zeros((4, 2 * TOKENS_IN_CACHE), int)}
+    assert _rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * TOKENS_IN_CACHE)
+    few = {name: array[:2] for name, array in batch.items()}
+    assert _rows_in_turn(model, few) is few
 
     nats, tokens, grads = gradients(params, frozen, batch, structure)
     lower = partial(train_step.lower, structure=structure, optimizer=optimizer)
@@ -198,9 +202,8 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
     for name, start in params.items():
         assert relative((start - state.params[name]) / rate, grads[name] / tokens) < 1e-4, name
 
-    two_rows = {name: array[:2] for name, array in batch.items()}
-    few = lower(fresh(params, optimizer), frozen, two_rows).compile().memory_analysis().temp_size_in_bytes
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * few
+    of_few = lower(fresh(params, optimizer), frozen, few).compile().memory_analysis().temp_size_in_bytes
+    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * of_few
 
 
 def make_sgd():

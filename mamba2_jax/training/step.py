@@ -154,6 +154,8 @@ def _train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Update once. The state given is used up.
 
+    On a CPU the rows of a batch of many tokens take turns, as if they were parts: the sums are the same.
+
     Args:
         state: of `TrainState.start`, or of the step before.
         frozen: of `split_model`.
@@ -175,8 +177,7 @@ def _train_step(
         set_dropout_key(model, jax.random.fold_in(key, index))
         return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
 
-    if platform() == "cpu" and structure.merge(state.params, frozen).backbone.mesh is None:
-        batch = _cut(batch, TOKENS_IN_CACHE)
+    batch = _rows_in_turn(structure.merge(state.params, frozen), batch)
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     grads = jax.tree.map(lambda g: g / count, grads)
@@ -212,11 +213,11 @@ def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, Ste
     return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
 
 
-def _cut(batch: Mapping[str, Array], tokens: int) -> Mapping[str, Array]:
-    """Cut a batch `(b, l)`, or parts `(a, b, l)` of one, into parts of at most `tokens`, but whole rows."""
+def _rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mapping[str, Array]:
+    """On a CPU, cut `(b, l)` or `(a, b, l)` into parts of `TOKENS_IN_CACHE` tokens, but whole rows."""
     *_, rows, length = batch["input_ids"].shape
-    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= tokens), default=1)
-    if fewer == rows:
+    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= TOKENS_IN_CACHE), default=1)
+    if fewer == rows or platform() != "cpu" or model.backbone.mesh is not None:
         return batch
     return {name: array.reshape(-1, fewer, length) for name, array in batch.items()}
 
@@ -266,6 +267,7 @@ def first_not_finite(
         The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient;
         None when all are finite.
     """
+    batch = _rows_in_turn(structure.merge(params, frozen), batch)
     parts = [batch]
     if batch["input_ids"].ndim == 3:
         parts = [
