@@ -198,7 +198,7 @@ def memory_table(presets: list[str]):
 
     yield "Memory of one compiled step by XLA's analysis for the CPU: bfloat16 compute; full training keeps"
     yield "weights and moments in float32, LoRA (rank 8 on in_proj and out_proj) the base in bfloat16."
-    yield f"A CPU takes {TOKENS_IN_CACHE} tokens of the batch at a time, or one row."
+    yield f"A CPU takes at most {TOKENS_IN_CACHE} tokens of the batch at a time, or one row."
     yield ""
     yield "| model | batch | trained | remat | arguments | temporaries | peak |"
     yield "|---|---|---|---|---|---|---|"

@@ -241,9 +241,14 @@ class Mamba2ForCausalLM(PretrainedModel):
         )
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Score the vocabulary, float32: the head's matrix, or the embedding's when they are tied."""
+        """Score the vocabulary, float32."""
+        return self.head(hidden, self.output_weight, dtype=self.dtype)
+
+    @property
+    def output_weight(self) -> Float[Array, "v d"]:
+        """The head's matrix, or the embedding's when they are tied."""
         table = self.backbone.embeddings if self.lm_head is None else self.lm_head
-        return self.head(hidden, table.weight[...], dtype=self.dtype)
+        return table.weight[...]
 
 
 @partial(jax.jit, static_argnames="output_hidden_states")

@@ -110,8 +110,8 @@ def test_the_logits_of_a_batch_never_exist():
 
     def temporary_bytes(positions):
         def loss(head, hidden, targets):
-            logits = lambda x: x @ head.T  # noqa: E731
-            return sliced_cross_entropy(logits, hidden, targets, positions_per_slice=positions)
+            logits = lambda head, x: x @ head.T  # noqa: E731
+            return sliced_cross_entropy(logits, head, hidden, targets, positions_per_slice=positions)
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -121,7 +121,7 @@ def test_the_logits_of_a_batch_never_exist():
     assert temporary_bytes(64) < logits / 5
 
 
-@pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((0, 1), 3)])
+@pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((1,), 2), ((0, 1), 3)])
 def test_a_slice_is_scored_once_and_nothing_frozen_gets_a_gradient(trained, products):
     """One product with the head forward; one more for the gradient of each of its operands that is wanted."""
     head = jax.random.normal(jax.random.key(0), (50, 8))
@@ -129,7 +129,8 @@ def test_a_slice_is_scored_once_and_nothing_frozen_gets_a_gradient(trained, prod
     targets = jax.random.randint(jax.random.key(2), (2, 40), 0, 50).at[0, :7].set(-100)
 
     def loss(hidden, head):
-        return 3 * sliced_cross_entropy(lambda x: x @ head.T, hidden, targets, positions_per_slice=16)
+        logits = lambda head, x: x @ head.T  # noqa: E731
+        return 3 * sliced_cross_entropy(logits, head, hidden, targets, positions_per_slice=16)
 
     def plain(hidden, head):
         nats = optax.losses.softmax_cross_entropy_with_integer_labels(
@@ -142,6 +143,17 @@ def test_a_slice_is_scored_once_and_nothing_frozen_gets_a_gradient(trained, prod
     got, want = (jax.tree.leaves(jax.jit(take(f))(hidden, head)) for f in (loss, plain))
     for one, other in zip(got, want, strict=True):
         assert relative(one, other) < 1e-6
+
+
+def test_the_loss_is_that_of_the_weights_as_they_are_now():
+    model = Mamba2ForCausalLM(jax_model(num_hidden_layers=1).config, rngs=nnx.Rngs(0))
+    batch = {"input_ids": random_ids(2, 9)}
+    before, tokens = loss_fn(model, batch)
+    table = model.backbone.embeddings if model.lm_head is None else model.lm_head
+    table.weight[...] *= 0
+    after, _ = loss_fn(model, batch)
+    assert abs(float(before) - float(after)) > 1e-3
+    np.testing.assert_allclose(after / tokens, np.log(model.config.vocab_size), rtol=1e-6)
 
 
 def step_function(structure, optimizer, frozen):
@@ -191,6 +203,9 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
     assert _rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
     longer = {"input_ids": np.zeros((4, 2 * TOKENS_IN_CACHE), int)}
     assert _rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * TOKENS_IN_CACHE)
+    assert set(_rows_in_turn(model, {**batch, "segment_ids": None, "weight": np.ones(rows)})) == set(batch)
+    odd = {"input_ids": np.zeros((37, 32), int)}  # only rows of 32 tokens divide it
+    assert _rows_in_turn(model, odd) is odd
     few = {name: array[:2] for name, array in batch.items()}
     assert _rows_in_turn(model, few) is few
 

@@ -7,6 +7,7 @@ gradient needs nothing that comes after it, and going back would have to compute
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -66,12 +67,19 @@ def loss_fn(
     wrap = REMAT[remat]
     out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
     width = max(1, tokens_per_slice // input_ids.shape[0])
-    nats = sliced_cross_entropy(model.logits, out.last_hidden_state, targets, positions_per_slice=width)
+
+    def logits(weights, hidden):
+        head, matrix = weights
+        return head(hidden, matrix, dtype=model.dtype)
+
+    weights = (model.head, model.output_weight)
+    nats = sliced_cross_entropy(logits, weights, out.last_hidden_state, targets, positions_per_slice=width)
     return nats, (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
 
 
 def sliced_cross_entropy(
-    logits: Callable[[Array], Array],
+    logits: Callable[[Any, Array], Array],
+    weights: Any,
     hidden: Float[Array, "b l d"],
     targets: Int[Array, "b l"],
     *,
@@ -80,13 +88,14 @@ def sliced_cross_entropy(
     """Sum of `-log softmax(logits(hidden))[target]`, a few positions of every row at a time.
 
     Args:
-        logits: `(b, s, d) -> (b, s, v)` in float32; may close over parameters.
+        logits: of `weights` and `(b, s, d)`, `(b, s, v)` in float32.
+        weights: any pytree; what `logits` closes over gets no gradient.
         hidden: `(b, l, d)`.
         targets: `(b, l)`; -100 costs nothing.
         positions_per_slice: `s`; the last slice is filled up.
 
     Returns:
-        The sum in nats, float32.
+        The sum in nats, float32. It has reverse mode only, and what is made of it.
     """
     batch, length = targets.shape
     width = min(positions_per_slice, length)
@@ -99,13 +108,17 @@ def sliced_cross_entropy(
         array = jnp.pad(array, pad, constant_values=fill).reshape(batch, count, width, *array.shape[2:])
         return jnp.moveaxis(array, 1, 0)
 
-    score, weights = jax.closure_convert(logits, hidden[:, :width])
-    return _summed_nats(score, weights, split(hidden, 0), split(targets, IGNORED_LABEL))
+    leaves, structure = jax.tree.flatten(weights)
+
+    def score(leaves, hidden):
+        return logits(structure.unflatten(leaves), hidden)
+
+    return _summed_nats(score, leaves, split(hidden, 0), split(targets, IGNORED_LABEL))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
-    """Sum over slices `hidden (slices, b, s, d)` and `targets (slices, b, s)`; `score(hidden, *weights)`."""
+    """Sum over slices `hidden (slices, b, s, d)` and `targets (slices, b, s)`; `score(weights, hidden)`."""
 
     def one_slice(total, inputs):
         return total + _nats_of_a_slice(score, weights, *inputs), None
@@ -114,7 +127,7 @@ def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: 
 
 
 def _forward(score, weights, hidden, targets):
-    """The sum, and kept for `_backward` its gradients by `hidden` and by those weights that are trained."""
+    """The sum, and kept for `_backward` its gradients by what is trained of `weights`, and by `hidden`."""
     trained = [weight.value for weight in weights if weight.perturbed]
 
     def nats(trained, hidden, targets):
@@ -122,14 +135,18 @@ def _forward(score, weights, hidden, targets):
         every = [next(of_trained) if weight.perturbed else weight.value for weight in weights]
         return _nats_of_a_slice(score, every, hidden, targets)
 
+    gradient = jax.value_and_grad(nats, argnums=(0, 1) if hidden.perturbed else (0,))
+
     def one_slice(totals, inputs):
-        value, (d_trained, d_hidden) = jax.value_and_grad(nats, argnums=(0, 1))(trained, *inputs)
+        value, (d_trained, *d_hidden) = gradient(trained, *inputs)
         return jax.tree.map(jnp.add, totals, (value, d_trained)), d_hidden
 
-    zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, trained))
-    (total, d_trained), d_hidden = jax.lax.scan(one_slice, zeros, (hidden.value, targets.value))
+    zeros = [jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for weight in trained]
+    start = (jnp.zeros((), jnp.float32), zeros)
+    (total, d_trained), d_hidden = jax.lax.scan(one_slice, start, (hidden.value, targets.value))
     of_trained = iter(d_trained)
-    return total, ([next(of_trained) if weight.perturbed else None for weight in weights], d_hidden)
+    d_weights = [next(of_trained).astype(w.value.dtype) if w.perturbed else None for w in weights]
+    return total, (d_weights, d_hidden[0] if d_hidden else None)
 
 
 def _backward(score, gradients, d_total):
@@ -140,7 +157,7 @@ _summed_nats.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
-    scores = score(hidden, *weights)  # (b, s, v) float32
+    scores = score(weights, hidden)  # (b, s, v) float32
     counts = targets != IGNORED_LABEL
     chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
     nats = jax.nn.logsumexp(scores, axis=-1) - chosen
