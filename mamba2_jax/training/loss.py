@@ -89,13 +89,13 @@ def sliced_cross_entropy(
 
     Args:
         logits: of `weights` and `(b, s, d)`, `(b, s, v)` in float32.
-        weights: any pytree; what `logits` closes over gets no gradient.
+        weights: any pytree of arrays; `logits` may not close over any that are differentiated.
         hidden: `(b, l, d)`.
         targets: `(b, l)`; -100 costs nothing.
         positions_per_slice: `s`; the last slice is filled up.
 
     Returns:
-        The sum in nats, float32. It has reverse mode only, and what is made of it.
+        The sum in nats, float32. Its gradient is by reverse mode; that of the gradient by either.
     """
     batch, length = targets.shape
     width = min(positions_per_slice, length)
@@ -127,7 +127,7 @@ def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: 
 
 
 def _forward(score, weights, hidden, targets):
-    """The sum, and kept for `_backward` its gradients by what is trained of `weights`, and by `hidden`."""
+    """The sum, and for `_backward` its gradients, shaped as `weights`, None where frozen, and as `hidden`."""
     trained = [weight.value for weight in weights if weight.perturbed]
 
     def nats(trained, hidden, targets):
@@ -157,6 +157,7 @@ _summed_nats.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
+    """Sum over one slice `hidden (b, s, d)` and `targets (b, s)`."""
     scores = score(weights, hidden)  # (b, s, v) float32
     counts = targets != IGNORED_LABEL
     chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
