@@ -2,16 +2,15 @@
 
 The first table trains one small model on one batch with both, each in a process of its own, taking turns:
 batches of several sizes, in float32, and with products in bfloat16 and weights in float32 (transformers under
-`torch.autocast`). The losses of all steps are compared before any time is shown. The second one asks XLA's
-compiler, for the CPU, how much memory a compiled step of two published sizes takes; nothing of that size is
-allocated.
+`torch.autocast`). Ours keeps freed memory, as `mamba2-jax finetune` does. The losses of all steps are
+compared before any time is shown. The second one asks XLA's compiler, for the CPU, how much memory a compiled
+step of two published sizes takes; nothing of that size is allocated.
 
     python benchmarks/finetune.py                                  # twenty minutes on an idle machine, 8 GB
     python benchmarks/finetune.py --output benchmarks/results/finetune.md
 """
 
 import argparse
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -43,6 +42,9 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="*", default=[4, 8, 16, 32], help="rows of a batch")
     parser.add_argument("--rounds", type=int, default=2, help="processes of each")
     parser.add_argument("--steps", type=int, default=6, help="of each process; the first is not timed")
+    parser.add_argument(
+        "--peer-python", default=sys.executable, help="interpreter for transformers' side, which has torch"
+    )
     parser.add_argument("--presets", nargs="*", default=list(SHAPES), help="sizes of the second table")
     parser.add_argument("--side", choices=["ours", "transformers"], help=argparse.SUPPRESS)
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
@@ -62,7 +64,8 @@ def main() -> None:
             arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text("\n".join(lines) + "\n")
 
-    for line in compare(arguments.batches, arguments.rounds, arguments.steps):
+    pythons = {"ours": sys.executable, "transformers": arguments.peer_python}
+    for line in compare(pythons, arguments.batches, arguments.rounds, arguments.steps):
         tell(line)
     for line in memory_table(arguments.presets):
         tell(line)
@@ -72,11 +75,11 @@ def batch(rows: int) -> np.ndarray:
     return np.random.default_rng(0).integers(1, SIZES["vocab_size"], (rows, LENGTH))
 
 
-def compare(batches: list[int], rounds: int, steps: int):
-    versions = ", ".join(
-        f"{name} {importlib.metadata.version(name)}" for name in ("jax", "torch", "transformers")
-    )
-    yield f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start; {versions}."
+def compare(pythons: dict[str, str], batches: list[int], rounds: int, steps: int):
+    """Yield the first table, line by line; `pythons` names each side's interpreter."""
+    yield f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f} at the start."
+    yield f"Ours: {versions(pythons['ours'], 'jax')}."
+    yield f"Theirs: {versions(pythons['transformers'], 'torch', 'transformers')}."
     yield ""
     layers, width, vocabulary = (SIZES[name] for name in ("num_hidden_layers", "hidden_size", "vocab_size"))
     yield f"A model of {layers} layers of width {width}, vocabulary {vocabulary}, chunk_size 256 as published"
@@ -90,7 +93,7 @@ def compare(batches: list[int], rounds: int, steps: int):
         write_checkpoint(folder)
         for rows in batches:
             for dtype in APART:
-                row, difference, seconds = compare_one(rows, dtype, folder, rounds, steps)
+                row, difference, seconds = compare_one(pythons, rows, dtype, folder, rounds, steps)
                 apart[dtype] = max(apart[dtype], difference)
                 first.append(seconds)
                 yield row
@@ -100,12 +103,21 @@ def compare(batches: list[int], rounds: int, steps: int):
     yield ""
 
 
-def compare_one(rows: int, dtype: str, folder: str, rounds: int, steps: int) -> tuple[str, float, float]:
+def versions(python: str, *packages: str) -> str:
+    names = f"for name in {packages}: print(name, importlib.metadata.version(name))"
+    program = f"import importlib.metadata, platform; print('Python', platform.python_version())\n{names}"
+    done = subprocess.run([python, "-c", program], capture_output=True, text=True, check=True)
+    return ", ".join(done.stdout.splitlines())
+
+
+def compare_one(
+    pythons: dict[str, str], rows: int, dtype: str, folder: str, rounds: int, steps: int
+) -> tuple[str, float, float]:
     """A row of the table, how far the losses are apart, and the seconds of our first step."""
     found = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for side, results in found.items():
-            results.append(run_side(side, folder, steps, dtype, rows))
+            results.append(run_side(pythons[side], side, folder, steps, dtype, rows))
     ours, theirs = found["ours"], found["transformers"]
     pairs = [
         pair for a, b in zip(ours, theirs, strict=True) for pair in zip(a["losses"], b["losses"], strict=True)
@@ -132,8 +144,8 @@ def write_checkpoint(folder: str) -> None:
     Mamba2ForCausalLM(Mamba2Config(**SIZES), rngs=nnx.Rngs(0)).save_pretrained(folder)
 
 
-def run_side(side: str, folder: str, steps: int, dtype: str, rows: int) -> dict:
-    command = [sys.executable, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
+def run_side(python: str, side: str, folder: str, steps: int, dtype: str, rows: int) -> dict:
+    command = [python, __file__, "--side", side, "--folder", folder, "--steps", str(steps)]
     command += ["--dtype", dtype, "--rows", str(rows)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -145,8 +157,16 @@ def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     import jax
 
     from mamba2_jax import Mamba2ForCausalLM
-    from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model, train_step
+    from mamba2_jax.training import (
+        OptimConfig,
+        TrainState,
+        keep_freed_memory,
+        make_optimizer,
+        split_model,
+        train_step,
+    )
 
+    keep_freed_memory()
     model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype)
     structure, trained, frozen = split_model(model)
     config = OptimConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0)

@@ -13,8 +13,8 @@ from tyro.conf import arg
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
-from mamba2_jax.training import TrainConfig, Trainer, TrainResult
-from mamba2_jax.training.config import build, read_fields
+from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
+from mamba2_jax.training.config import MeshOptions, build, read_fields
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ class Finetune:
     def run(self, tell: Callable[[str], None]) -> TrainResult:
         """Train; `tell` is given lines for the user."""
         self.processes.start()
+        if self.processes.coordinator is None and self.train.mesh == MeshOptions():
+            keep_freed_memory()
         if not is_first():
             tell = _say_nothing
         folder = resolve_folder(self.model)

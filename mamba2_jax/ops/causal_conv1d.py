@@ -111,7 +111,7 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
     full = jnp.promote_types(extended.dtype, jnp.float32)
     reach = weight.shape[0] - 1
     shape = (extended.shape[0], length, *extended.shape[2:])
-    wide = extended.astype(full)  # before it is cut, so that the gradients of its pieces are summed in float32
+    wide = extended.astype(full)  # before it is cut: the gradients of the pieces are summed in float32
     # Spelled out, so that their gradients are sums over both axes, rows and tokens: a sum over the tokens of
     # a single row, which `*` and `+` would leave, takes XLA on CPU thirty times as long.
     y = jnp.zeros((), full) if bias is None else jnp.broadcast_to(bias.astype(full), shape)

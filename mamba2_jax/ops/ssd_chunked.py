@@ -91,7 +91,10 @@ def ssd_chunked(
     state = initial_state.reshape(batch, num_groups, heads * head_dim, state_dim).swapaxes(2, 3)
     # Recompute a step in the backward pass instead of keeping its pair matrices: memory O(l), not O(l q).
     step = jax.checkpoint(partial(_step, A=A, D=D), prevent_cse=False)
-    state, y = jax.lax.scan(step, state, chunks)  # y (steps, b, c, q, g, h, p)
+    # Two steps to a turn: what does not need the first one's state can run beside it on a CPU's other cores.
+    # Not of an odd number: the last one would be cut off, which copies everything.
+    unroll = 2 - num_steps % 2
+    state, y = jax.lax.scan(step, state, chunks, unroll=unroll)  # y (steps, b, c, q, g, h, p)
 
     y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, head_dim)[:, :length]
     return y, state.swapaxes(2, 3).reshape(batch, num_heads, head_dim, state_dim)
