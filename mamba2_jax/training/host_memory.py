@@ -1,7 +1,7 @@
 """Steps on a CPU without page faults: the C library keeps the memory that one step frees for the next.
 
 XLA asks for a step's temporaries in one block and frees it after the step. A block this large glibc takes
-from the kernel and gives back each time, and the kernel clears it again, 4 KiB at a time, as it is written to.
+from the kernel and gives back each time, and the kernel clears it again, 4 KiB at a time, as it is used.
 """
 
 import ctypes
