@@ -130,7 +130,7 @@ def _step(
     # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
     scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
     between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    weights = _spread(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
+    weights = scores[:, :, :, None] * jnp.exp(between)  # (b, c, g, h, q, s)
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
     x_dt = x_heads * dt[..., None]
@@ -144,10 +144,7 @@ def _step(
 
     # 3. The recurrence over chunks.
     kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
-    kept = jnp.repeat(kept, head_dim, axis=-1)  # (b, c, g, k)
-    # As in `_spread`, but by chunks, so that the gradient takes the states as they lie.
-    ones = jnp.ones((batch, num_chunks, num_groups, B.shape[-1]), full)
-    kept = product("bcgn,bcgk->bcgnk", ones, kept, precision="highest")
+    kept = jnp.repeat(kept, head_dim, axis=-1)[..., None, :]  # (b, c, g, 1, k)
     entering, state = _pass_states(state, kept, left)
 
     # 4. The entering state, read out at each token.
@@ -161,17 +158,8 @@ def _step(
     return state, jnp.moveaxis(y.astype(compute), 4, 2)  # (b, c, q, g, h, p)
 
 
-def _spread(x: Array, count: int, axis: int) -> Array:
-    """Repeat `x` along a new axis, as a product with ones.
-
-    Its gradient is then a product, too: XLA on CPU takes a sum over an inner axis ten times as slowly.
-    """
-    repeated = jnp.tensordot(x, jnp.ones(count, x.dtype), axes=0, precision="highest")
-    return jnp.moveaxis(repeated, -1, axis)
-
-
 def _pass_states(
-    state: Float[Array, "b g n k"], kept: Float[Array, "b c g n k"], left: Float[Array, "b c g n k"]
+    state: Float[Array, "b g n k"], kept: Float[Array, "b c g 1 k"], left: Float[Array, "b c g n k"]
 ) -> tuple[Float[Array, "b c g n k"], Float[Array, "b g n k"]]:
     """`state <- kept * state + left`, chunk after chunk; returns the state entering each, and the last."""
     if left.shape[1] == 1:
