@@ -33,8 +33,8 @@ from mamba2_jax.typing import Array, Bool, Float, Int
 Params = dict[str, Array]
 
 TOKENS_IN_CACHE = 1024
-"""On a CPU a batch is taken at most this many tokens at a time, or a row: what passes between layers stays
-near the cores, and its memory does not grow with the batch. At 4 x 512 a step takes a tenth less time."""
+"""On a CPU a batch is taken at most this many tokens at a time, or a row: its memory does not grow with the
+batch, and at 4 x 512 a step in bfloat16 takes a tenth less time (in float32 as long, once memory is kept)."""
 
 
 class Structure(NamedTuple):
