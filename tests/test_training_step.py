@@ -15,7 +15,7 @@ from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
 from mamba2_jax.training.loss import sliced_cross_entropy
 from mamba2_jax.training.optim import learning_rate
-from mamba2_jax.training.step import TOKENS_IN_CACHE, _rows_in_turn, first_not_finite
+from mamba2_jax.training.step import _rows_in_turn, first_not_finite
 from mamba2_jax.weights.names import checkpoint_table
 
 
@@ -188,9 +188,11 @@ def test_four_parts_are_one_batch():
         assert np.abs(np.asarray(four.params[name]) - one.params[name]).max() < 1e-6, name
 
 
-def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
+def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
+    most = 1024
+    monkeypatch.setattr("mamba2_jax.training.step.tokens_in_cache", lambda hidden_size: most)
     structure, params, frozen = model_parts()
-    rate, rows, length = 1e3, 6, TOKENS_IN_CACHE // 2
+    rate, rows, length = 1e3, 6, most // 2
     optimizer = optax.sgd(rate)
     ids = random_ids(rows, length)
     batch = {
@@ -201,8 +203,8 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory():
     model = structure.merge(params, frozen)
     assert _rows_in_turn(model, batch)["labels"].shape == (3, 2, length)
     assert _rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
-    longer = {"input_ids": np.zeros((4, 2 * TOKENS_IN_CACHE), int)}
-    assert _rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * TOKENS_IN_CACHE)
+    longer = {"input_ids": np.zeros((4, 2 * most), int)}
+    assert _rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * most)
     assert set(_rows_in_turn(model, {**batch, "segment_ids": None, "weight": np.ones(rows)})) == set(batch)
     odd = {"input_ids": np.zeros((37, 32), int)}  # only rows of 32 tokens divide it
     assert _rows_in_turn(model, odd) is odd

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_integer, check_shape
+from mamba2_jax.ops.cpu_gradients import for_every, gradient_at_once
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -110,20 +111,17 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
     """Sum the shifted inputs tap by tap: elementwise, so XLA fuses it with what comes after."""
     full = jnp.promote_types(extended.dtype, jnp.float32)
     reach = weight.shape[0] - 1
-    shape = (extended.shape[0], length, *extended.shape[2:])
+    tokens = (extended.shape[0], length)
     wide = extended.astype(full)  # before it is cut: the gradients of the pieces are summed in float32
-    # Spelled out, so that their gradients are sums over both axes, rows and tokens: a sum over the tokens of
-    # a single row, which `*` and `+` would leave, takes XLA on CPU thirty times as long.
-    y = jnp.zeros((), full) if bias is None else jnp.broadcast_to(bias.astype(full), shape)
+    y = jnp.zeros((), full) if bias is None else for_every(tokens, bias.astype(full))
     for tap in range(reach + 1):
-        factor = jnp.broadcast_to(weight[tap].astype(full), shape)
-        term = wide[:, tap : tap + length] * factor
+        term = wide[:, tap : tap + length] * for_every(tokens, weight[tap].astype(full))
         if documents is not None and tap < reach:
             same_document = documents[:, tap : tap + length] == documents[:, reach:]
             term = _where(same_document, term)
         y = y + term
     if activation is not None:
-        y = jax.nn.silu(y)
+        y = jax.nn.silu(gradient_at_once(y))
     return y.astype(extended.dtype)
 
 

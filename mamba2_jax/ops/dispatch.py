@@ -4,9 +4,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import jax
 import jax.numpy as jnp
 
+from mamba2_jax.ops.device import compute_capability, default_device
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.ops.ssd_chunked import ssd_chunked
 from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
@@ -82,25 +82,6 @@ def kernels() -> dict[str, "Kernel"]:
     from mamba2_jax.pallas import KERNELS  # pyright: ignore[reportMissingImports]
 
     return KERNELS
-
-
-def platform() -> str:
-    """Where a computation traced now will run: `"cpu"`, `"gpu"` or `"tpu"`."""
-    return default_device().platform
-
-
-def default_device() -> Any:
-    """Return the device, or one of the devices, that a computation traced now will use."""
-    device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
-    if device is None or isinstance(device, str):
-        return jax.devices(device)[0]
-    return device
-
-
-def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Return `(8, 9)` and the like for an NVIDIA GPU, None for anything else."""
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):

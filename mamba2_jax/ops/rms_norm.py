@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mamba2_jax.ops.checks import check_dtype, check_shape
+from mamba2_jax.ops.cpu_gradients import for_every
 from mamba2_jax.typing import Array, Float
 
 
@@ -99,7 +100,7 @@ def _normalize(
     mean_square = combine(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True))
     mean_square = checkpoint_name(mean_square, "mean_square")
     normal = (grouped * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape)
-    return normal * jnp.broadcast_to(weight, x.shape)
+    return normal * for_every(x.shape[:-1], weight)
 
 
 def _check(op: str, x: Array, weight: Array) -> None:

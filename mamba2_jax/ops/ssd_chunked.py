@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.ops.cpu_gradients import product, repeat
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -109,12 +110,11 @@ def _step(
     batch, num_chunks, num_groups, chunk_size, _ = x.shape
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
-    product = partial(jnp.einsum, preferred_element_type=full)
 
     # Natural log of the decay from the chunk's start through token q, <= 0. A triangular product, because
     # XLA's cumsum on CPU is quadratic too, and slower.
     triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), full))
-    log_decay = product("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
+    log_decay = jnp.einsum("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
 
     # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
     pairs = triangle > 0  # (q, s)
@@ -130,34 +130,35 @@ def _step(
     # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
     scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
     between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    # Repeated in so many words, as `kept` below: left to `*`, both cost a training step on a CPU a quarter
-    # with JAX 0.10, and nothing with JAX 0.12.
-    weights = jnp.broadcast_to(scores[:, :, :, None], between.shape) * jnp.exp(between)  # (b, c, g, h, q, s)
+    weights = repeat(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
-    x_dt = x_heads * dt[..., None]
+    x_dt = x_heads * repeat(dt, head_dim, axis=-1)
     y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
 
     # 2. The state each chunk leaves: every token, decayed to the chunk's end.
     to_end = jnp.exp(log_decay[..., -1:] - log_decay)  # (b, c, g, h, s)
     to_end = jnp.where(leaves, to_end, 0.0)
-    x_to_end = jnp.moveaxis((x_dt * to_end[..., None]).astype(compute), 3, -2).reshape(x.shape)
+    x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
+    x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
     left = product("bcgns,bcgsk->bcgnk", B.swapaxes(-1, -2), x_to_end)  # k = h*p
 
     # 3. The recurrence over chunks.
     kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
-    kept = jnp.repeat(kept, head_dim, axis=-1)  # (b, c, g, k)
-    kept = jnp.broadcast_to(kept[..., None, :], left.shape)
+    kept = repeat(kept, head_dim, axis=-1).reshape(*kept.shape[:3], -1)  # (b, c, g, k)
+    kept = repeat(kept, left.shape[-2], axis=-2)  # (b, c, g, n, k)
     entering, state = _pass_states(state, kept, left)
 
     # 4. The entering state, read out at each token.
     from_start = jnp.where(entered, jnp.exp(log_decay), 0.0)  # (b, c, g, h, q)
     read = product("bcgqn,bcgnk->bcgqk", C, entering.astype(compute))
     read = read.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
-    y = y + jnp.moveaxis(read, -2, 3) * from_start[..., None]
+    y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)
 
     if D is not None:
-        y = y + x_heads * D[:, :, None, :]
+        if D.shape[-1] == 1:
+            D = repeat(D[..., 0], head_dim, axis=-1)  # (g, h, p)
+        y = y + x_heads * repeat(D, chunk_size, axis=-2)
     return state, jnp.moveaxis(y.astype(compute), 4, 2)  # (b, c, q, g, h, p)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.ops.dispatch import platform
+from mamba2_jax.ops.device import platform
 
 
 def recomputed(function: Callable) -> Callable:

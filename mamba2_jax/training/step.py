@@ -25,16 +25,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
 from mamba2_jax.model import Mamba2ForCausalLM
-from mamba2_jax.ops.dispatch import platform
+from mamba2_jax.ops.device import platform
 from mamba2_jax.processes import place
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
 from mamba2_jax.typing import Array, Bool, Float, Int
 
 Params = dict[str, Array]
 
-TOKENS_IN_CACHE = 1024
-"""On a CPU a batch is taken at most this many tokens at a time, or a row: its memory does not grow with the
-batch, and at 4 x 512 a step in bfloat16 takes a tenth less time (in float32 as long, once memory is kept)."""
+
+def tokens_in_cache(hidden_size: int) -> int:
+    """On a CPU a batch is taken at most this many tokens at a time, or a row.
+
+    Its memory does not grow with the batch then, and the arrays of one turn, 2 MB of float32 for a residual
+    stream, stay near the core. Never fewer than 1,024: each turn also passes over all gradients.
+    """
+    return max(1024, 2**19 // hidden_size)
 
 
 class Structure(NamedTuple):
@@ -215,15 +220,16 @@ def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, Ste
 
 
 def _rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mapping[str, Array]:
-    """On a CPU, cut `(b, l)` or `(a, b, l)` into parts of `TOKENS_IN_CACHE` tokens or fewer, but whole rows.
+    """On a CPU, cut `(b, l)` or `(a, b, l)` into parts of `tokens_in_cache` or fewer, but whole rows.
 
     Not into parts of less than half of that, which rows of an odd number would make: each costs a pass over
     all gradients. What a batch holds beside arrays of that shape, the loss does not read.
     """
     shape = batch["input_ids"].shape
     *_, rows, length = shape
-    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= TOKENS_IN_CACHE), default=1)
-    worthwhile = fewer < rows and 2 * fewer * length >= TOKENS_IN_CACHE
+    most = tokens_in_cache(model.config.hidden_size)
+    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= most), default=1)
+    worthwhile = fewer < rows and 2 * fewer * length >= most
     if not worthwhile or platform() != "cpu" or model.backbone.mesh is not None:
         return batch
     parts = {name: array for name, array in batch.items() if getattr(array, "shape", None) == shape}

@@ -1,0 +1,108 @@
+"""Gradients that XLA on a CPU computes faster than JAX's own, which are taken on other devices.
+
+Found in profiles of training steps with JAX 0.10 and 0.12. They are the same but for rounding.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from mamba2_jax.ops.device import platform
+from mamba2_jax.typing import Array
+
+
+def product(formula: str, a: Array, b: Array) -> Array:
+    """`jnp.einsum` of two arrays, summed in float32 (float64 when `a` is); on a CPU it has reverse mode only.
+
+    JAX's gradient of an operand comes with its axes in another order, to be turned. XLA merges that into the
+    loop that reads it, which then walks through memory across the rows; a product can write them as wanted.
+    """
+    if platform() == "cpu":
+        return _product(formula, a, b)
+    return _einsum(formula, a, b)
+
+
+def _einsum(formula: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(formula, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(formula: str, a: Array, b: Array) -> Array:
+    return _einsum(formula, a, b)
+
+
+def _product_forward(formula: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _einsum(formula, a, b), (a, b)
+
+
+def _product_backward(formula: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    a, b = operands
+    of_operands, of_result = formula.split("->")
+    of_a, of_b = of_operands.split(",")
+    gradient_a = _einsum(f"{of_result},{of_b}->{of_a}", gradient, b)
+    gradient_b = _einsum(f"{of_a},{of_result}->{of_b}", a, gradient)
+    return gradient_a.astype(a.dtype), gradient_b.astype(b.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
+def repeat(array: Array, count: int, axis: int) -> Array:
+    """`array`, `count` times along a new axis.
+
+    The gradient is a sum over that axis. XLA calls a library for it, with operands that have to be written
+    first. As a sum of two halves, again and again, it becomes part of the loops around it.
+    """
+    if platform() == "cpu":
+        return _repeat(array, count, axis)
+    return _broadcast(array, count, axis)
+
+
+def _broadcast(array: Array, count: int, axis: int) -> Array:
+    axis %= array.ndim + 1
+    others = tuple(other for other in range(array.ndim + 1) if other != axis)
+    shape = (*array.shape[:axis], count, *array.shape[axis:])
+    return jax.lax.broadcast_in_dim(array, shape, others)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _repeat(array: Array, count: int, axis: int) -> Array:
+    return _broadcast(array, count, axis)
+
+
+@_repeat.defjvp
+def _repeat_by_doubling(
+    count: int, axis: int, arrays: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    doublings = (count & -count).bit_length() - 1  # as often as two divides it
+    tangent = _broadcast(tangents[0], count >> doublings, axis)
+    for _ in range(doublings):
+        tangent = jnp.concatenate([tangent, tangent], axis)
+    return _broadcast(arrays[0], count, axis), tangent
+
+
+def for_every(shape: tuple[int, ...], array: Array) -> Array:
+    """`array` for each index of `shape`, whose axes come first; its gradient is taken as that of `repeat`.
+
+    As one axis: a sum over what halving leaves takes XLA thirty times as long beside an axis of size 1.
+    """
+    if platform() != "cpu":
+        return jnp.broadcast_to(array, (*shape, *array.shape))
+    return _repeat(array, math.prod(shape), 0).reshape(*shape, *array.shape)
+
+
+def gradient_at_once(array: Array) -> Array:
+    """`array`, whose gradient is computed once and kept; XLA would do it in every loop that reads it."""
+    return _gradient_at_once(array) if platform() == "cpu" else array
+
+
+@jax.custom_jvp
+def _gradient_at_once(array: Array) -> Array:
+    return array
+
+
+@_gradient_at_once.defjvp
+def _gradient_behind_a_barrier(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return arrays[0], jax.lax.optimization_barrier(tangents[0])
