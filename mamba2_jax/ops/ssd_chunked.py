@@ -156,9 +156,10 @@ def _step(
     y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)
 
     if D is not None:
+        skip = jnp.broadcast_to(D, (batch, num_chunks, *D.shape))  # (b, c, g, h, 1 or p)
         if D.shape[-1] == 1:
-            D = repeat(D[..., 0], head_dim, axis=-1)  # (g, h, p)
-        y = y + x_heads * repeat(D, chunk_size, axis=-2)
+            skip = repeat(skip[..., 0], head_dim, axis=-1)
+        y = y + x_heads * repeat(skip, chunk_size, axis=-2)
     return state, jnp.moveaxis(y.astype(compute), 4, 2)  # (b, c, q, g, h, p)
 
 
