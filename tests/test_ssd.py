@@ -168,3 +168,17 @@ def test_bad_arguments_are_named(name):
 def test_a_kernel_named_but_absent_is_an_error_not_a_fallback(kernel):
     with pytest.raises(NotImplementedError, match=f"{kernel}.*use implementation='xla'"):
         ops.ssd(**draw(Case("good")), implementation=kernel)
+
+
+def test_forward_mode_by_the_recurrence_is_the_transpose_of_reverse_mode():
+    """What the scan in XLA, which has reverse mode only on a CPU, tells by its gradient."""
+    keys = iter(jax.random.split(jax.random.key(0), 4))
+    x, dx, dy = (jax.random.normal(next(keys), (1, 20, 2, 4)) for _ in range(3))
+    dt, B = jnp.full((1, 20, 2), 0.1), jax.random.normal(next(keys), (1, 20, 1, 8))
+
+    def scan(implementation):
+        return lambda x: ops.ssd(x, dt, -jnp.ones(2), B, B, implementation=implementation)[0]
+
+    _, forward = jax.jvp(scan("recurrent"), (x,), (dx,))
+    (reverse,) = jax.vjp(scan("xla"), x)[1](dy)
+    np.testing.assert_allclose(jnp.vdot(forward, dy), jnp.vdot(dx, reverse), rtol=1e-5)

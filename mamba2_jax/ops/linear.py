@@ -90,9 +90,8 @@ def _half_product_forward(rows: Array, weight: Array, over: int) -> tuple[Array,
 def _half_product_backward(over: int, kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
     rows, weight = kept
     dy = dy.astype(rows.dtype)
-    if (
-        platform() == "cpu"
-    ):  # or the gradient of a softmax is computed inside the transposition, ten times slower
+    if platform() == "cpu":
+        # A softmax's gradient would be computed inside the transposition below, ten times slower.
         dy = jax.lax.optimization_barrier(dy)
     others = tuple(axis for axis in range(weight.ndim) if axis != over)
     d_rows = _dot(dy, weight.astype(rows.dtype), tuple(range(1, dy.ndim)), others)

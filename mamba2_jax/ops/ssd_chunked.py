@@ -156,6 +156,7 @@ def _step(
     y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)
 
     if D is not None:
+        # In this order the gradient is summed over tokens first, and few numbers are left to sum over rows.
         skip = jnp.broadcast_to(D, (batch, num_chunks, *D.shape))  # (b, c, g, h, 1 or p)
         if D.shape[-1] == 1:
             skip = repeat(skip[..., 0], head_dim, axis=-1)
