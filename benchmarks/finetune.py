@@ -214,10 +214,13 @@ def timed(step, steps: int) -> dict:
 
 
 def memory_table(presets: list[str]):
+    from mamba2_jax import Mamba2Config
+    from mamba2_jax.training.step import tokens_in_cache
 
+    most = max(tokens_in_cache(Mamba2Config.preset(preset).hidden_size) for preset in SHAPES)
     yield "Memory of one compiled step by XLA's analysis for the CPU: bfloat16 compute; full training keeps"
     yield "weights and moments in float32, LoRA (rank 8 on in_proj and out_proj) the base in bfloat16."
-    yield "A CPU takes 1,024 tokens of these batches at a time."
+    yield f"A CPU takes at most {most} tokens of the batch at a time, or one row."
     yield ""
     yield "| model | batch | trained | remat | arguments | temporaries | peak |"
     yield "|---|---|---|---|---|---|---|"

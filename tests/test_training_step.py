@@ -15,7 +15,7 @@ from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
 from mamba2_jax.training.loss import sliced_cross_entropy
 from mamba2_jax.training.optim import learning_rate
-from mamba2_jax.training.step import _rows_in_turn, first_not_finite
+from mamba2_jax.training.step import _rows_in_turn, first_not_finite, tokens_in_cache
 from mamba2_jax.weights.names import checkpoint_table
 
 
@@ -186,6 +186,11 @@ def test_four_parts_are_one_batch():
         moved = np.asarray(one.params[name] - start)
         assert np.abs(moved).max() > 0
         assert np.abs(np.asarray(four.params[name]) - one.params[name]).max() < 1e-6, name
+
+
+@pytest.mark.parametrize(("hidden_size", "tokens"), [(64, 8192), (256, 2048), (512, 1024), (2560, 1024)])
+def test_a_narrow_model_takes_more_tokens_at_a_time(hidden_size, tokens):
+    assert tokens_in_cache(hidden_size) == tokens
 
 
 def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):

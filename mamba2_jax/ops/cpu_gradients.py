@@ -14,7 +14,9 @@ from mamba2_jax.typing import Array
 
 
 def product(formula: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two arrays, summed in float32 (float64 when `a` is); on a CPU it has reverse mode only.
+    """`jnp.einsum` of two arrays, in float32 (float64 when `a` is); on a CPU it has reverse mode only.
+
+    `formula` names all axes, as in `"bqn,bnk->bqk"`: `a (b, q, n)`, `b (b, n, k)` and the result `(b, q, k)`.
 
     JAX's gradient of an operand comes with its axes in another order, to be turned. XLA merges that into the
     loop that reads it, which then walks through memory across the rows; a product can write them as wanted.
@@ -50,7 +52,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def repeat(array: Array, count: int, axis: int) -> Array:
-    """`array`, `count` times along a new axis.
+    """`array (*left, *right)`, `count` times along a new axis: `(*left, count, *right)`, at `axis`.
 
     The gradient is a sum over that axis. XLA calls a library for it, with operands that have to be written
     first. As a sum of two halves, again and again, it becomes part of the loops around it.
@@ -84,7 +86,7 @@ def _repeat_by_doubling(
 
 
 def for_every(shape: tuple[int, ...], array: Array) -> Array:
-    """`array` for each index of `shape`, whose axes come first; its gradient is taken as that of `repeat`.
+    """`array (*own)` for each index of `shape`: `(*shape, *own)`; its gradient is taken as that of `repeat`.
 
     As one axis: a sum over what halving leaves takes XLA thirty times as long beside an axis of size 1.
     """
