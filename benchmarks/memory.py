@@ -33,7 +33,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.lora import LoraConfig, add_lora
 from mamba2_jax.sharding import AXES, parameter_spec, token_sharding
-from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model, train_step
+from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model
+from mamba2_jax.training.step import sharded_train_step
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "kernels"))
 from aot import H100
@@ -129,7 +130,7 @@ def compiled_step(config: Mamba2Config, implementation: str, mesh: Mesh, lora: b
     ids = jax.ShapeDtypeStruct(batch, jnp.int32, sharding=token_sharding(mesh, *batch))
     inputs = {"input_ids": ids, "segment_ids": ids, "labels": ids}
     with jax.default_device(mesh.devices.flat[0]):  # what is traced is for a GPU
-        lowered = train_step.lower(
+        lowered = sharded_train_step(state).lower(
             state, frozen, inputs, structure=structures[0], optimizer=optimizers[0], remat="block"
         )
         return lowered.compile()

@@ -228,6 +228,19 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
     assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * of_few
 
 
+def test_on_a_cpu_a_step_writes_over_parameters_and_moments():
+    config = Mamba2Config(
+        hidden_size=16, num_heads=4, head_dim=8, state_size=8, n_groups=1, num_hidden_layers=1
+    )
+    structure, params, frozen = split_model(Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)))
+    optimizer = make_optimizer(OptimConfig(), params, steps=10)
+    state = TrainState.start(params, optimizer, jax.random.key(0))
+    batch = {"input_ids": np.ones((1, 8), int)}
+    compiled = train_step.lower(state, frozen, batch, structure=structure, optimizer=optimizer).compile()
+    size = sum(array.nbytes for array in params.values())  # next to all of it the tied embedding
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.2 * size  # its gradient, in two parts
+
+
 def make_sgd():
     return optax.sgd(0.1)
 

@@ -187,24 +187,33 @@ def _train_step(
     batch = _rows_in_turn(structure.merge(state.params, frozen), batch)
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
-    grads = jax.tree.map(lambda g: g / count, grads)
-    loss, norm = nats / count, optax.tree.norm(grads)
+    loss, norm = nats / count, optax.tree.norm(grads) / count
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
 
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    keep = partial(jax.tree.map, lambda new, old: jnp.where(finite, new, old))
+    def update(params: Any, opt_state: optax.OptState) -> tuple[Any, optax.OptState]:
+        updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / count, grads), opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    params, opt_state = _updated_if(finite, update, state.params, state.opt_state)
     skipped = state.skipped + ~finite
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     new = TrainState(
         step=state.step + 1,
-        params=keep(params, state.params),
-        opt_state=keep(opt_state, state.opt_state),
+        params=params,
+        opt_state=opt_state,
         key=state.key,
         skipped=skipped,
         skipped_in_a_row=in_a_row,
     )
     return new, StepMetrics(loss, tokens, norm, finite, skipped, in_a_row)
+
+
+def _updated_if(finite: Array, update: Callable, *old: Any) -> tuple:
+    """`update(*old)` where the step is finite, else `old`."""
+    if platform() == "cpu":  # to choose between arrays, XLA on a CPU would first copy all moments
+        return jax.lax.cond(finite, update, lambda *old: old, *old)
+    # A branch's results would be whole on each device of a mesh, where nothing says how they lie.
+    return jax.tree.map(partial(jnp.where, finite), update(*old), old)
 
 
 _jit_step = partial(
