@@ -6,32 +6,19 @@ What a command needs is imported when it runs, so that `--help` and a mistyped o
 import dataclasses
 import importlib.metadata
 import io
-import json
 import os
-import pathlib
 import sys
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypeAlias
 
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
-
-if TYPE_CHECKING:
-    from mamba2_jax.streaming import TextStream
-
-    Begin: TypeAlias = Callable[[int], TextStream]
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
     "Mamba-2 in JAX: text from a checkpoint, what is in one, and one form of it made into another. "
     "`mamba2-jax --version` prints the version."
 )
-MAX_NEW_TOKENS = 128  # when neither the user nor the checkpoint says
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-_FILTERS = ("top_k", "top_p", "min_p")
-_KINDS = dict.fromkeys(_SAMPLING, (int, float)) | {"top_k": (int,), "max_new_tokens": (int,)}
-_ENDINGS = {"eos": "the model", "stop": "a stop string", "length": "--max-new-tokens"}
 
 _Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
 _Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
@@ -81,63 +68,15 @@ class Generate:
         if "" in self.stop:
             raise CommandError("--stop is empty; give it at least one character")
 
-        from mamba2_jax.hub import resolve_folder
+        from mamba2_jax.cli_generate import prepare, write_and_time
 
         try:
-            folder = resolve_folder(self.model)
-            settings = self._settings(folder)
-            begin = self._prepare(folder, settings, prompt)
+            begin, max_new_tokens = prepare(self, prompt, _tell)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
         if self.echo:
             print(prompt, end="", flush=True)
-        _write_and_time(begin, settings["max_new_tokens"])
-
-    def _settings(self, folder: pathlib.Path) -> dict[str, Any]:
-        """Fold what the user said over what the checkpoint says, and check both."""
-        from mamba2_jax.sampling import make_sampler
-
-        settings = _checkpoint_settings(folder / "generation_config.json")
-        ours = {name: getattr(self, name) for name in ("max_new_tokens", *_SAMPLING)}
-        if ours["temperature"] == 0:
-            settings = {name: value for name, value in settings.items() if name not in _FILTERS}
-        settings |= {name: value for name, value in ours.items() if value is not None}
-        if settings.get("top_k") == 0:
-            del settings["top_k"]
-        make_sampler("generate", **{name: value for name, value in settings.items() if name in _SAMPLING})
-        if settings.setdefault("max_new_tokens", MAX_NEW_TOKENS) < 1:
-            raise CommandError(f"--max-new-tokens {settings['max_new_tokens']} must be at least 1")
-        return settings
-
-    def _prepare(self, folder: pathlib.Path, settings: dict[str, Any], prompt: str) -> "Begin":
-        """Load the model and its tokenizer; returns what starts a stream of `max_new_tokens`."""
-        import jax
-
-        from mamba2_jax import Mamba2ForCausalLM, load_tokenizer, stream
-        from mamba2_jax.tokenizer import special_token_ids
-
-        tokenizer = load_tokenizer(self.tokenizer or folder)
-        dtype = None if self.dtype == "auto" else self.dtype
-        model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=_tell)
-        eos = settings.get("eos_token_id", model.config.eos_token_id)
-        ids = special_token_ids(tokenizer, model.config.replace(eos_token_id=eos))
-        for note in ids.notes:
-            _tell(f"note: {note}")
-
-        def begin(max_new_tokens: int) -> "TextStream":
-            return stream(
-                model,
-                tokenizer,
-                prompt,
-                max_new_tokens=max_new_tokens,
-                stop=self.stop,
-                eos_token_id=ids.eos,
-                key=jax.random.key(self.seed) if settings.get("temperature") else None,
-                **{name: settings[name] for name in _SAMPLING if name in settings},
-            )
-
-        begin(1)  # what is wrong with the prompt is said here, before any text
-        return begin
+        write_and_time(begin, max_new_tokens, _tell)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,35 +208,6 @@ def _finetune(arguments: list[str]) -> int:
         raise CommandError(str(error)) from error
 
 
-def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
-    """Read the defaults a checkpoint wants, by the rules of transformers: no `do_sample`, no sampling."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CommandError(f"{file}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CommandError(f"{file}: wants a JSON object")
-    found = {name: content[name] for name in _KINDS if content.get(name) is not None}
-    for name, value in found.items():
-        if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
-            raise CommandError(f"{file}: {name}={value!r} is not a number of its kind; correct it")
-    if found.get("top_k") == 0:
-        del found["top_k"]
-    if content.get("do_sample"):
-        found.setdefault("temperature", 1.0)
-    else:
-        found = {name: value for name, value in found.items() if name not in (*_FILTERS, "temperature")}
-    from mamba2_jax.sampling import make_sampler
-
-    make_sampler(str(file), **{name: value for name, value in found.items() if name in _SAMPLING})
-    if content.get("eos_token_id") is not None:
-        eos = content["eos_token_id"]
-        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
-    return found
-
-
 def _read_prompt(prompt: str) -> str:
     if prompt != "-":
         if not prompt:
@@ -310,32 +220,6 @@ def _read_prompt(prompt: str) -> str:
     if not text:
         raise CommandError("the prompt on stdin is empty; give it at least one character")
     return text
-
-
-def _write_and_time(begin: "Begin", max_new_tokens: int) -> None:
-    """Print the text as it is made, then on stderr how fast it was."""
-    started = time.perf_counter()
-    pieces = begin(max_new_tokens)
-    first, tokens_at_first, piece = None, 0, ""
-    for piece in pieces:
-        if first is None:
-            first, tokens_at_first = time.perf_counter(), pieces.num_tokens
-        print(piece, end="", flush=True)
-    ended = time.perf_counter()
-    if not piece.endswith("\n"):
-        print(flush=True)
-    # The first call waited for the compiler: the same prompt once more tells what the model itself takes.
-    again = time.perf_counter()
-    next(begin(1), None)
-    again = time.perf_counter() - again
-    count = pieces.num_tokens
-    lines = [f"{count} tokens, ended by {_ENDINGS[pieces.finish_reason or 'length']}"]
-    if first is not None and count > tokens_at_first:
-        speed = (count - tokens_at_first) / (ended - first)
-        lines.append(f"speed: {speed:.1f} tokens/s after the first, compiling excluded")
-    including = ((ended if first is None else first) - started) * 1e3
-    lines.append(f"time to first token: {again * 1e3:.0f} ms, with compiling {including:.0f} ms")
-    _tell("\n".join(lines))
 
 
 def _tell(message: object) -> None:

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.cache import Mamba2Cache
-from mamba2_jax.generation import DecodeState, Request, check_request, decode, prefill
+from mamba2_jax.generation import DecodeState, decode, prefill
 from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.request import Request, check_request
 from mamba2_jax.tokenizer import special_token_ids
 from mamba2_jax.typing import Array
 

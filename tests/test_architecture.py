@@ -37,13 +37,15 @@ ARROWS = {
     "pretrained": "config export hub lora sharding typing weights",
     "model": "cache config inputs layers lora ops parts pretrained sharding typing",
     "sampling": "ops typing",
-    "generation": "cache config inputs model ops sampling typing",
-    "streaming": "cache generation model tokenizer typing",
+    "request": "cache config inputs model ops sampling typing",
+    "generation": "cache model request sampling typing",
+    "streaming": "cache generation model request tokenizer typing",
     "training": "inputs lora model ops processes sharding typing",
     "cli_info": "cache config hub weights",
     "cli_kernels": "config hub ops",
+    "cli_generate": "hub model sampling streaming tokenizer",
     "cli_finetune": "hub model processes tokenizer training",
-    "cli": "cli_finetune cli_info cli_kernels convert hub model sampling streaming tokenizer",
+    "cli": "cli_finetune cli_generate cli_info cli_kernels convert",
     "__init__": "cache config generation model streaming tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -71,16 +73,18 @@ OUTSIDE = {
     "pretrained": "flax jax",
     "model": "flax jax",
     "sampling": "jax",
-    "generation": "jax numpy",
+    "request": "jax numpy",
+    "generation": "jax",
     "streaming": "jax numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli_info": "jax rich",
     "cli_kernels": "jax rich",
+    "cli_generate": "jax",
     "cli_finetune": "tyro",
-    "cli": "jax tyro",
+    "cli": "tyro",
     "__init__": "",
 }
-COMMAND_LINE = {"cli", "cli_finetune", "cli_info", "cli_kernels"}
+COMMAND_LINE = {"cli", "cli_finetune", "cli_generate", "cli_info", "cli_kernels"}
 
 
 def source_files() -> list[pathlib.Path]:

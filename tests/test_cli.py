@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from mamba2_jax import Mamba2ForCausalLM, cli, load_tokenizer, stream
+from mamba2_jax.cli_generate import chosen_settings, prepare
 from mamba2_jax.cli_kernels import describe_kernels
 from mamba2_jax.hub import EMBEDDED_MODEL
 
@@ -157,32 +158,31 @@ def test_options_win_over_the_checkpoint_s_defaults(folder):
         "repetition_penalty": 1.2,
         "eos_token_id": 0,
     }
-    assert cli.Generate("x")._settings(folder) == theirs
-    assert cli.Generate("x", top_p=0.5, max_new_tokens=3)._settings(folder) == theirs | {
+    assert chosen_settings(cli.Generate("x"), folder) == theirs
+    assert chosen_settings(cli.Generate("x", top_p=0.5, max_new_tokens=3), folder) == theirs | {
         "top_p": 0.5,
         "max_new_tokens": 3,
     }
     no_limit = {name: value for name, value in theirs.items() if name != "top_k"}
-    assert cli.Generate("x", top_k=0)._settings(folder) == no_limit
+    assert chosen_settings(cli.Generate("x", top_k=0), folder) == no_limit
     greedy = {
         "temperature": 0,
         "max_new_tokens": 9,
         "repetition_penalty": 1.2,
         "eos_token_id": 0,
     }
-    assert cli.Generate("x", temperature=0)._settings(folder) == greedy
+    assert chosen_settings(cli.Generate("x", temperature=0), folder) == greedy
     # transformers' rule: without do_sample the temperature and the filters beside it mean nothing
     change(folder / "generation_config.json", do_sample=False)
-    assert "temperature" not in cli.Generate("x")._settings(folder)
+    assert "temperature" not in chosen_settings(cli.Generate("x"), folder)
     (folder / "generation_config.json").unlink()
-    assert cli.Generate("x")._settings(folder) == {"max_new_tokens": 128}
+    assert chosen_settings(cli.Generate("x"), folder) == {"max_new_tokens": 128}
 
 
 def test_the_tokenizer_s_special_ids_win_with_a_note(folder, capsys):
     change(folder / "config.json", eos_token_id=5)
     change(folder / "generation_config.json", eos_token_id=[7, 9])
-    generate = cli.Generate("x")
-    begin = generate._prepare(folder, generate._settings(folder), "x")
+    begin, _ = prepare(cli.Generate("x", model=str(folder)), "x", cli._tell)
     err = capsys.readouterr().err
     assert "note: eos_token_id: the config says (7, 9), the tokenizer 0; using 0" in err
     assert begin(1)._eos == (0,)
