@@ -1,11 +1,11 @@
 """Training: ours against transformers on PyTorch, on this machine's CPU; and what a step needs of memory.
 
 The first table trains one small model on one batch with both, each in a process of its own, taking turns:
-batches of several sizes, of which 8 x 512 is what `mamba2-jax finetune` takes when nothing is said, in float32,
-and with products in bfloat16 and weights in float32 (transformers under `torch.autocast`). Ours keeps freed
-memory, as `mamba2-jax finetune` does. The losses of all steps are compared before any time is shown. The
-second one asks XLA's compiler, for the CPU, how much memory a compiled step of two published sizes takes;
-nothing of that size is allocated.
+batches of several sizes, of which 8 x 512 is what `mamba2-jax finetune` takes when nothing is said, in
+float32, and with products in bfloat16 and weights in float32 (transformers under `torch.autocast`). Ours
+keeps freed memory, as `mamba2-jax finetune` does. The losses of all steps are compared before any time is
+shown. The second one asks XLA's compiler, for the CPU, how much memory a compiled step of two published
+sizes takes; nothing of that size is allocated.
 
     python benchmarks/finetune.py                                  # twenty minutes on an idle machine, 8 GB
     python benchmarks/finetune.py --output benchmarks/results/finetune.md
