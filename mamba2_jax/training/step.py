@@ -184,7 +184,8 @@ def _train_step(
         set_dropout_key(model, jax.random.fold_in(key, index))
         return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
 
-    batch = _rows_in_turn(structure.merge(state.params, frozen), batch)
+    model = structure.merge(state.params, frozen)
+    batch = _rows_in_turn(model, batch)
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     loss, norm = nats / count, optax.tree.norm(grads) / count
@@ -194,7 +195,11 @@ def _train_step(
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / count, grads), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    params, opt_state = _updated_if(finite, update, state.params, state.opt_state)
+    old = (state.params, state.opt_state)
+    if _on_one_cpu(model):  # to choose between arrays, XLA on a CPU would first copy all moments
+        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, *old)
+    else:  # on a mesh a branch's results would be whole on each device, where nothing says how they lie
+        params, opt_state = jax.tree.map(partial(jnp.where, finite), update(*old), old)
     skipped = state.skipped + ~finite
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     new = TrainState(
@@ -206,14 +211,6 @@ def _train_step(
         skipped_in_a_row=in_a_row,
     )
     return new, StepMetrics(loss, tokens, norm, finite, skipped, in_a_row)
-
-
-def _updated_if(finite: Array, update: Callable, *old: Any) -> tuple:
-    """`update(*old)` where the step is finite, else `old`."""
-    if platform() == "cpu":  # to choose between arrays, XLA on a CPU would first copy all moments
-        return jax.lax.cond(finite, update, lambda *old: old, *old)
-    # A branch's results would be whole on each device of a mesh, where nothing says how they lie.
-    return jax.tree.map(partial(jnp.where, finite), update(*old), old)
 
 
 _jit_step = partial(
@@ -240,10 +237,14 @@ def _rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mappi
     most = tokens_in_cache(model.config.hidden_size)
     fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= most), default=1)
     worthwhile = fewer < rows and 2 * fewer * length >= most
-    if not worthwhile or platform() != "cpu" or model.backbone.mesh is not None:
+    if not worthwhile or not _on_one_cpu(model):
         return batch
     parts = {name: array for name, array in batch.items() if getattr(array, "shape", None) == shape}
     return {name: array.reshape(-1, fewer, length) for name, array in parts.items()}
+
+
+def _on_one_cpu(model: Mamba2ForCausalLM) -> bool:
+    return platform() == "cpu" and model.backbone.mesh is None
 
 
 def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
