@@ -258,6 +258,15 @@ def start(*arguments, **options) -> subprocess.Popen:
     )
 
 
+@pytest.fixture
+def heard_interrupts():
+    """Ctrl-C reaches what a test starts: a job in the background ignores it, and so do its children."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard_interrupts")
 @pytest.mark.skipif(sys.platform == "win32", reason="signals of Unix")
 @pytest.mark.parametrize(("leave", "code"), [("interrupt", 130), ("close the pipe", 141)])
 def test_leaving_early_is_quiet(leave, code):
