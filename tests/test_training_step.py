@@ -245,9 +245,11 @@ def make_sgd():
     return optax.sgd(0.1)
 
 
-def test_a_step_that_is_not_finite_changes_nothing_and_is_named():
+@pytest.mark.parametrize("on_one_cpu", [True, False])  # elsewhere without a branch
+def test_a_step_that_is_not_finite_changes_nothing_and_is_named(on_one_cpu, monkeypatch):
+    monkeypatch.setattr("mamba2_jax.training.step._on_one_cpu", lambda model: on_one_cpu)
     structure, params, frozen = model_parts()
-    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 10)
+    optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 10 + on_one_cpu)  # traced for each
     step = step_function(structure, optimizer, frozen)
     batch = {"input_ids": random_ids(2, 16)}
     state, metrics = step(fresh(params, optimizer), batch)
