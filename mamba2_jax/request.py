@@ -26,9 +26,13 @@ class Request:
     sampler: Sampler
     key: Array | None
     budget: int
+    """New tokens at most."""
     capacity: int
+    """Tokens that the buffers of attention layers shall hold; 0 without such layers."""
     eos: tuple[int, ...]
+    """Ids that end a row."""
     pad: int
+    """Fills a row after its end."""
 
 
 def check_request(
@@ -45,7 +49,27 @@ def check_request(
     key,
     **sampling,
 ) -> Request:
-    """Check everything a caller of `name` asked for, and pad concrete prompts to a shared length."""
+    """Check everything a caller of `name` asked for, and pad concrete prompts to a shared length.
+
+    Args:
+        name: of the function, for messages.
+        model: the model.
+        input_ids: `(b, l)`.
+        attention_mask: `(b, l)` of 0/1, or None.
+        cache: of `b` rows, or None.
+        max_new_tokens: and all further options as in `generate`.
+        eos_token_id: see there.
+        pad_token_id: see there.
+        vocab_size: see there.
+        key: see there.
+        **sampling: see there.
+
+    Returns:
+        The request; prompts known before tracing are padded on the right to `(b, bucket(l))`.
+
+    Raises:
+        ValueError: arguments that do not fit, named.
+    """
     config = model.config
     input_ids, attention_mask, _, cache, _ = check_inputs(
         name, config, input_ids, attention_mask, None, cache, None
