@@ -30,8 +30,8 @@ import numpy as np
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from mamba2_jax import Mamba2Config
-from mamba2_jax.export import write_checkpoint
 from mamba2_jax.weights import Outgoing, checkpoint_table, open_checkpoint
+from mamba2_jax.weights.checkpoint_folder import write_checkpoint
 
 STEPS = ("write", "inspect", "cat", "read", "load", "convert", "to_state_spaces", "generate")
 COMPARED = ("cat", "read", "load")
@@ -242,7 +242,7 @@ def step_write(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
 
 
 def step_inspect(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
-    from mamba2_jax import cli
+    from mamba2_jax.cli import commands as cli
 
     with contextlib.redirect_stdout(sys.stderr):
         if cli.main(["info", str(folder / "original")]):
@@ -289,7 +289,7 @@ def step_load(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
 
 
 def step_convert(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
-    from mamba2_jax.convert import convert
+    from mamba2_jax.weights.convert import convert
 
     forget(folder / "original")
     watch.start = time.perf_counter()
@@ -301,7 +301,7 @@ def step_convert(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
 
 
 def step_to_state_spaces(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
-    from mamba2_jax.convert import convert
+    from mamba2_jax.weights.convert import convert
 
     forget(folder / "original")
     watch.start = time.perf_counter()

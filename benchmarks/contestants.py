@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from mamba2_jax import ops
-from mamba2_jax.ops import dispatch
+from mamba2_jax.ops.scan import dispatch
 
 NAMES = ("x", "dt", "A", "B", "C", "D")
 

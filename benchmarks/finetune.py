@@ -216,7 +216,7 @@ def timed(step, steps: int) -> dict:
 
 def memory_table(presets: list[str]):
     from mamba2_jax import Mamba2Config
-    from mamba2_jax.training.step import tokens_in_cache
+    from mamba2_jax.training.on_cpu import tokens_in_cache
 
     most = max(tokens_in_cache(Mamba2Config.preset(preset).hidden_size) for preset in SHAPES)
     yield "Memory of one compiled step by XLA's analysis for the CPU: bfloat16 compute; full training keeps"

@@ -32,7 +32,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.lora import LoraConfig, add_lora
-from mamba2_jax.sharding import AXES, parameter_spec, token_sharding
+from mamba2_jax.mesh import AXES
+from mamba2_jax.sharding import parameter_spec, token_sharding
 from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model
 from mamba2_jax.training.step import sharded_train_step
 

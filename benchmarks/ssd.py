@@ -34,7 +34,7 @@ from contestants import Contestant, Entry, contestants, draw, with_jax
 from roofline import Shape
 
 from mamba2_jax import ops
-from mamba2_jax.ops import dispatch
+from mamba2_jax.ops.scan import dispatch
 
 SMALL = (Shape("small", 1, 200, 4, 2, 16, 16), Shape("small, float32", 2, 75, 2, 1, 8, 16, "float32"))
 PASSES = ("forward", "forward + backward")

@@ -13,11 +13,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mamba2_jax.cache import Mamba2Cache
     from mamba2_jax.config import Mamba2Config
     from mamba2_jax.generation import GenerateOutput, generate
-    from mamba2_jax.model import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output
-    from mamba2_jax.streaming import stream
+    from mamba2_jax.generation.streaming import stream
+    from mamba2_jax.models.cache import Mamba2Cache
+    from mamba2_jax.models.mamba2 import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output
     from mamba2_jax.tokenizer import load_tokenizer
 
 __all__ = [
@@ -34,11 +34,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "cache": ("Mamba2Cache",),
-    "config": ("Mamba2Config",),
-    "generation": ("GenerateOutput", "generate"),
-    "model": ("Mamba2CausalLMOutput", "Mamba2ForCausalLM", "Mamba2Model", "Mamba2Output"),
-    "streaming": ("stream",),
+    "config.mamba2": ("Mamba2Config",),
+    "generation.decoding": ("GenerateOutput", "generate"),
+    "generation.streaming": ("stream",),
+    "models.cache": ("Mamba2Cache",),
+    "models.mamba2": ("Mamba2CausalLMOutput", "Mamba2ForCausalLM", "Mamba2Model", "Mamba2Output"),
     "tokenizer": ("load_tokenizer",),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}

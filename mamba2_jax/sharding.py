@@ -21,19 +21,14 @@ P('fsdp', None, 'tensor')
 import math
 import re
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
 
-import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
-AXES: tuple[str, ...] = ("data", "fsdp", "sequence", "tensor")
-"""Mesh axes, the farthest apart first: devices that differ in the last axis only are neighbours."""
-
-BATCH = ("data", "fsdp")
-"""The mesh axes that split rows of a batch."""
+__all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
 
 # End of a parameter's path -> what each axis of the leaf counts. The first match holds; what is not
 # listed (norms of the residual stream, biases of width d) is repeated everywhere.
@@ -68,68 +63,6 @@ _TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 )
 # An adapter's B is the weight with its input axis replaced by the rank; its A is that axis, then the rank.
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
-
-
-def make_mesh(
-    *,
-    data: int = -1,
-    fsdp: int = 1,
-    sequence: int = 1,
-    tensor: int = 1,
-    devices: Sequence[Any] | None = None,
-) -> Mesh:
-    """Arrange devices in a mesh of the four axes.
-
-    Args:
-        data: devices along the axis; -1, for at most one axis, is all that the others leave.
-        fsdp: see `data`.
-        sequence: see `data`.
-        tensor: see `data`.
-        devices: None: all devices of all processes.
-
-    Returns:
-        A mesh with the axes `AXES`, those of size 1 too.
-
-    Raises:
-        ValueError: sizes that do not multiply to the number of devices; says what would fit.
-    """
-    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
-    devices = jax.devices() if devices is None else list(devices)
-    for name, size in sizes.items():
-        if type(size) is not int or (size < 1 and size != -1):
-            raise ValueError(f"make_mesh: {name}={size!r} must be a positive integer, or -1 for the rest")
-    rest = [name for name, size in sizes.items() if size == -1]
-    if len(rest) > 1:
-        raise ValueError(f"make_mesh: {' and '.join(rest)} are both -1; one axis can take the rest")
-    given = math.prod(size for size in sizes.values() if size != -1)
-    if rest and len(devices) % given == 0:
-        sizes[rest[0]] = len(devices) // given
-    if math.prod(sizes.values()) != len(devices):
-        product = " x ".join(f"{name} {size}" for name, size in sizes.items() if size not in (1, -1))
-        divisors = [str(size) for size in range(1, len(devices) + 1) if len(devices) % size == 0]
-        raise ValueError(
-            f"make_mesh: {product or 'data 1'} makes {given} devices, but there are {len(devices)}; "
-            f"the sizes must multiply to {len(devices)}, each one of {', '.join(divisors)}"
-        )
-    shape = tuple(sizes.values())
-    return jax.make_mesh(shape, AXES, (AxisType.Auto,) * len(AXES), devices=devices)
-
-
-def check_mesh(name: str, mesh: Mesh) -> None:
-    """Raise ValueError, as from `name`, unless `mesh` has the axes `AXES`, all of them GSPMD's."""
-    if set(mesh.axis_names) != set(AXES):
-        raise ValueError(
-            f"{name}: the mesh has axes {list(mesh.axis_names)}, want {list(AXES)}: see make_mesh"
-        )
-    if any(kind != AxisType.Auto for kind in mesh.axis_types):
-        raise ValueError(
-            f"{name}: the mesh's axes are {mesh.axis_types}, want AxisType.Auto for each: see make_mesh"
-        )
-
-
-def axis_size(mesh: Mesh, *axes: str) -> int:
-    """Count the devices along some axes together; an axis the mesh does not have counts 1."""
-    return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def splits_batch(mesh: Mesh, batch: int) -> bool:

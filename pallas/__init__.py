@@ -3,7 +3,7 @@
 - `"mosaic_gpu"`: Hopper (H100, H200), Pallas Mosaic GPU; forward and backward.
 - `"triton"`: Ampere and Ada (A100, RTX 30, L4, RTX 4090), Triton kernels through jax_triton.
 
-`KERNELS` lists them in the order of preference; `mamba2_jax.ops.dispatch` is its only reader. The module
+`KERNELS` lists them in the order of preference; `mamba2_jax.ops.scan.dispatch` is its only reader. The module
 of a kernel has two functions:
 
 - `ssd(x, dt, A, B, C, D, initial_state, segment_ids) -> (y, final_state)`: differentiable, shapes as in
@@ -48,6 +48,6 @@ class Kernel(NamedTuple):
 
 
 KERNELS: dict[str, Kernel] = {
-    "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu", automatic=((9, 0),)),
-    "triton": Kernel("mamba2_jax.pallas.triton_gpu", automatic=((8, 0), (8, 6), (8, 9))),
+    "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu.scan", automatic=((9, 0),)),
+    "triton": Kernel("mamba2_jax.pallas.triton_gpu.scan", automatic=((8, 0), (8, 6), (8, 9))),
 }

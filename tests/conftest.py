@@ -8,7 +8,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-_CHECKED = ["mamba2_jax.ops.ssd_chunked", "mamba2_jax.ops.ssd_recurrent", "mamba2_jax.ops.segments"]
+_CHECKED = ["mamba2_jax.ops.scan.chunked", "mamba2_jax.ops.scan.recurrent", "mamba2_jax.ops.segments"]
 
 # What needs several devices. JAX fixes their number once, so these tests want a process of their own:
 # `pytest tests/sharded` is one, and test_sharded.py starts it for everybody else.

@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from mamba2_jax import Mamba2ForCausalLM, cli, load_tokenizer, stream
-from mamba2_jax.cli_generate import chosen_settings, prepare
-from mamba2_jax.cli_kernels import describe_kernels
+from mamba2_jax import Mamba2ForCausalLM, load_tokenizer, stream
+from mamba2_jax.cli import commands as cli
+from mamba2_jax.cli.generate import chosen_settings, prepare
+from mamba2_jax.cli.kernels import describe_kernels
 from mamba2_jax.hub import EMBEDDED_MODEL
 
 PROMPT = "import os\n"
@@ -230,7 +231,7 @@ def test_info_of_the_kernels_on_other_devices(capsys, monkeypatch):
         return SimpleNamespace(automatic=(capability,), unsupported=unsupported)
 
     table = {"fast": kernel((9, 0), ("bfloat16", "float16")), "old": kernel((8, 9), ("float32", "float16"))}
-    monkeypatch.setattr("mamba2_jax.ops.dispatch.kernels", lambda: table)
+    monkeypatch.setattr("mamba2_jax.ops.scan.dispatch.kernels", lambda: table)
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100")
     ada = SimpleNamespace(platform="gpu", compute_capability="8.9", device_kind="NVIDIA L4")
     describe_kernels(None, [hopper, hopper, ada])

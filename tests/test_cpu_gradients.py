@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba2_jax.ops import cpu_gradients
-from mamba2_jax.ops.cpu_gradients import for_every, gradient_at_once, product, repeat
+from mamba2_jax.ops.on_cpu import gradients as cpu_gradients
+from mamba2_jax.ops.on_cpu.gradients import for_every, gradient_at_once, product, repeat
 
 RNG = np.random.default_rng(0)
 

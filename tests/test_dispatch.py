@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mamba2_jax.pallas import triton_call, triton_gpu
+from mamba2_jax.pallas.triton_gpu import call as triton_call
+from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 from ssd_cases import Case, draw
 
 from mamba2_jax import ops
-from mamba2_jax.ops import dispatch
-from mamba2_jax.ops.ssd_chunked import ssd_chunked
+from mamba2_jax.ops.scan import dispatch
+from mamba2_jax.ops.scan.chunked import ssd_chunked
 
 CASE = Case("dispatch", l=21, h=2, g=1)
 

@@ -14,10 +14,11 @@ from checkpoint_files import expected_leaves, random_model
 from models import random_ids, relative
 from safetensors.torch import load_file, save_file
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, cli, load_tokenizer
-from mamba2_jax.convert import convert
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax.cli import commands as cli
 from mamba2_jax.hub import EMBEDDED_MODEL
 from mamba2_jax.weights import CheckpointError, load_weights, open_checkpoint
+from mamba2_jax.weights.convert import convert
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -11,8 +11,8 @@ from flax import nnx
 from models import SIZES, jax_model, random_ids, relative, torch_model
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
-from mamba2_jax.generation import DecodeState, _generate, decode
-from mamba2_jax.sampling import make_sampler
+from mamba2_jax.generation.decoding import DecodeState, _generate, decode
+from mamba2_jax.generation.sampling import make_sampler
 
 EXPECTED = json.loads((pathlib.Path(__file__).parent / "data" / "expected_greedy.json").read_text())
 NEW = 12

@@ -8,8 +8,8 @@ from flax import nnx
 from models import SIZES, random_ids, relative
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
-from mamba2_jax.generation import DecodeState, decode
-from mamba2_jax.sampling import make_sampler
+from mamba2_jax.generation.decoding import DecodeState, decode
+from mamba2_jax.generation.sampling import make_sampler
 
 TOLERANCE = 1e-5  # float32 sums in another order
 LENGTH = 18

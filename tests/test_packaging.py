@@ -9,7 +9,7 @@ import sys
 import zipfile
 
 import pytest
-from mamba2_jax.pallas import triton_call
+from mamba2_jax.pallas.triton_gpu import call as triton_call
 
 ROOT = pathlib.Path(__file__).parents[1]
 

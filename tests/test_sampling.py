@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mamba2_jax.sampling import choose_token, filter_logits, make_sampler
+from mamba2_jax.generation.sampling import choose_token, filter_logits, make_sampler
 
 LOGITS = np.asarray(3 * jax.random.normal(jax.random.key(0), (4, 50)), np.float32)
 

@@ -8,7 +8,7 @@ import reference
 from ssd_cases import CASES, Case, draw
 
 from mamba2_jax import ops
-from mamba2_jax.ops.ssd_chunked import ssd_chunked
+from mamba2_jax.ops.scan.chunked import ssd_chunked
 
 IMPLEMENTATIONS = ["recurrent", "xla"]
 run = jax.jit(ops.ssd, static_argnames=("chunk_size", "implementation"))

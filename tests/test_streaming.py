@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer, stream
-from mamba2_jax.streaming import REPLACEMENT, IncrementalDecoder, TextStream
+from mamba2_jax.generation.streaming import REPLACEMENT, IncrementalDecoder, TextStream
 
 PROMPT = "def fibonacci(n):\n"
 

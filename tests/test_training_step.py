@@ -13,10 +13,11 @@ from models import jax_model, random_ids, relative, torch_model
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.training import OptimConfig, TrainState, loss_fn, make_optimizer, split_model, train_step
+from mamba2_jax.training.diagnosis import first_not_finite
 from mamba2_jax.training.loss import sliced_cross_entropy
+from mamba2_jax.training.on_cpu import rows_in_turn, tokens_in_cache
 from mamba2_jax.training.optim import learning_rate
-from mamba2_jax.training.step import _rows_in_turn, first_not_finite, tokens_in_cache
-from mamba2_jax.weights.names import checkpoint_table
+from mamba2_jax.weights.table import checkpoint_table
 
 
 @partial(jax.jit, static_argnames=("structure", "remat", "tokens_per_slice"))
@@ -195,7 +196,7 @@ def test_a_narrow_model_takes_more_tokens_at_a_time(hidden_size, tokens):
 
 def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
     most = 1024
-    monkeypatch.setattr("mamba2_jax.training.step.tokens_in_cache", lambda hidden_size: most)
+    monkeypatch.setattr("mamba2_jax.training.on_cpu.tokens_in_cache", lambda hidden_size: most)
     structure, params, frozen = model_parts()
     rate, rows, length = 1e3, 6, most // 2
     optimizer = optax.sgd(rate)
@@ -206,15 +207,15 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
     }
     in_two_parts = {name: array.reshape(2, 3, length) for name, array in batch.items()}
     model = structure.merge(params, frozen)
-    assert _rows_in_turn(model, batch)["labels"].shape == (3, 2, length)
-    assert _rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
+    assert rows_in_turn(model, batch)["labels"].shape == (3, 2, length)
+    assert rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
     longer = {"input_ids": np.zeros((4, 2 * most), int)}
-    assert _rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * most)
-    assert set(_rows_in_turn(model, {**batch, "segment_ids": None, "weight": np.ones(rows)})) == set(batch)
+    assert rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * most)
+    assert set(rows_in_turn(model, {**batch, "segment_ids": None, "weight": np.ones(rows)})) == set(batch)
     odd = {"input_ids": np.zeros((37, 32), int)}  # only rows of 32 tokens divide it
-    assert _rows_in_turn(model, odd) is odd
+    assert rows_in_turn(model, odd) is odd
     few = {name: array[:2] for name, array in batch.items()}
-    assert _rows_in_turn(model, few) is few
+    assert rows_in_turn(model, few) is few
 
     nats, tokens, grads = gradients(params, frozen, batch, structure)
     lower = partial(train_step.lower, structure=structure, optimizer=optimizer)
@@ -247,7 +248,7 @@ def make_sgd():
 
 @pytest.mark.parametrize("on_one_cpu", [True, False])  # elsewhere without a branch
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(on_one_cpu, monkeypatch):
-    monkeypatch.setattr("mamba2_jax.training.step._on_one_cpu", lambda model: on_one_cpu)
+    monkeypatch.setattr("mamba2_jax.training.step.on_one_cpu", lambda model: on_one_cpu)
     structure, params, frozen = model_parts()
     optimizer = make_optimizer(OptimConfig(learning_rate=1e-2), params, 10 + on_one_cpu)  # traced for each
     step = step_function(structure, optimizer, frozen)

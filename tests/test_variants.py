@@ -10,7 +10,7 @@ from flax import nnx
 from models import random_ids, relative, torch_model
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
-from mamba2_jax.weights.names import checkpoint_table
+from mamba2_jax.weights.table import checkpoint_table
 
 torch = pytest.importorskip("torch")
 from original import MLP, Attention, Original, rotate  # noqa: E402

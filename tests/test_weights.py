@@ -252,7 +252,7 @@ def test_weights_that_would_not_fit_twice_are_read_past_the_cache(tmp_path, monk
     done = []
     bypass = Checkpoint.bypass_cache
     monkeypatch.setattr(Checkpoint, "bypass_cache", lambda self: done.append(bypass(self)) or done[-1])
-    monkeypatch.setattr("mamba2_jax.weights.files._UNCACHED_BYTES", piece)
+    monkeypatch.setattr("mamba2_jax.weights.uncached._UNCACHED_BYTES", piece)
     for available, want in ((2 * 10**9, []), (2 * 10**3, [True]), (None, [True])):
         monkeypatch.setattr("mamba2_jax.weights.load.available_memory", lambda now=available: now)
         arrays, _ = load_weights(tmp_path, config)

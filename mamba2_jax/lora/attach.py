@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba2_jax.lora.adapters import Adaptable, Adapter, BaseWeight, DropoutKey
+from mamba2_jax.layers.adaptable import Adaptable, Adapter, BaseWeight, DropoutKey
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target, adapter_targets, match_targets
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights.names import EMBEDDING, HEAD, Leaf
+from mamba2_jax.weights.table import EMBEDDING, HEAD, Leaf
 
 _HEAD_MODULE = HEAD.removesuffix(".weight")
 

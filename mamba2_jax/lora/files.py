@@ -13,7 +13,7 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from mamba2_jax.hub import resolve_folder
-from mamba2_jax.lora.adapters import Adapter
+from mamba2_jax.layers.adaptable import Adapter
 from mamba2_jax.lora.attach import Site, adapter_names, attach, sites_of, weights_of
 from mamba2_jax.lora.peft import (
     PREFIX,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mamba2_jax.lora.adapters import Adapter
+from mamba2_jax.layers.adaptable import Adapter
 from mamba2_jax.lora.settings import LoraConfig, check_pattern
 from mamba2_jax.lora.targets import Target, ends_in
 from mamba2_jax.processes import fetch

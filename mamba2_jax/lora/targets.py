@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.weights.names import EMBEDDING, Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.table import EMBEDDING, Leaf, StoredTensor, checkpoint_table
 
 
 @dataclass(frozen=True)

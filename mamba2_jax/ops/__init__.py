@@ -1,13 +1,13 @@
 """Mamba-2's maths as pure functions of arrays: no Flax, no config object, no I/O."""
 
 from mamba2_jax.ops.attention import attention_step, causal_attention, rotary_embedding, write_slots
-from mamba2_jax.ops.causal_conv1d import causal_conv1d, causal_conv1d_step
-from mamba2_jax.ops.causal_conv1d_sharded import causal_conv1d_sharded
+from mamba2_jax.ops.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
+from mamba2_jax.ops.conv.sharded import causal_conv1d_sharded
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.rms_norm import gated_rms_norm, rms_norm
-from mamba2_jax.ops.ssd import ssd
-from mamba2_jax.ops.ssd_sharded import ssd_sharded
-from mamba2_jax.ops.ssd_step import ssd_step
+from mamba2_jax.ops.scan.api import ssd
+from mamba2_jax.ops.scan.sharded import ssd_sharded
+from mamba2_jax.ops.scan.step import ssd_step
 
 __all__ = [
     "attention_step",

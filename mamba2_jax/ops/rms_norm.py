@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mamba2_jax.ops.checks import check_dtype, check_shape
-from mamba2_jax.ops.cpu_gradients import for_every
+from mamba2_jax.ops.on_cpu.gradients import for_every
 from mamba2_jax.typing import Array, Float
 
 

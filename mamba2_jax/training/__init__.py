@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
     from mamba2_jax.training.config import LoraOptions, MeshOptions, TrainConfig
     from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
-    from mamba2_jax.training.host_memory import keep_freed_memory
     from mamba2_jax.training.loss import loss_fn
+    from mamba2_jax.training.on_cpu import keep_freed_memory
     from mamba2_jax.training.optim import OptimConfig, make_optimizer
     from mamba2_jax.training.step import TrainState, eval_step, split_model, train_step
     from mamba2_jax.training.trainer import Evaluation, Trainer, TrainResult
@@ -49,7 +49,7 @@ _MODULES = {
     "checkpoint": ("CheckpointConfig", "Checkpoints", "SaveError"),
     "config": ("LoraOptions", "MeshOptions", "TrainConfig"),
     "data": ("DataConfig", "Documents", "load_documents", "make_pipeline"),
-    "host_memory": ("keep_freed_memory",),
+    "on_cpu": ("keep_freed_memory",),
     "loss": ("loss_fn",),
     "optim": ("OptimConfig", "make_optimizer"),
     "step": ("TrainState", "eval_step", "split_model", "train_step"),

@@ -11,8 +11,8 @@ from typing import Any, Literal, TypeVar
 from jax.sharding import Mesh
 
 from mamba2_jax.lora import LoraConfig
+from mamba2_jax.mesh import make_mesh
 from mamba2_jax.ops.checks import check_choice
-from mamba2_jax.sharding import make_mesh
 from mamba2_jax.training.checkpoint import CheckpointConfig
 from mamba2_jax.training.data import DataConfig
 from mamba2_jax.training.loss import REMAT, TOKENS_PER_SLICE

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from mamba2_jax.inputs import IGNORED_LABEL
+from mamba2_jax.models.inputs import IGNORED_LABEL
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.training.records import Source, Text, Unusable, read_texts
 

@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mamba2_jax.inputs import IGNORED_LABEL, join_rows, next_token_targets
-from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.models.inputs import IGNORED_LABEL, join_rows, next_token_targets
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
-from mamba2_jax.training.remat import recomputed
+from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
 TOKENS_PER_SLICE = 1024

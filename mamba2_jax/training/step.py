@@ -24,23 +24,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
-from mamba2_jax.model import Mamba2ForCausalLM
-from mamba2_jax.ops.device import platform
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
+from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn
 from mamba2_jax.typing import Array, Bool, Float, Int
 
 Params = dict[str, Array]
-
-
-def tokens_in_cache(hidden_size: int) -> int:
-    """On a CPU a batch is taken at most this many tokens at a time, or a row.
-
-    Its memory does not grow with the batch then, and what passes between layers, `(tokens, hidden_size)`,
-    stays near the cores: 2 MB of float32 in a narrow model. Never fewer than 1,024, which was fastest at
-    width 768: each turn also passes over all gradients.
-    """
-    return max(1024, 2**19 // hidden_size)
 
 
 class Structure(NamedTuple):
@@ -185,7 +175,7 @@ def _train_step(
         return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
 
     model = structure.merge(state.params, frozen)
-    batch = _rows_in_turn(model, batch)
+    batch = rows_in_turn(model, batch)
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     loss, norm = nats / count, optax.tree.norm(grads) / count
@@ -196,7 +186,7 @@ def _train_step(
         return optax.apply_updates(params, updates), opt_state
 
     old = (state.params, state.opt_state)
-    if _on_one_cpu(model):  # to choose between arrays, XLA on a CPU would first copy all moments
+    if on_one_cpu(model):  # to choose between arrays, XLA on a CPU would first copy all moments
         params, opt_state = jax.lax.cond(finite, update, lambda *same: same, *old)
     else:  # on a mesh a branch's results would be whole on each device, where nothing says how they lie
         params, opt_state = jax.tree.map(partial(jnp.where, finite), update(*old), old)
@@ -224,27 +214,6 @@ train_step = _jit_step(_train_step)
 def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return `train_step` for a state on a mesh: each array of the new state lies where the old one did."""
     return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
-
-
-def _rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mapping[str, Array]:
-    """On a CPU, cut `(b, l)` or `(a, b, l)` into parts of `tokens_in_cache` or fewer, but whole rows.
-
-    Not into parts of less than half of that, which rows of an odd number would make: each costs a pass over
-    all gradients. What a batch holds beside arrays of that shape, the loss does not read.
-    """
-    shape = batch["input_ids"].shape
-    *_, rows, length = shape
-    most = tokens_in_cache(model.config.hidden_size)
-    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= most), default=1)
-    worthwhile = fewer < rows and 2 * fewer * length >= most
-    if not worthwhile or not _on_one_cpu(model):
-        return batch
-    parts = {name: array for name, array in batch.items() if getattr(array, "shape", None) == shape}
-    return {name: array.reshape(-1, fewer, length) for name, array in parts.items()}
-
-
-def _on_one_cpu(model: Mamba2ForCausalLM) -> bool:
-    return platform() == "cpu" and model.backbone.mesh is None
 
 
 def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
@@ -275,54 +244,3 @@ def eval_step(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Sum of nats and tokens of a batch `(b, l)`, as `loss_fn`."""
     return loss_fn(structure.merge(params, frozen), batch, tokens_per_slice=tokens_per_slice)
-
-
-def first_not_finite(
-    params: Params, frozen: Params, batch: Mapping[str, Any], structure: Structure
-) -> str | None:
-    """Find where a step that is not finite went wrong, in the order of the computation.
-
-    Args:
-        params: trained arrays.
-        frozen: the others.
-        batch: the one that failed; with a leading axis of parts, each is looked at.
-        structure: of `split_model`.
-
-    Returns:
-        The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient;
-        None when all are finite.
-    """
-    batch = _rows_in_turn(structure.merge(params, frozen), batch)
-    parts = [batch]
-    if batch["input_ids"].ndim == 3:
-        parts = [
-            {name: array[i] for name, array in batch.items()} for i in range(batch["input_ids"].shape[0])
-        ]
-    for part in parts:
-        for name, finite in _finite_by_name(params, frozen, part, structure=structure):
-            if not finite:
-                return name
-    return None
-
-
-def _finite_by_name(params: Params, frozen: Params, batch, *, structure: Structure) -> list[tuple[str, bool]]:
-    def look(params, frozen, batch):
-        def outputs(params):
-            model = structure.merge(params, frozen)
-            inputs = (batch["input_ids"], batch.get("attention_mask"), batch.get("segment_ids"), None, None)
-            return model.backbone.forward(*inputs, output_hidden_states=True).hidden_states
-
-        blocks = list(outputs(params) or [])
-        gradient = jax.value_and_grad(lambda params: loss_fn(structure.merge(params, frozen), batch)[0])
-        loss, grads = gradient(params)
-        found = [(f"parameter {name}", a) for name, a in [*params.items(), *frozen.items()]]
-        found += [(f"output of backbone.layers.{i}", a) for i, a in enumerate(blocks[:-1])]
-        found += [("output of backbone.norm_f", blocks[-1]), ("loss", loss)]
-        found += [(f"gradient of {name}", a) for name, a in grads.items()]
-        found = [(name, a) for name, a in found if jnp.issubdtype(a.dtype, jnp.inexact)]
-        names[:] = [name for name, _ in found]
-        return jnp.stack([jnp.isfinite(a).all() for _, a in found])
-
-    names: list[str] = []
-    finite = jax.jit(look)(params, frozen, batch)
-    return list(zip(names, finite.tolist(), strict=True))

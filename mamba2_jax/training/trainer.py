@@ -15,23 +15,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import add_lora
 from mamba2_jax.lora.attach import adapter_names
-from mamba2_jax.model import Mamba2ForCausalLM
+from mamba2_jax.mesh import BATCH, axis_size
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import is_first, meet, place
-from mamba2_jax.sharding import BATCH, axis_size, splits_batch, token_sharding
+from mamba2_jax.sharding import splits_batch, token_sharding
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
-from mamba2_jax.training.export import save_result
+from mamba2_jax.training.diagnosis import first_not_finite
 from mamba2_jax.training.metrics import Metrics, draw_curve, peak_memory
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.progress import training_bar
 from mamba2_jax.training.records import Source
+from mamba2_jax.training.result import save_result
 from mamba2_jax.training.signals import StopSignals
 from mamba2_jax.training.step import (
     StepMetrics,
     TrainState,
     eval_step,
-    first_not_finite,
     sharded_train_step,
     split_model,
     train_step,

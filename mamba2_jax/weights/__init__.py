@@ -9,12 +9,18 @@ from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.folder import TOKENIZER_FILES, new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
-from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.outgoing import convertible_weights, outgoing_weights
 from mamba2_jax.weights.reader import Checkpoint, find_form, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
-from mamba2_jax.weights.save import convertible_weights, outgoing_weights
+from mamba2_jax.weights.safetensors_file import (
+    Outgoing,
+    file_order,
+    parse_size,
+    write_json,
+    write_safetensors,
+)
+from mamba2_jax.weights.table import Leaf, StoredTensor, checkpoint_table
 from mamba2_jax.weights.torch_file import write_torch
-from mamba2_jax.weights.write import Outgoing, file_order, parse_size, write_json, write_safetensors
 
 __all__ = [
     "Checkpoint",

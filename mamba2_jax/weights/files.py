@@ -2,7 +2,6 @@
 
 import io
 import json
-import mmap
 import os
 import stat
 import threading
@@ -13,7 +12,6 @@ from typing import NoReturn
 import numpy as np
 
 MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; the parsed form takes several times the text
-_UNCACHED_BYTES = 4 << 20  # that a thread reads at once past the cache
 
 
 class CheckpointError(ValueError):
@@ -93,70 +91,14 @@ def read_exactly(file: io.FileIO, path: Path, offset: int, out: bytearray | np.n
         while left:
             count = _read_at(file, left, offset)
             if not count:
-                raise _cut(path, what, len(left))
+                raise cut_short(path, what, len(left))
             left, offset = left[count:], offset + count
     except OSError as error:
         raise CheckpointError(path, [f"{what}: cannot be read: {error.strerror}"]) from None
 
 
-def bypass_cache(file: io.FileIO) -> bool:
-    """Have this file read past the system's cache, by `read_uncached` alone; False where that cannot be."""
-    try:
-        import fcntl
-
-        flags = fcntl.fcntl(file, fcntl.F_GETFL)
-        fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-    except (ImportError, AttributeError, OSError):  # not Linux, or not on this file system
-        return False
-    try:
-        os.preadv(file.fileno(), [_PAGES.view[: mmap.PAGESIZE]], 0)
-    except OSError:  # promised, and refused: wants larger pages
-        fcntl.fcntl(file, fcntl.F_SETFL, flags)
-        return False
-    return True
-
-
-def read_uncached(file: io.FileIO, path: Path, offset: int, out: np.ndarray, what: str) -> None:
-    """`read_exactly` for a file after `bypass_cache`: by whole pages, a few megabytes at a time."""
-    out = out.view(np.uint8).reshape(-1)
-    for start in range(0, len(out), _UNCACHED_BYTES):
-        piece = out[start : start + _UNCACHED_BYTES]
-        skip = (offset + start) % mmap.PAGESIZE
-        wanted, done = skip + len(piece), 0
-        pages = _PAGES.view[: -(-wanted // mmap.PAGESIZE) * mmap.PAGESIZE]
-        try:
-            while done < wanted:
-                count = os.preadv(file.fileno(), [pages[done:]], offset + start - skip + done)
-                done += count
-                if not count or count % mmap.PAGESIZE:  # the end of the file
-                    break
-        except OSError as error:
-            raise CheckpointError(path, [f"{what}: cannot be read: {error.strerror}"]) from None
-        if done < wanted:
-            raise _cut(path, what, len(out) - start - max(0, done - skip))
-        piece[:] = np.frombuffer(pages, np.uint8, len(piece), skip)
-
-
-class _Pages(threading.local):
-    """Memory of each thread that begins at a page, as uncached reads want it."""
-
-    def __init__(self):
-        self.view = memoryview(mmap.mmap(-1, _UNCACHED_BYTES + mmap.PAGESIZE))
-
-
-_PAGES = _Pages()
-
-
-def available_memory() -> int | None:
-    """Bytes that could be allocated without swapping, where the system tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _cut(path: Path, what: str, missing: int) -> CheckpointError:
+def cut_short(path: Path, what: str, missing: int) -> CheckpointError:
+    """Make the error of a file that ends before what is read from it."""
     problem = f"{what}: the file ends {missing} bytes early; was it cut while being read?"
     return CheckpointError(path, [problem])
 

@@ -26,13 +26,14 @@ from jax.sharding import Sharding
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights.files import CheckpointError, available_memory
+from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
-from mamba2_jax.weights.names import Leaf, StoredTensor, checkpoint_table
 from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
+from mamba2_jax.weights.table import Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.uncached import available_memory
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
 
 _BLOCK_BYTES = 2 << 20

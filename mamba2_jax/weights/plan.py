@@ -7,8 +7,8 @@ import numpy as np
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.weights.files import CheckpointError, show
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
-from mamba2_jax.weights.names import EMBEDDING, HEAD, StoredTensor, match_names
 from mamba2_jax.weights.reader import Checkpoint
+from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, match_names
 
 
 def label(info: TensorInfo) -> str:

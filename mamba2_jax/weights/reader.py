@@ -29,17 +29,16 @@ import numpy as np
 from mamba2_jax.weights.files import (
     MAX_JSON_BYTES,
     CheckpointError,
-    bypass_cache,
     open_regular,
     parse_json,
     read_exactly,
-    read_uncached,
     resolve_inside,
     show,
     will_read,
 )
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
 from mamba2_jax.weights.torch_file import read_torch_header
+from mamba2_jax.weights.uncached import bypass_cache, read_uncached
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from mamba2_jax.weights.names import Leaf
 from mamba2_jax.weights.plan import show_shape
+from mamba2_jax.weights.table import Leaf
 
 Placement = Sharding | jax.Device | None
 """Where an array goes; None is JAX's default device."""

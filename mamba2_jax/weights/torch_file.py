@@ -18,7 +18,7 @@ from typing import Any
 
 from mamba2_jax.weights.files import MAX_JSON_BYTES, CheckpointError, read_exactly, show
 from mamba2_jax.weights.header import TensorInfo
-from mamba2_jax.weights.write import Outgoing, write_blocks
+from mamba2_jax.weights.safetensors_file import Outgoing, write_blocks
 
 MINIMUM_TORCH = "2.10"
 INSTALL_TORCH = (

@@ -11,7 +11,7 @@ import reference
 from ssd_cases import Case, draw
 
 from mamba2_jax import ops
-from mamba2_jax.ops import dispatch
+from mamba2_jax.ops.scan import dispatch
 
 pytestmark = pytest.mark.gpu
 

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from forward_programs import SHAPES
 from jax.sharding import PartitionSpec
-from mamba2_jax.pallas import mosaic_backward, mosaic_gpu, mosaic_plan
+from mamba2_jax.pallas.mosaic_gpu import backward as mosaic_backward
+from mamba2_jax.pallas.mosaic_gpu import plan as mosaic_plan
+from mamba2_jax.pallas.mosaic_gpu import scan as mosaic_gpu
 
 # Bytes that a thread stores and loads in local memory: words stored before a loop and loaded once in each
 # step. At state_dim 256 the gradient of the state takes 128 of a thread's 240 registers.

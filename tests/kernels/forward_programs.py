@@ -4,7 +4,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from mamba2_jax.pallas import mosaic_forward, mosaic_plan
+from mamba2_jax.pallas.mosaic_gpu import forward as mosaic_forward
+from mamba2_jax.pallas.mosaic_gpu import plan as mosaic_plan
 
 # Bytes that a thread stores and loads in local memory: constants, stored before the walk and loaded once in a
 # chunk of 64 tokens. At state_dim 256 the state alone takes 128 of a thread's 240 registers.

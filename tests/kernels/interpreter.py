@@ -5,7 +5,7 @@ import contextlib
 import jax
 import numpy as np
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
-from mamba2_jax.pallas import bridge
+from mamba2_jax.pallas.mosaic_gpu import bridge
 
 
 class Found(AssertionError):

@@ -5,7 +5,7 @@ import importlib.util
 import inspect
 import pathlib
 
-from mamba2_jax.pallas.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
 
 
 @contextlib.contextmanager

@@ -3,9 +3,11 @@
 import aot
 import pytest
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 from forward_programs import PROGRAMS
-from mamba2_jax.pallas import mosaic_plan
+from mamba2_jax.pallas.mosaic_gpu import plan as mosaic_plan
 
 pytestmark = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 

@@ -5,13 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 import interpreter
 import seeding
-from mamba2_jax.pallas import bridge, chunks, mosaic_backward, mosaic_backward_sums, mosaic_gpu
+from mamba2_jax.pallas import chunks
+from mamba2_jax.pallas.mosaic_gpu import backward as mosaic_backward
+from mamba2_jax.pallas.mosaic_gpu import backward_sums as mosaic_backward_sums
+from mamba2_jax.pallas.mosaic_gpu import bridge
+from mamba2_jax.pallas.mosaic_gpu import scan as mosaic_gpu
 from test_mosaic_forward import TOLERANCE, arguments, kernel_case
 
-from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
+from mamba2_jax.ops.scan.recurrent import ssd_recurrent
 
 DIFFERENTIABLE = ("x", "dt", "A", "B", "C", "D", "initial_state")
 

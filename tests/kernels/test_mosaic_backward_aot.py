@@ -3,12 +3,14 @@
 import aot
 import pytest
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 import backward_programs
 import forward_programs
 import traffic
 from backward_programs import PROGRAMS, SHAPES, Program
-from mamba2_jax.pallas import mosaic_plan
+from mamba2_jax.pallas.mosaic_gpu import plan as mosaic_plan
 
 compiles = pytest.mark.skipif(aot.missing() is not None, reason=str(aot.missing()))
 

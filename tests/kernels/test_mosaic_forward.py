@@ -10,9 +10,11 @@ import pytest
 import reference
 from ssd_cases import Case, draw
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 import interpreter
-from mamba2_jax.pallas import mosaic_forward
+from mamba2_jax.pallas.mosaic_gpu import forward as mosaic_forward
 
 # 16 bits: x, B, C and the weights are rounded to 2**-9. float32: sums of a few hundred products.
 TOLERANCE = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-5}

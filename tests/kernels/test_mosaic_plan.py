@@ -5,8 +5,8 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from mamba2_jax.pallas import mosaic_plan as plan
-from mamba2_jax.pallas.mosaic_plan import SKIP_COST, choose_pieces, cut, make_plan, unsupported
+from mamba2_jax.pallas.mosaic_gpu import plan
+from mamba2_jax.pallas.mosaic_gpu.plan import SKIP_COST, choose_pieces, cut, make_plan, unsupported
 
 
 @pytest.mark.parametrize(
@@ -93,4 +93,4 @@ def test_an_old_jax_is_named():
     if jax.__version_info__ >= (0, 11, 2):
         pytest.skip("this jax is new enough for the kernels")
     with pytest.raises(ImportError, match=r"need jax >= 0\.11\.2"):
-        import mamba2_jax.pallas.bridge  # noqa: F401
+        import mamba2_jax.pallas.mosaic_gpu.bridge  # noqa: F401

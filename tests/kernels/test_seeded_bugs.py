@@ -8,12 +8,16 @@ import dataclasses
 
 import pytest
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 import interpreter
 import reference
 import seeding
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas import bridge, mosaic_forward, mosaic_walk
+from mamba2_jax.pallas.mosaic_gpu import bridge
+from mamba2_jax.pallas.mosaic_gpu import forward as mosaic_forward
+from mamba2_jax.pallas.mosaic_gpu import forward_walk as mosaic_walk
 from test_mosaic_forward import KERNEL, TOLERANCE, arguments, error
 
 CASE = dataclasses.replace(KERNEL, name="seeded", l=392, h=1, n=64)  # seven chunks, four stages

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytest.importorskip("mamba2_jax.pallas.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError)
+pytest.importorskip(
+    "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
+)
 import backward_programs
 import forward_programs
 import traffic
 from forward_programs import SHAPES, Program
-from mamba2_jax.pallas import bridge
+from mamba2_jax.pallas.mosaic_gpu import bridge
 
 
 def forward_floor(b, l, h, g, p=64, n=128):

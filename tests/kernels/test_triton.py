@@ -13,11 +13,12 @@ import numpy as np
 import reference
 import triton_interpreter
 from jax.sharding import PartitionSpec
-from mamba2_jax.pallas import triton_call, triton_gpu
+from mamba2_jax.pallas.triton_gpu import call as triton_call
+from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 from ssd_cases import Case, draw
 
-from mamba2_jax.ops import dispatch
 from mamba2_jax.ops import ssd as public_ssd
+from mamba2_jax.ops.scan import dispatch
 
 pytestmark = pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels need jax >= 0.11.2")
 

@@ -13,7 +13,8 @@ import numpy as np
 import reference
 import seeding
 import test_triton
-from mamba2_jax.pallas import triton_gpu, triton_kernels
+from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels
+from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 from test_triton import TOLERANCE, error, gradients, small, ssd
 
 from mamba2_jax.ops import ssd as public_ssd

@@ -11,7 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
-from mamba2_jax.pallas import bridge
+from mamba2_jax.pallas.mosaic_gpu import bridge
 
 LAUNCH = "kernel_launch"
 VIEWS = {"reshape", "squeeze", "expand_dims"}

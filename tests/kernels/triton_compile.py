@@ -28,7 +28,8 @@ CONFIGURATIONS = [
 
 def launches(dtype: str, head_dim: int, state_dim: int, documents: bool):
     """Return the kernels of a forward and a backward pass, with their constants."""
-    from mamba2_jax.pallas import triton_gpu, triton_kernels
+    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels
+    from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 
     tiles = triton_gpu.tiling(dtype, head_dim, state_dim)
     constants = {

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 def main() -> None:
     """Print how many launches the lowered program holds, and TRITON_CACHE_DIR, which jax_triton empties."""
-    from mamba2_jax.pallas import triton_call, triton_gpu
+    from mamba2_jax.pallas.triton_gpu import call as triton_call
+    from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 
     library = triton_call.jax_triton().triton_lib
     # the one question that jax_triton asks the device

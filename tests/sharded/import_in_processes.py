@@ -20,7 +20,7 @@ import jax  # noqa: E402
 from flax import nnx  # noqa: E402
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM  # noqa: E402
-from mamba2_jax.sharding import make_mesh  # noqa: E402
+from mamba2_jax.mesh import make_mesh  # noqa: E402
 
 config = Mamba2Config(
     hidden_size=1024, num_hidden_layers=4, num_heads=32, head_dim=64, state_size=64, n_groups=2,

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from mamba2_jax import ops
-from mamba2_jax.ops.causal_conv1d_sharded import causal_conv1d_sharded
+from mamba2_jax.ops.conv.sharded import causal_conv1d_sharded
 
 TOLERANCE = 3e-6  # the same float32 sums; those over all tokens, for weight and bias, in another order
 

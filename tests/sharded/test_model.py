@@ -14,7 +14,8 @@ from jax.sharding import PartitionSpec as P
 from meshes import collectives, mesh_cases, small_config
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
-from mamba2_jax.sharding import BATCH, axis_size, make_mesh, parameter_shardings
+from mamba2_jax.mesh import BATCH, axis_size, make_mesh
+from mamba2_jax.sharding import parameter_shardings
 
 TOLERANCE = 1e-5  # float32 sums in another order
 CASES = mesh_cases(

@@ -17,7 +17,7 @@ from meshes import small_config
 from training_runs import texts_file, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM
-from mamba2_jax.cli_finetune import finetune
+from mamba2_jax.cli.finetune import finetune
 from mamba2_jax.lora import load_lora
 from mamba2_jax.processes import start_processes
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics

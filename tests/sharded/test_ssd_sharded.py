@@ -12,8 +12,8 @@ from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
 
 from mamba2_jax import ops
-from mamba2_jax.ops.ssd_recurrent import ssd_recurrent
-from mamba2_jax.ops.ssd_sharded import ssd_sharded
+from mamba2_jax.ops.scan.recurrent import ssd_recurrent
+from mamba2_jax.ops.scan.sharded import ssd_sharded
 
 # float32, both sides alike, but the state that enters a device is summed in another order. dA and dD are
 # sums over all rows and tokens, which cancel.
@@ -145,7 +145,7 @@ def test_a_pallas_kernel_with_its_own_gradient_runs_inside(sizes, monkeypatch):
     inputs, weights = draw(l=16)
     del inputs["D"]
     want = on_one_device(inputs, None, weights)
-    monkeypatch.setattr(sys.modules["mamba2_jax.ops.ssd"], "choose", choose)
+    monkeypatch.setattr(sys.modules["mamba2_jax.ops.scan.api"], "choose", choose)
     on_the_mesh = compiled(ssd_sharded, mesh=meshes.make_mesh(meshes.SIZES[sizes]))
     assert "pallas_call" in str(on_the_mesh.trace(inputs, None, weights).jaxpr)
     meshes.assert_equal(on_the_mesh(inputs, None, weights), want, TOLERANCE)

@@ -12,7 +12,8 @@ from meshes import error, mesh_cases, small_config
 from training_runs import run_config, texts_file, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM, generate
-from mamba2_jax.sharding import make_mesh, parameter_shardings
+from mamba2_jax.mesh import make_mesh
+from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.training import CheckpointConfig, LoraOptions, MeshOptions, Trainer
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 

@@ -1,0 +1,132 @@
+"""What `mamba2-jax generate` does: settings from the checkpoint and the user, and the text as it is made."""
+
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import jax
+
+from mamba2_jax.generation.sampling import make_sampler
+from mamba2_jax.generation.streaming import TextStream, stream
+from mamba2_jax.hub import resolve_folder
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
+from mamba2_jax.tokenizer import load_tokenizer, special_token_ids
+
+Begin: TypeAlias = Callable[[int], TextStream]  # of how many tokens
+
+MAX_NEW_TOKENS = 128  # when neither the user nor the checkpoint says
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+_FILTERS = ("top_k", "top_p", "min_p")
+_KINDS = dict.fromkeys(_SAMPLING, (int, float)) | {"top_k": (int,), "max_new_tokens": (int,)}
+_ENDINGS = {"eos": "the model", "stop": "a stop string", "length": "--max-new-tokens"}
+
+
+def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[Begin, int]:
+    """Load the model and its tokenizer.
+
+    Args:
+        options: of the command, as in `cli.Generate`.
+        prompt: the text to continue.
+        tell: told what the user should know.
+
+    Returns:
+        What starts a stream, and how many tokens it shall make at most.
+
+    Raises:
+        OSError: no such checkpoint or tokenizer.
+        ValueError: options or files of the checkpoint that are not valid, named.
+    """
+    folder = resolve_folder(options.model)
+    settings = chosen_settings(options, folder)
+    tokenizer = load_tokenizer(options.tokenizer or folder)
+    dtype = None if options.dtype == "auto" else options.dtype
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    eos = settings.get("eos_token_id", model.config.eos_token_id)
+    ids = special_token_ids(tokenizer, model.config.replace(eos_token_id=eos))
+    for note in ids.notes:
+        tell(f"note: {note}")
+
+    def begin(max_new_tokens: int) -> TextStream:
+        return stream(
+            model,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            stop=options.stop,
+            eos_token_id=ids.eos,
+            key=jax.random.key(options.seed) if settings.get("temperature") else None,
+            **{name: settings[name] for name in _SAMPLING if name in settings},
+        )
+
+    begin(1)  # what is wrong with the prompt is said here, before any text
+    return begin, settings["max_new_tokens"]
+
+
+def chosen_settings(options: Any, folder: pathlib.Path) -> dict[str, Any]:
+    """Fold what the user said over what the checkpoint in `folder` says, and check both."""
+    settings = _checkpoint_settings(folder / "generation_config.json")
+    ours = {name: getattr(options, name) for name in ("max_new_tokens", *_SAMPLING)}
+    if ours["temperature"] == 0:
+        settings = {name: value for name, value in settings.items() if name not in _FILTERS}
+    settings |= {name: value for name, value in ours.items() if value is not None}
+    if settings.get("top_k") == 0:
+        del settings["top_k"]
+    make_sampler("generate", **{name: value for name, value in settings.items() if name in _SAMPLING})
+    if settings.setdefault("max_new_tokens", MAX_NEW_TOKENS) < 1:
+        raise ValueError(f"--max-new-tokens {settings['max_new_tokens']} must be at least 1")
+    return settings
+
+
+def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
+    """Read the defaults a checkpoint wants, by the rules of transformers: no `do_sample`, no sampling."""
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: wants a JSON object")
+    found = {name: content[name] for name in _KINDS if content.get(name) is not None}
+    for name, value in found.items():
+        if isinstance(value, bool) or not isinstance(value, _KINDS[name]):
+            raise ValueError(f"{file}: {name}={value!r} is not a number of its kind; correct it")
+    if found.get("top_k") == 0:
+        del found["top_k"]
+    if content.get("do_sample"):
+        found.setdefault("temperature", 1.0)
+    else:
+        found = {name: value for name, value in found.items() if name not in (*_FILTERS, "temperature")}
+    make_sampler(str(file), **{name: value for name, value in found.items() if name in _SAMPLING})
+    if content.get("eos_token_id") is not None:
+        eos = content["eos_token_id"]
+        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
+    return found
+
+
+def write_and_time(begin: Begin, max_new_tokens: int, tell: Callable[[object], None]) -> None:
+    """Print the text as it is made; then tell how fast it was."""
+    started = time.perf_counter()
+    pieces = begin(max_new_tokens)
+    first, tokens_at_first, piece = None, 0, ""
+    for piece in pieces:
+        if first is None:
+            first, tokens_at_first = time.perf_counter(), pieces.num_tokens
+        print(piece, end="", flush=True)
+    ended = time.perf_counter()
+    if not piece.endswith("\n"):
+        print(flush=True)
+    # The first call waited for the compiler: the same prompt once more tells what the model itself takes.
+    again = time.perf_counter()
+    next(begin(1), None)
+    again = time.perf_counter() - again
+    count = pieces.num_tokens
+    lines = [f"{count} tokens, ended by {_ENDINGS[pieces.finish_reason or 'length']}"]
+    if first is not None and count > tokens_at_first:
+        speed = (count - tokens_at_first) / (ended - first)
+        lines.append(f"speed: {speed:.1f} tokens/s after the first, compiling excluded")
+    including = ((ended if first is None else first) - started) * 1e3
+    lines.append(f"time to first token: {again * 1e3:.0f} ms, with compiling {including:.0f} ms")
+    tell("\n".join(lines))

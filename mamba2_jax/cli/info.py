@@ -1,0 +1,126 @@
+"""What `mamba2-jax info` prints: a checkpoint's config, parameters, files and memory."""
+
+import math
+import pathlib
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.hub import resolve_folder
+from mamba2_jax.models.cache import Mamba2Cache
+from mamba2_jax.weights import find_form, open_checkpoint
+
+
+def describe(path: str | None) -> None:
+    """Print the tables of the checkpoint at `path`; None is the model inside the package.
+
+    Raises:
+        OSError: no such folder, or nothing readable in it.
+        ValueError: a config or weights that are broken.
+    """
+    # of a hub id only the small files are fetched
+    folder = resolve_folder(path, allow_patterns=["*.json", "tokenizer*"])
+    config = Mamba2Config.from_pretrained(folder)
+    console = Console(markup=False, emoji=False, highlight=False)
+    console.print(_table(str(folder), _config_rows(config)))
+    console.print(_table("memory", _memory_rows(config)))
+    if find_form(folder) is None:
+        console.print("files: no weights here")
+    else:
+        console.print(_table("files", _file_rows(folder)))
+
+
+def _table(title: str, rows: list[tuple[str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
+    vocabulary = f"{config.vocab_size:,}"
+    if config.real_vocab_size != config.vocab_size:
+        vocabulary += f", of which {config.vocab_size - config.real_vocab_size:,} are padding"
+    biases = {"projections": config.use_bias, "convolution": config.use_conv_bias}
+    low, high = config.time_step_limit
+    return [
+        ("parameters", f"{config.num_parameters():,}"),
+        ("layers", str(config.num_hidden_layers)),
+        ("width", f"{config.hidden_size} (inner {config.intermediate_size})"),
+        ("heads", f"{config.num_heads} of {config.head_dim} channels"),
+        ("state", f"{config.state_size} per channel; B and C in {config.n_groups} groups"),
+        ("convolution", f"{config.conv_kernel} taps over {config.conv_dim} channels"),
+        ("vocabulary", vocabulary),
+        ("head", "tied to the embedding" if config.tie_word_embeddings else "its own matrix"),
+        ("biases", ", ".join(name for name, present in biases.items() if present) or "none"),
+        ("time step", "not limited" if (low, high) == (0, math.inf) else f"clamped to {low}..{high}"),
+        ("chunk size", str(config.chunk_size)),
+        ("end of text", ", ".join(map(str, config.eos_token_ids)) or "none"),
+        *_variant_rows(config),
+    ]
+
+
+def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
+    """What most models do not have."""
+    rows = []
+    if config.attn_layer_idx and (attention := config.attn_cfg) is not None:
+        heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
+        if attention.num_heads_kv != attention.num_heads:
+            heads += f", {attention.num_heads_kv} of keys and values"
+        rows.append(("attention", f"layers {', '.join(map(str, config.attn_layer_idx))}: {heads}"))
+    if config.parallel_mlp_width:
+        rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
+    if config.d_intermediate:
+        rows.append(("MLP in each block", f"{config.mlp_width} channels"))
+    if not config.rmsnorm or config.norm_before_gate:
+        rows.append(("gate", "after the norm" if config.rmsnorm else "without a norm"))
+    if config.D_has_hdim:
+        rows.append(("D", "per channel"))
+    return rows
+
+
+def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
+    rows = [
+        (f"weights in {dtype}", _size(config.num_parameters() * jnp.dtype(dtype).itemsize))
+        for dtype in ("float32", "bfloat16")
+    ]
+    for dtype in ("float32", "bfloat16"):
+        sizes = [
+            jax.eval_shape(
+                lambda dtype=dtype, capacity=capacity: Mamba2Cache.zeros(config, 1, dtype, capacity=capacity)
+            ).nbytes
+            for capacity in (0, 1)
+        ]
+        growth = sizes[1] - sizes[0]
+        per_token = f", and {_size(growth)} for each token of it" if growth else ", however long the text"
+        rows.append((f"cache of a row, {dtype}", _size(sizes[0]) + per_token))
+    return rows
+
+
+def _file_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
+    with open_checkpoint(folder) as checkpoint:
+        tensors = list(checkpoint.tensors.values())
+    rows = []
+    for file in sorted({info.file for info in tensors}):
+        here = [info for info in tensors if info.file == file]
+        numbers = Counter()
+        for info in here:
+            numbers[info.dtype] += info.size
+        dtypes = ", ".join(f"{count:,} {dtype}" for dtype, count in numbers.most_common())
+        rows.append((file.name, f"{len(here)} tensors: {dtypes}; {_size(sum(i.nbytes for i in here))}"))
+    return rows
+
+
+def _size(count: int) -> str:
+    """Write a number of bytes: exact, and with a decimal prefix."""
+    for prefix, unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= unit:
+            return f"{count / unit:.1f} {prefix} ({count:,} bytes)"
+    return f"{count} bytes"

@@ -1,0 +1,65 @@
+"""The residual block: norm and mixer, then norm and MLP where the config has one."""
+
+from functools import partial
+
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.attention import AttentionMixer
+from mamba2_jax.layers.mamba2 import Mamba2Mixer
+from mamba2_jax.layers.mamba2_on_mesh import can_mix_on_mesh, mix_on_mesh
+from mamba2_jax.layers.parts import GatedMLP, RMSNorm
+from mamba2_jax.layers.state import LayerState, Rows
+from mamba2_jax.typing import Array, DTypeLike, Float
+
+
+class Mamba2Block(nnx.Module):
+    """Norm, mixer, residual; with `d_intermediate` then norm, MLP, residual.
+
+    Args:
+        config: sizes and options.
+        use_attention: attention in the mixer's place.
+        dtype: further arguments as for `Mamba2Mixer`.
+        param_dtype: see there.
+        ssd_implementation: see there.
+        rngs: see there.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        use_attention: bool = False,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        self.residual_in_fp32 = config.residual_in_fp32
+        options = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
+        norm = partial(RMSNorm, config.hidden_size, config.layer_norm_epsilon, param_dtype)
+        self.norm = norm()
+        if use_attention:
+            self.mixer = AttentionMixer(config, **options)
+        else:
+            self.mixer = Mamba2Mixer(config, ssd_implementation=ssd_implementation, **options)
+        self.norm2 = norm() if config.d_intermediate else None
+        self.mlp = GatedMLP(config, **options) if config.d_intermediate else None
+
+    def __call__(
+        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
+    ) -> tuple[Float[Array, "b l d"], LayerState]:
+        """Add the updates to the residual stream; returns it and the layer's state."""
+        normed = self.norm(hidden).astype(self.dtype)
+        mixer = self.mixer
+        if isinstance(mixer, Mamba2Mixer) and mixer.mesh is not None and can_mix_on_mesh(mixer, mixer.mesh):
+            update, state = mix_on_mesh(mixer, mixer.mesh, normed, state, rows)
+        else:
+            update, state = mixer(normed, state, rows)
+        stream = jnp.promote_types(self.dtype, jnp.float32) if self.residual_in_fp32 else self.dtype
+        hidden = hidden.astype(stream) + update.astype(stream)
+        if self.mlp is not None and self.norm2 is not None:
+            hidden = hidden + self.mlp(self.norm2(hidden).astype(self.dtype)).astype(stream)
+        return hidden, state

@@ -1,0 +1,248 @@
+"""The Mamba-2 block as Flax NNX modules.
+
+    hidden -> norm -> in_proj -> z, x, B, C, dt
+                      x, B, C -> causal conv, silu
+                      ssd(x, dt, A, B, C) -> y
+                      gated norm(y, z) -> out_proj -> + hidden
+
+The input projection and the convolution keep one leaf per meaning (z and x, B and C, dt), so that
+heads and groups can be split over devices. In a hybrid some blocks have attention in the mixer's place.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.adaptable import Adaptable
+from mamba2_jax.layers.parts import (
+    Projection,
+    RMSNorm,
+    keep_rows,
+    residual_gain,
+    split_pair,
+    uniform,
+    value_of,
+    zeros,
+)
+from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
+from mamba2_jax.ops import causal_conv1d_step, gated_rms_norm, silu_gate, ssd_step
+from mamba2_jax.ops.conv.sharded import convolve_a_piece
+from mamba2_jax.ops.pieces import own_group
+from mamba2_jax.ops.scan.sharded import ssd_of_a_piece
+from mamba2_jax.typing import Array, DTypeLike, Float
+
+
+class InProjection(Adaptable):
+    """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
+
+    Where a gated MLP runs beside the SSM, a fourth for its gate and value `(d, 2, m)`.
+    """
+
+    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        width, inner, heads = config.hidden_size, config.d_ssm, config.num_heads
+        group_width, mlp = config.groups_state_size, config.parallel_mlp_width
+        bound = 1 / math.sqrt(width)
+        self.dtype = dtype
+        self.weight_z0x0 = uniform(rngs, (width, 2, mlp), bound, param_dtype) if mlp else None
+        self.weight_zx = uniform(rngs, (width, 2, inner), bound, param_dtype)
+        self.weight_BC = uniform(rngs, (width, 2, group_width), bound, param_dtype)
+        self.weight_dt = uniform(rngs, (width, heads), bound, param_dtype)
+        self.bias_z0x0 = zeros((2, mlp), param_dtype) if config.use_bias and mlp else None
+        self.bias_zx = zeros((2, inner), param_dtype) if config.use_bias else None
+        self.bias_BC = zeros((2, group_width), param_dtype) if config.use_bias else None
+        self.bias_dt = zeros((heads,), param_dtype) if config.use_bias else None
+
+    def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
+        """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
+        zx = self.project(hidden, "_zx").astype(self.dtype)
+        BC = self.project(hidden, "_BC").astype(self.dtype)
+        dt = self.project(hidden, "_dt")
+        return *split_pair(zx), BC, dt
+
+    def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
+        """Return the gated MLP beside the SSM, `silu(z0) * x0`, or None."""
+        if self.weight_z0x0 is None:
+            return None
+        gate, value = split_pair(self.project(hidden, "_z0x0").astype(self.dtype))
+        return silu_gate(value, gate)
+
+
+class CausalConv1d(Adaptable):
+    """The depthwise convolution over x, B and C: taps `(k, e)` and `(k, 2, gn)`, then silu."""
+
+    def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
+        bound = 1 / math.sqrt(taps)
+        self.weight_x = uniform(rngs, (taps, inner), bound, param_dtype)
+        self.weight_BC = uniform(rngs, (taps, 2, group_width), bound, param_dtype)
+        has_bias = config.use_conv_bias
+        self.bias_x = uniform(rngs, (inner,), bound, param_dtype) if has_bias else None
+        self.bias_BC = uniform(rngs, (2, group_width), bound, param_dtype) if has_bias else None
+
+    def __call__(
+        self,
+        x: Float[Array, "b l e"],
+        BC: Float[Array, "b l 2 gn"],
+        state: ConvState,
+        rows: Rows,
+        num_pieces: int,
+    ) -> tuple[Array, Array, ConvState]:
+        """Convolve a sequence, or one of `num_pieces` of it; returns x, BC and the state after it."""
+        marks = None if rows.marks is None else rows.marks.astype(jnp.int32)
+        convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
+        x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, marks)
+        BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, marks)
+        return x, BC, ConvState(x=state_x, BC=state_BC)
+
+    def step(
+        self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
+    ) -> tuple[Array, Array, ConvState]:
+        """Convolve one token; returns x, BC and the state after it."""
+        x, state_x = causal_conv1d_step(x, self.taps("weight_x"), value_of(self.bias_x), state.x)
+        BC, state_BC = causal_conv1d_step(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC)
+        return x, BC, ConvState(x=state_x, BC=state_BC)
+
+
+class Mamba2Mixer(nnx.Module):
+    """The sequence mixer: projection, convolution, SSD, gated norm (or gate alone), projection.
+
+    Args:
+        config: sizes and options.
+        dtype: compute dtype of the matrix products.
+        param_dtype: dtype of the parameters made here.
+        ssd_implementation: passed to `ops.ssd`.
+        rngs: source of the initial values.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.head_dim, self.state_dim = config.head_dim, config.state_size
+        self.time_step_limit = config.time_step_limit
+        self.norm_before_gate = config.norm_before_gate
+        self.dtype = jnp.dtype(dtype)
+        self.ssd_implementation = ssd_implementation
+        self.mesh: Mesh | None = None  # set by `to_mesh` of the model
+
+        self.in_proj = InProjection(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.conv1d = CausalConv1d(config, param_dtype=param_dtype, rngs=rngs)
+        self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs).astype(param_dtype))
+        A = jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, 1.0, 16.0)
+        self.A_log = nnx.Param(jnp.log(A).astype(param_dtype))
+        skips = (config.num_heads, self.head_dim) if config.D_has_hdim else (config.num_heads,)
+        self.D = nnx.Param(jnp.ones(skips, param_dtype))
+        self.norm = RMSNorm(config.d_ssm, config.layer_norm_epsilon, param_dtype) if config.rmsnorm else None
+        self.out_proj = Projection(
+            config.intermediate_size,
+            (config.hidden_size,),
+            bias=config.use_bias,
+            gain=residual_gain(config),
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
+    ) -> tuple[Float[Array, "b l d"], LayerState]:
+        """Mix a sequence.
+
+        Args:
+            hidden: normed hidden states `(b, l, d)`.
+            state: what the layer remembers of the tokens before.
+            rows: which tokens count, and where documents begin.
+
+        Returns:
+            The float32 update of the residual stream `(b, l, d)`, and the state after the sequence.
+        """
+        return self.mix(hidden, state, rows, Part())
+
+    def mix(self, hidden: Array, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
+        """`__call__` on one device: of the whole, or inside a `shard_map` of a part of it."""
+        z, x, BC, dt = self.in_proj(hidden)
+        dt = jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype))
+        dt = jnp.clip(dt, *self.time_step_limit)  # (b, l, h) float32
+        if rows.mask is not None:
+            dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a token that does not count changes nothing
+        scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
+        y, state = scan(x, BC, dt, state, rows, part)
+        y = self._gate(y, z, part)
+        beside = self.in_proj.mlp(hidden)
+        if beside is not None:
+            y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
+        return self.out_proj(y), state
+
+    def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
+        if self.norm is None:
+            return silu_gate(y, z)
+        return gated_rms_norm(
+            y,
+            z,
+            self.norm.weight[...],
+            eps=self.norm.eps,
+            num_groups=1 if part.devices_per_group > 1 else self._groups,
+            norm_before_gate=self.norm_before_gate,
+            combine=partial(part.mean_over_group, num_groups=self._groups),
+        )
+
+    def _sequence(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
+        x, BC, conv = self.conv1d(x, BC, state.conv, rows, part.num_pieces)
+        B, C = self._split_BC(BC, part)
+        y, ssm = ssd_of_a_piece(
+            x.reshape(*dt.shape, self.head_dim),
+            dt,
+            self._A(),
+            B,
+            C,
+            self.D[...],
+            state.ssm,
+            rows.segment_ids,
+            num_pieces=part.num_pieces,
+            implementation=self.ssd_implementation,
+        )
+        return y.reshape(x.shape), LayerState(conv, ssm.astype(state.ssm.dtype), None)
+
+    def _one_token(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
+        x, BC, conv = self.conv1d.step(x[:, 0], BC[:, 0], state.conv)
+        conv = keep_rows(rows.mask, conv, state.conv)
+        B, C = self._split_BC(BC, part)
+        heads = x.reshape(x.shape[0], -1, self.head_dim)
+        y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, state.ssm, D=self.D[...])
+        return y.reshape(x.shape[0], 1, -1), LayerState(conv, ssm, None)
+
+    def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
+        """Take B and C apart, the groups of this device's heads only."""
+        BC = BC.reshape(*BC.shape[:-1], self._groups, self.state_dim)
+        if part.devices_per_group > 1:
+            BC = own_group(BC, part.devices_per_group, axis=BC.ndim - 2)
+        return [one.squeeze(-3) for one in jax.lax.split(BC, (1, 1), axis=BC.ndim - 3)]
+
+    @property
+    def _groups(self) -> int:
+        """How many groups of B and C there are: on a mesh, on this device."""
+        return self.in_proj.weight_BC.shape[-1] // self.state_dim
+
+    def _A(self) -> Float[Array, " h"]:
+        return -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32)))
+
+
+def _initial_dt_bias(config: Mamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:
+    """Inverse softplus of step sizes drawn log-uniformly from `time_step_min .. time_step_max`."""
+    low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+    dt = jnp.exp(jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, low, high))
+    dt = jnp.maximum(dt, config.time_step_floor)
+    return dt + jnp.log(-jnp.expm1(-dt))

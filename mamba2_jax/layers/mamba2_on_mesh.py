@@ -1,0 +1,127 @@
+"""A Mamba-2 mixer on a mesh of devices: each runs its own rows, tokens and heads, and says when to send.
+
+Left to itself, the compiler adds up the gradients of z and x, of B and C, and of dt over `tensor` one by one.
+Here the whole mixer is one `shard_map`, and what it sends is written down:
+
+| over | forward | backward |
+|---|---|---|
+| `tensor` | the sum of all heads' updates `(b, l, d)` | the sum of the gradients of `hidden` `(b, l, d)` |
+| | where a group of the gated norm spans devices: its mean square `(b, l, g)` | as many |
+| `fsdp` | the matrices, gathered before use and dropped after | gathered again; gradients, summed and split |
+| `sequence` | see `ops.ssd_sharded` and `ops.causal_conv1d_sharded` | |
+
+Gradients of what devices hold in common are summed over them. A device's heads never need another's.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mamba2_jax.layers.mamba2 import Mamba2Mixer
+from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
+from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR
+from mamba2_jax.ops.pieces import pad_tokens
+from mamba2_jax.sharding import parameter_spec, splits_batch
+from mamba2_jax.typing import Array, DTypeLike
+
+
+def can_mix_on_mesh(mixer: Mamba2Mixer, mesh: Mesh) -> bool:
+    """Whether the mesh gives each device whole heads and groups.
+
+    Where not, the compiler splits the work as it can; also with dropout, which is drawn for all rows at once.
+    """
+    config, tensor = mixer.config, mesh.shape[TENSOR]
+    groups_fit = config.n_groups % tensor == 0 or tensor % config.n_groups == 0
+    mixed = tensor > 1 and config.parallel_mlp_width  # rows of `out_proj` that are no head's
+    adapters = [*mixer.in_proj.adapters_in_use(), *mixer.out_proj.adapters_in_use()]
+    dropout = any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters)
+    return config.num_heads % tensor == 0 and groups_fit and not mixed and not dropout
+
+
+def mix_on_mesh(
+    mixer: Mamba2Mixer, mesh: Mesh, hidden: Array, state: LayerState, rows: Rows
+) -> tuple[Array, LayerState]:
+    """`Mamba2Mixer.mix` over `mesh`: the same numbers, differentiable."""
+    config = mixer.config
+    batch, length, _ = hidden.shape
+    tensor = mesh.shape[TENSOR]
+    num_pieces = _count_pieces(length, mesh.shape[SEQUENCE], config.conv_kernel - 1)
+    part = Part(num_pieces, max(1, tensor // config.n_groups))
+    padding = -length % num_pieces
+    if padding:
+        hidden, rows = pad_tokens(hidden, padding), _pad_rows(rows, batch, length, padding)
+
+    batch_axes = BATCH if splits_batch(mesh, batch) else None
+    by_row: Any = P(batch_axes)
+    by_token: Any = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
+    groups = None if part.devices_per_group > 1 else TENSOR
+    channels_x: Any = P(batch_axes, None, TENSOR)
+    channels_BC: Any = P(batch_axes, None, None, groups)
+    state_specs = LayerState(ConvState(channels_x, channels_BC), P(batch_axes, TENSOR), None)
+    leaves, treedef = jax.tree.flatten_with_path(mixer)
+    paths = [_path(path) for path, _ in leaves]
+    specs = [parameter_spec(path, config, mesh) for path in paths]
+
+    def run(leaves, hidden, state, rows):
+        leaves = [
+            _here(leaf, path, spec, mixer.dtype)
+            for leaf, path, spec in zip(leaves, paths, specs, strict=True)
+        ]
+        update, state = jax.tree.unflatten(treedef, leaves).mix(hidden, state, rows, part)
+        return update[None], state
+
+    mix = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, by_row, by_token)),
+        # One update for each device of `tensor`, which are added up outside: inside, the sum's gradient
+        # would be summed once more.
+        out_specs=(P(TENSOR, *by_token), state_specs),
+        check_vma=False,  # a kernel and its custom gradient do not say over which axes their results vary
+    )
+    if mesh.shape["fsdp"] > 1:
+        mix = jax.checkpoint(mix, policy=_all_but_gathered)
+    update, state = mix([leaf for _, leaf in leaves], hidden, state, rows)
+    return update.sum(axis=0)[:, :length], state
+
+
+def _count_pieces(length: int, devices: int, reach: int) -> int:
+    """Cut a row over `devices`, unless the convolution would reach past its neighbour."""
+    return devices if length > 1 and -(-length // devices) >= reach else 1
+
+
+def _pad_rows(rows: Rows, batch: int, length: int, padding: int) -> Rows:
+    mask = jnp.ones((batch, length), bool) if rows.mask is None else rows.mask
+    rows = rows._replace(mask=mask)
+    return rows._replace(
+        **{
+            name: pad_tokens(getattr(rows, name), padding)
+            for name in ("mask", "segment_ids", "positions")
+            if getattr(rows, name) is not None
+        }
+    )
+
+
+def _path(path: tuple) -> str:
+    """Where a leaf is in a model; a weight set aside while adapters are merged lies like the weight."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    return f"mixer.{name}".replace(".unmerged.", ".")
+
+
+def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
+    """A parameter as a device uses it: gathered over `fsdp`, in the compute dtype if that is narrower."""
+    if path == "mixer.out_proj.bias":  # the devices' updates are added up
+        return jnp.where(jax.lax.axis_index(TENSOR) == 0, leaf, 0)
+    for axis, name in enumerate(spec):
+        if name == "fsdp" and jax.lax.axis_size("fsdp") > 1:
+            narrow = min(leaf.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
+            leaf = jax.lax.all_gather(leaf.astype(narrow), "fsdp", axis=axis, tiled=True)
+    return leaf
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass may keep: a matrix kept whole would undo what `fsdp` is for."""
+    return primitive is not jax.lax.all_gather_p

@@ -1,0 +1,115 @@
+"""What the layers are made of: embedding, norm, projection, gated MLP, and what passes between layers."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.adaptable import Adaptable
+from mamba2_jax.ops import rms_norm, silu_gate
+from mamba2_jax.ops.linear import embedding_lookup, linear
+from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
+
+
+class Embedding(Adaptable):
+    """A table of `(v, d)`; drawn from a normal of `std`."""
+
+    def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
+
+    def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
+        """Look tokens up, in `dtype`."""
+        rows = embedding_lookup(self.weight[...], ids)
+        for adapter in self.adapters_in_use():
+            low = adapter.scale * embedding_lookup(adapter.A[...], ids)
+            rows = rows + linear(low, adapter.B["weight"][...], dtype=dtype)
+        return rows.astype(dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm with a weight `(d,)`."""
+
+    def __init__(self, width: int, eps: float, param_dtype: DTypeLike):
+        self.eps = eps
+        self.weight = nnx.Param(jnp.ones((width,), param_dtype))
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """Normalise over the last axis, in the dtype of `x`."""
+        return rms_norm(x, self.weight[...], eps=self.eps)
+
+
+class Projection(Adaptable):
+    """`x @ weight + bias`: one matrix `(in, *out)`, drawn uniformly from `+-gain / sqrt(in)`."""
+
+    def __init__(
+        self,
+        width: int,
+        out: tuple[int, ...],
+        *,
+        bias: bool,
+        gain: float = 1.0,
+        dtype: DTypeLike,
+        param_dtype: DTypeLike,
+        rngs: nnx.Rngs,
+    ):
+        self.dtype = dtype
+        self.weight = uniform(rngs, (width, *out), gain / math.sqrt(width), param_dtype)
+        self.bias = zeros(out, param_dtype) if bias else None
+
+    def __call__(self, x: Float[Array, "b l in"]) -> Float[Array, "b l *out"]:
+        """Project, in float32."""
+        return self.project(x)
+
+
+class GatedMLP(nnx.Module):
+    """`d -> value, gate -> d`: matrices `(d, 2, m)` and `(m, d)`, without biases."""
+
+    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+        options = {"bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
+        width = config.mlp_width
+        self.fc1 = Projection(config.hidden_size, (2, width), **options)
+        self.fc2 = Projection(width, (config.hidden_size,), gain=residual_gain(config), **options)
+
+    def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        """Return the float32 update of the residual stream."""
+        value, gate = split_pair(self.fc1(hidden).astype(hidden.dtype))
+        return self.fc2(silu_gate(value, gate))
+
+
+def residual_gain(config: Mamba2Config) -> float:
+    """Factor on what is added to the residual stream: its sum keeps its variance (GPT-2's rule)."""
+    if not config.rescale_prenorm_residual:
+        return 1.0
+    branches = config.num_hidden_layers * (2 if config.d_intermediate else 1)
+    return 1 / math.sqrt(branches)
+
+
+def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
+    """Take the two meanings of a leaf pair apart; by a split, whose gradient is one concatenation."""
+    first, second = jax.lax.split(pair, (1, 1), axis=pair.ndim - 2)
+    return first.squeeze(-2), second.squeeze(-2)
+
+
+def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:
+    """A parameter drawn uniformly from `-bound .. bound`."""
+    values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+    return nnx.Param(values.astype(dtype))
+
+
+def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
+    """A parameter of zeros."""
+    return nnx.Param(jnp.zeros(shape, dtype))
+
+
+def value_of(param: nnx.Param | None) -> Array | None:
+    """The array of a parameter that may be absent."""
+    return None if param is None else param[...]
+
+
+def keep_rows(mask: Bool[Array, "b 1"] | None, new, old):
+    """Of two states after one token: the new one in the rows whose token counts."""
+    if mask is None:
+        return new
+    return jax.tree.map(lambda n, o: jnp.where(mask.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)

@@ -1,0 +1,158 @@
+"""What a model is given: checked once at the public door, and joined into the marks the layers read."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.state import Rows
+from mamba2_jax.models.cache import Mamba2Cache, bucket
+from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
+from mamba2_jax.ops.segments import document_starts
+from mamba2_jax.typing import Array, Int
+
+IGNORED_LABEL = -100  # transformers' mark for "no loss here"
+
+
+def check_inputs(
+    name: str, config: Mamba2Config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
+) -> tuple:
+    """Check a model's arguments and return them as `forward` takes them.
+
+    Shapes and dtypes are always checked; values (ids in range, masks without holes) only where they are
+    concrete, so that nothing inside a `jit` waits for the device. A mask of ones becomes None. A cache whose
+    attention buffers are too small for the new tokens is enlarged, where its position is concrete.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError(f"{name}: give either input_ids or inputs_embeds, not both and not neither")
+    if input_ids is not None:
+        input_ids = as_array(input_ids)
+        check_shape(name, "input_ids", input_ids, "b l")
+        check_integer(name, input_ids=input_ids)
+        _check_ids(name, "input_ids", input_ids, config)
+    else:
+        check_shape(name, "inputs_embeds", inputs_embeds, "b l d", d=config.hidden_size)
+        check_dtype(name, inputs_embeds=inputs_embeds)
+    batch, length = batch_and_length(input_ids, inputs_embeds)
+    if attention_mask is not None:
+        attention_mask = check_mask(name, attention_mask, batch, length)
+    if segment_ids is not None:
+        segment_ids = as_array(segment_ids)
+        check_shape(name, "segment_ids", segment_ids, "b l", b=batch, l=length)
+        check_integer(name, segment_ids=segment_ids)
+    if cache is not None:
+        _check_cache(name, config, cache, batch)
+        cache = _with_room(cache, length)
+    return input_ids, attention_mask, segment_ids, cache, inputs_embeds
+
+
+def check_mask(
+    name: str, attention_mask: Array | np.ndarray, batch: int, length: int
+) -> Array | np.ndarray | None:
+    """Check a mask of 0/1 over `(batch, length)` new tokens; None when all of them count."""
+    attention_mask = as_array(attention_mask)
+    check_integer(name, attention_mask=attention_mask)
+    shape = tuple(attention_mask.shape)
+    if len(shape) == 2 and shape[0] == batch and shape[1] > length:
+        raise ValueError(
+            f"{name}: attention_mask has shape {shape} for {length} new tokens; with a cache the mask covers "
+            f"the new tokens only: pass attention_mask[:, -{length}:]"
+        )
+    check_shape(name, "attention_mask", attention_mask, "b l", b=batch, l=length)
+    if not is_concrete(attention_mask):
+        return attention_mask
+    values = np.asarray(attention_mask)
+    if not np.isin(values, (0, 1)).all():
+        raise ValueError(f"{name}: attention_mask holds values other than 0 and 1")
+    starts = np.diff(values.astype(np.int8), axis=1, prepend=0) == 1
+    holes = np.flatnonzero(starts.sum(axis=1) > 1)
+    if holes.size:
+        raise ValueError(
+            f"{name}: attention_mask has a hole in row {holes[0]}: ones must stand together, padding at the "
+            "left or right end; use segment_ids for several documents in a row"
+        )
+    return None if values.all() else attention_mask
+
+
+def check_labels(name: str, config: Mamba2Config, labels, batch: int, length: int) -> Array:
+    """Check labels over `(batch, length)` tokens; `IGNORED_LABEL` is welcome."""
+    labels = as_array(labels)
+    check_shape(name, "labels", labels, "b l", b=batch, l=length)
+    check_integer(name, labels=labels)
+    _check_ids(name, "labels", labels, config, ignored=IGNORED_LABEL)
+    return labels
+
+
+def _check_ids(name: str, argument: str, ids, config: Mamba2Config, ignored: int | None = None) -> None:
+    if not is_concrete(ids):
+        return
+    values = np.asarray(ids)
+    wrong = (values < 0) | (values >= config.vocab_size)
+    if ignored is not None:
+        wrong &= values != ignored
+    if wrong.any():
+        row, column = np.argwhere(wrong)[0]
+        raise ValueError(
+            f"{name}: {argument}[{row}, {column}] = {values[row, column]} lies outside the vocabulary "
+            f"0..{config.vocab_size - 1}; was another model's tokenizer used?"
+        )
+
+
+def _check_cache(name: str, config: Mamba2Config, cache: Mamba2Cache, batch: int) -> None:
+    if not isinstance(cache, Mamba2Cache):
+        raise ValueError(f"{name}: cache must be a Mamba2Cache, got {type(cache).__name__}")
+    if cache.batch != batch:
+        raise ValueError(
+            f"{name}: cache holds {cache.batch} rows, the input {batch}; pick rows with cache[rows]"
+        )
+    capacity = cache.capacity or 0
+    wanted = jax.eval_shape(lambda: Mamba2Cache.zeros(config, batch, capacity=capacity))
+    if jax.tree.map(jnp.shape, cache) != jax.tree.map(jnp.shape, wanted):
+        raise ValueError(f"{name}: cache does not fit this model's config; was it made by another model?")
+
+
+def _with_room(cache: Mamba2Cache, length: int) -> Mamba2Cache:
+    """Give the buffers of attention layers room for `length` more tokens."""
+    if cache.capacity is None or not is_concrete(cache.position):
+        return cache
+    needed = int(np.max(cache.position)) + length
+    return cache if needed <= cache.capacity else cache.reserve(bucket(needed))
+
+
+def batch_and_length(input_ids, inputs_embeds) -> tuple[int, int]:
+    """Rows and tokens of whichever of the two was given."""
+    shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
+    return shape[0], shape[1]
+
+
+def as_array(array) -> Any:
+    """Lists and numpy arrays are welcome; tracers and jax arrays pass untouched."""
+    return array if isinstance(array, jax.Array) else np.asarray(array)
+
+
+def join_rows(attention_mask: Array | None, segment_ids: Array | None) -> Rows:
+    """Join both kinds of marks: a token counts when both say so."""
+    mask = None if attention_mask is None else attention_mask.astype(bool)
+    if segment_ids is None:
+        return Rows(mask)
+    segment_ids = segment_ids.astype(jnp.int32)
+    if mask is not None:
+        segment_ids = jnp.where(mask, segment_ids, 0)
+    return Rows(segment_ids != 0, segment_ids)
+
+
+def next_token_targets(labels: Int[Array, "b l"], rows: Rows) -> Int[Array, "b l"]:
+    """Say which token each position is scored on: the label of the next, `IGNORED_LABEL` for none.
+
+    Padding, the first token of a document, and nothing behind a row's end are never a target.
+    """
+    targets = labels[:, 1:]
+    counts = targets != IGNORED_LABEL
+    if rows.mask is not None:
+        counts &= rows.mask[:, 1:] & rows.mask[:, :-1]
+    if rows.segment_ids is not None:
+        counts &= ~document_starts(rows.segment_ids)[:, 1:]
+    targets = jnp.where(counts, targets, IGNORED_LABEL)
+    return jnp.pad(targets, ((0, 0), (0, 1)), constant_values=IGNORED_LABEL)

@@ -1,0 +1,303 @@
+"""The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.adaptable import Head
+from mamba2_jax.layers.block import Mamba2Block
+from mamba2_jax.layers.parts import Embedding, RMSNorm
+from mamba2_jax.layers.state import LayerState, Rows
+from mamba2_jax.models.cache import Mamba2Cache
+from mamba2_jax.models.inputs import (
+    IGNORED_LABEL,
+    batch_and_length,
+    check_inputs,
+    check_labels,
+    join_rows,
+    next_token_targets,
+)
+from mamba2_jax.models.pretrained import PretrainedModel
+from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS
+from mamba2_jax.ops.segments import document_index, document_positions
+from mamba2_jax.sharding import token_sharding
+from mamba2_jax.typing import Array, DTypeLike, Float, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mamba2Output:
+    """What `Mamba2Model` returns."""
+
+    last_hidden_state: Float[Array, "b l d"]
+    """After the final norm, in the compute dtype."""
+    cache: Mamba2Cache
+    """The state after the row's last token that counts."""
+    hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
+    """On request: the output of each block, then the final norm's."""
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mamba2CausalLMOutput:
+    """What `Mamba2ForCausalLM` returns."""
+
+    logits: Float[Array, "b l v"]
+    """float32, as wide as the padded vocabulary."""
+    cache: Mamba2Cache
+    """The state after the row's last token that counts."""
+    hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
+    """On request: the output of each block, then the final norm's."""
+    loss: Float[Array, ""] | None = None
+    """With `labels`: mean cross entropy in nats over the tokens that have a label."""
+
+
+class Mamba2Model(PretrainedModel):
+    """Embeddings, blocks and the final norm.
+
+    Args:
+        config: sizes and options.
+        dtype: compute dtype of matrix products and activations.
+        param_dtype: dtype of the parameters made here.
+        ssd_implementation: passed to `ops.ssd`.
+        rngs: source of the initial values, `nnx.Rngs(0)`.
+    """
+
+    _checkpoint_prefix = "backbone."
+    _has_head = False
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        check_choice(type(self).__name__, "ssd_implementation", ssd_implementation, (None, *IMPLEMENTATIONS))
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embeddings = Embedding(
+            config.vocab_size, config.hidden_size, config.initializer_range, param_dtype, rngs
+        )
+        self.layers = nnx.List(
+            Mamba2Block(
+                config,
+                use_attention=index in config.attn_layer_idx,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                ssd_implementation=ssd_implementation,
+                rngs=rngs,
+            )
+            for index in range(config.num_hidden_layers)
+        )
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
+        self.mesh: Mesh | None = None
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b l"] | None = None,
+        attention_mask: Int[Array, "b l"] | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
+        cache: Mamba2Cache | None = None,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        output_hidden_states: bool = False,
+    ) -> Mamba2Output:
+        """Run the blocks. Compiled at the first call of each shape; also inside your own `jit`.
+
+        Args:
+            input_ids: `(b, l)` token ids.
+            attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
+                or the right end of a row. A padded row gives the numbers of the row alone.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
+            cache: the state to go on from; any number of new tokens.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            output_hidden_states: also return every block's output.
+
+        Raises:
+            ValueError: arguments that do not fit, named.
+        """
+        inputs = check_inputs(
+            type(self).__name__, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
+        )
+        return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
+
+    def forward(
+        self,
+        input_ids,
+        attention_mask,
+        segment_ids,
+        cache,
+        inputs_embeds,
+        output_hidden_states=False,
+        wrap_block: Callable[[Callable], Callable] | None = None,
+    ) -> Mamba2Output:
+        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses.
+
+        `wrap_block` is given the function that runs a block: training makes it one that recomputes.
+        """
+        run_block = _run_block if wrap_block is None else wrap_block(_run_block)
+        rows = join_rows(attention_mask, segment_ids)
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
+        hidden = inputs_embeds.astype(self.dtype)
+        batch, length = hidden.shape[:2]
+        if self.mesh is not None:
+            hidden = jax.lax.with_sharding_constraint(hidden, token_sharding(self.mesh, batch, length))
+        if cache is None:
+            cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
+
+        if self.config.attn_layer_idx:
+            rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
+
+        states, hidden_states = [], []
+        for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
+            hidden, state = run_block(block, hidden, LayerState._make(before), rows)
+            states.append(state)
+            hidden_states.append(hidden)
+        hidden = self.norm_f(hidden).astype(self.dtype)
+        conv, ssm, attention = zip(*states, strict=True)
+        cache = Mamba2Cache(conv, ssm, _advance(cache.position, rows, length), attention)
+        return Mamba2Output(
+            last_hidden_state=hidden,
+            cache=cache,
+            hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+        )
+
+
+class Mamba2ForCausalLM(PretrainedModel):
+    """`Mamba2Model` with a head that scores the next token. Arguments as for `Mamba2Model`.
+
+    >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package
+    >>> model(jnp.array([[1, 2, 3]])).logits.shape
+    (1, 3, 4096)
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.backbone = Mamba2Model(
+            config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
+        )
+        shape = (config.vocab_size, config.hidden_size)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
+        self.head = Head()  # no weights of its own
+
+    def __call__(
+        self,
+        input_ids: Int[Array, "b l"] | None = None,
+        attention_mask: Int[Array, "b l"] | None = None,
+        segment_ids: Int[Array, "b l"] | None = None,
+        cache: Mamba2Cache | None = None,
+        inputs_embeds: Float[Array, "b l d"] | None = None,
+        labels: Int[Array, "b l"] | None = None,
+        logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+    ) -> Mamba2CausalLMOutput:
+        """Score the next token after each position. Compiled at the first call of each shape.
+
+        Args:
+            input_ids: `(b, l)` token ids.
+            attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
+                or the right end of a row. A padded row gives the numbers of the row alone.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
+            cache: the state to go on from; any number of new tokens.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            labels: `(b, l)`, usually `input_ids`: position t is scored on label t + 1. A label of -100,
+                a padding token, and the first token of a document cost nothing.
+            logits_to_keep: only the last so many positions' logits; 0 keeps all.
+            output_hidden_states: also return every block's output.
+
+        Raises:
+            ValueError: arguments that do not fit, named.
+        """
+        name = type(self).__name__
+        inputs = check_inputs(name, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds)
+        batch, length = batch_and_length(inputs[0], inputs_embeds)
+        if not 0 <= logits_to_keep <= length:
+            raise ValueError(f"{name}: logits_to_keep={logits_to_keep} must lie in 0..{length} (0 keeps all)")
+        if labels is not None:
+            if logits_to_keep:
+                raise ValueError(f"{name}: labels need all logits; leave logits_to_keep at 0")
+            labels = check_labels(name, self.config, labels, batch, length)
+        return _run_causal_lm(
+            self, *inputs, labels, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states
+        )
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Score the vocabulary, float32."""
+        return self.head(hidden, self.output_weight, dtype=self.dtype)
+
+    @property
+    def output_weight(self) -> Float[Array, "v d"]:
+        """The head's matrix, or the embedding's when they are tied."""
+        table = self.backbone.embeddings if self.lm_head is None else self.lm_head
+        return table.weight[...]
+
+
+@partial(jax.jit, static_argnames="output_hidden_states")
+def _run_backbone(model: Mamba2Model, *inputs, output_hidden_states: bool) -> Mamba2Output:
+    return model.forward(*inputs, output_hidden_states=output_hidden_states)
+
+
+@partial(jax.jit, static_argnames=("logits_to_keep", "output_hidden_states"))
+def _run_causal_lm(
+    model: Mamba2ForCausalLM, *inputs, logits_to_keep: int, output_hidden_states: bool
+) -> Mamba2CausalLMOutput:
+    *inputs, labels = inputs
+    _, attention_mask, segment_ids, _, _ = inputs
+    out = model.backbone.forward(*inputs, output_hidden_states=output_hidden_states)
+    logits = model.logits(out.last_hidden_state[:, -logits_to_keep:])
+    loss = (
+        None if labels is None else _next_token_loss(logits, labels, join_rows(attention_mask, segment_ids))
+    )
+    return Mamba2CausalLMOutput(logits, out.cache, out.hidden_states, loss)
+
+
+# Layers are alike: under jit this is traced once and called per layer.
+_run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, rows))
+
+
+def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
+    """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
+    targets = next_token_targets(labels, rows)
+    counts = targets != IGNORED_LABEL
+    chosen = jnp.take_along_axis(logits, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
+    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
+    return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+
+
+def _positions(past: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, "b l"]:
+    """Each token's place in its document."""
+    if rows.marks is None:
+        return past[:, None] + jnp.arange(length)
+    return document_positions(rows.marks.astype(jnp.int32), past)
+
+
+def _advance(position: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, " b"]:
+    """Count the tokens of the row's current document."""
+    if rows.mask is None:
+        return position + length
+    if rows.segment_ids is None:
+        return position + rows.mask.sum(axis=1, dtype=jnp.int32)
+    documents = document_index(rows.segment_ids)
+    last = documents[:, -1:]
+    count = (rows.mask & (documents == last)).sum(axis=1, dtype=jnp.int32)
+    return jnp.where(last[:, 0] == 1, position + count, count)

@@ -1,0 +1,253 @@
+"""What every model can do with a checkpoint: come from one, and become one."""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
+from mamba2_jax.lora.attach import adapters_in_use
+from mamba2_jax.mesh import check_mesh
+from mamba2_jax.sharding import parameter_shardings
+from mamba2_jax.typing import Array, DTypeLike
+from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, checkpoint_table, load_weights, outgoing_weights
+from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
+
+_M = TypeVar("_M", bound="PretrainedModel")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model's weights came from; saving goes by it.
+
+    Args:
+        folder: of the checkpoint; its tokenizer and generation config go along when the model is saved.
+        stored_dtypes: type of each stored tensor there, by its canonical name.
+    """
+
+    folder: Path
+    stored_dtypes: tuple[tuple[str, str], ...]
+
+
+class PretrainedModel(nnx.Module):
+    """Loading and saving, shared by the models."""
+
+    config: Mamba2Config
+    origin: Origin | None = None
+    _checkpoint_prefix = ""
+    _has_head = True
+
+    @classmethod
+    def from_pretrained(
+        cls: type[_M],
+        path: str | Path | None = None,
+        *,
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike | None = None,
+        ssd_implementation: str | None = None,
+        sharding: "Mesh | jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
+        revision: str | None = None,
+        allow_non_finite: bool = False,
+        report: Callable[[LoadReport], None] | None = None,
+    ) -> _M:
+        """Load a checkpoint of any published form: transformers', state-spaces' or Mistral's.
+
+        Args:
+            path: a folder or a hub id. None: the small Python-writing model inside the package.
+            dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
+            param_dtype: dtype of the parameters. None keeps each tensor as stored.
+            ssd_implementation: passed to `ops.ssd`.
+            sharding: where the parameters go: a mesh (`to_mesh`, without a whole model on any device before),
+                a sharding for all, or a function of the parameter's path.
+            revision: branch, tag or commit of a hub id.
+            allow_non_finite: take weights that hold NaN or infinity.
+            report: called with the load report; `print` prints it.
+
+        Raises:
+            FileNotFoundError: no such folder, or a hub id that cannot be reached.
+            ImportError: the weights are a PyTorch `.bin` file, and there is no PyTorch to read it.
+            ValueError: a checkpoint that does not fit its config: every problem is listed.
+        """
+        folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
+        config = Mamba2Config.from_pretrained(folder)
+        place, mesh = sharding, None
+        if isinstance(sharding, Mesh):
+            mesh = sharding
+            check_mesh(f"{cls.__name__}.from_pretrained", mesh)
+            table = checkpoint_table(config, cls._has_head)
+            paths = [leaf.path for stored in table for leaf in stored.leaves]
+            place = parameter_shardings(paths, config, mesh).__getitem__
+        arrays, load_report = load_weights(
+            folder,
+            config,
+            param_dtype=param_dtype,
+            sharding=place,
+            allow_non_finite=allow_non_finite,
+            head=cls._has_head,
+        )
+        if dtype is None:
+            stored = arrays["backbone.embeddings.weight"].dtype
+            dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
+        model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
+        if mesh is not None:
+            model._set_mesh(mesh)
+        model.origin = Origin(folder.resolve(), tuple(sorted(load_report.stored_dtypes.items())))
+        if report is not None:
+            report(load_report)
+        return model
+
+    def to_mesh(self, mesh: Mesh) -> None:
+        """Move the model onto a mesh: parameters as `mamba2_jax.sharding` says, and with them all work.
+
+        Mixers run on each device's own rows, tokens and heads; the compiler splits the rest.
+        Inputs need not be placed. Rows of a batch that the mesh does not divide are not split.
+
+        Args:
+            mesh: of `mamba2_jax.sharding.make_mesh`.
+
+        Raises:
+            ValueError: a mesh of other axes, named.
+        """
+        check_mesh(f"{type(self).__name__}.to_mesh", mesh)
+        parameters = nnx.state(self, nnx.Param)
+        leaves = {self._path(path): leaf for path, leaf in nnx.to_flat_state(parameters)}
+        shardings = parameter_shardings(list(leaves), self.config, mesh)
+        for path, leaf in leaves.items():
+            leaf.set_value(jax.device_put(leaf[...], shardings[path]))
+        nnx.update(self, parameters)
+        self._set_mesh(mesh)
+
+    def _set_mesh(self, mesh: Mesh) -> None:
+        for _, module in nnx.iter_modules(self):
+            if hasattr(module, "mesh"):
+                setattr(module, "mesh", mesh)  # noqa: B010
+
+    def save_pretrained(
+        self,
+        folder: str | Path,
+        *,
+        format: Format = "transformers",
+        dtype: DTypeLike | None = None,
+        max_shard_size: int | str = MAX_SHARD_SIZE,
+        tokenizer: str | Path | None = None,
+        show_progress: bool = False,
+    ) -> None:
+        """Write a checkpoint that transformers or mamba_ssm loads as it is: weights, configs, tokenizer.
+
+        The folder appears when all is written, or not at all. One that exists is replaced at that moment;
+        files in it that belong to no checkpoint are kept.
+
+        Args:
+            folder: where to; its parents are made.
+            format: "transformers", or "state-spaces" (mamba_ssm's; needs PyTorch).
+            dtype: float type to store. None: each tensor's type in the checkpoint that the model came from,
+                or that of its parameter. A_log, dt_bias and D are never narrowed by it.
+            max_shard_size: bytes per file, or text such as "5GB"; more than one file get an index.
+            tokenizer: folder or hub id whose tokenizer goes along. None: that of the checkpoint that the
+                model came from, if it had one.
+            show_progress: draw a progress bar on stderr.
+
+        Raises:
+            ImportError: the format "state-spaces" without PyTorch.
+            NotImplementedError: the format has no words for something in this model; the message names the
+                format that has.
+            ValueError: adapters in use, parameters that have no place in a checkpoint, a value too large
+                for its type, or a folder that cannot be replaced as a whole.
+
+        >>> import tempfile
+        >>> from mamba2_jax import Mamba2ForCausalLM
+        >>> model = Mamba2ForCausalLM.from_pretrained()
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(f"{folder}/mine")
+        ...     again = Mamba2ForCausalLM.from_pretrained(f"{folder}/mine")
+        >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
+        True
+        """
+        if format not in FORMATS:
+            raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
+        if adapters_in_use(self):
+            raise ValueError(
+                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
+                " them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+            )
+        origin = None if self.origin is None else self.origin.folder
+        if tokenizer is not None:
+            tokenizer = resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
+        tensors = outgoing_weights(
+            self._arrays(),
+            self.config,
+            format=format,
+            head=self._has_head,
+            dtype=dtype,
+            stored_dtypes=None if self.origin is None else dict(self.origin.stored_dtypes),
+        )
+        write_checkpoint(
+            Path(folder),
+            self.config,
+            tensors,
+            format=format,
+            max_shard_size=max_shard_size,
+            head=self._has_head,
+            beside=origin,
+            tokenizer=tokenizer or origin,
+            show_progress=show_progress,
+        )
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        revision: str | None = None,
+        message: str = "Upload Mamba-2",
+        **options: Any,
+    ) -> str:
+        """Save to a temporary folder and push that to the Hugging Face hub.
+
+        Args:
+            repository: a hub id, "name" or "org/name"; made if there is none.
+            private: whether a new repository is private.
+            revision: branch; made if there is none. None: the main one.
+            message: of the commit.
+            **options: of `save_pretrained`.
+
+        Returns:
+            Where the commit can be seen.
+
+        Raises:
+            ConnectionError: the hub refuses it or cannot be reached.
+        """
+        with tempfile.TemporaryDirectory(prefix="mamba2-jax-") as folder:
+            self.save_pretrained(Path(folder) / "model", **options)
+            return upload_folder(
+                Path(folder) / "model", repository, private=private, revision=revision, message=message
+            )
+
+    @classmethod
+    def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
+        """Build the module tree without drawing its parameters, and hang the arrays into it."""
+        # Nothing is drawn, so one key does for all: traced, nnx.Rngs takes 3 s to count them at 64 layers.
+        same = SimpleNamespace(params=lambda: jax.random.key(0))
+        model = nnx.eval_shape(lambda: cls(config, rngs=same, **options))  # pyright: ignore[reportCallIssue]
+        parameters = nnx.state(model, nnx.Param)
+        for path, leaf in nnx.to_flat_state(parameters):
+            leaf.set_value(arrays[cls._path(path)])
+        nnx.update(model, parameters)
+        return model
+
+    def _arrays(self) -> dict[str, Array]:
+        """Return the parameters by their path in a checkpoint's table."""
+        parameters = nnx.to_flat_state(nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
+        return {self._path(path): leaf[...] for path, leaf in parameters}
+
+    @classmethod
+    def _path(cls, path: tuple) -> str:
+        return cls._checkpoint_prefix + ".".join(map(str, path))

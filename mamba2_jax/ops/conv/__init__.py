@@ -1,0 +1,1 @@
+"""The causal convolution before the scan: on one device, and over a mesh."""

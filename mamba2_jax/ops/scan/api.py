@@ -1,0 +1,103 @@
+"""The one public door to the scan: check the arguments, choose an implementation, run it."""
+
+import jax.numpy as jnp
+
+from mamba2_jax.ops.checks import check_choice, check_dtype, check_groups, check_integer, check_shape
+from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS, choose, describe
+from mamba2_jax.typing import Array, Float, Int
+
+
+def ssd(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    C: Float[Array, "b l g n"],
+    *,
+    D: Float[Array, "h *p"] | None = None,
+    initial_state: Float[Array, "b h p n"] | None = None,
+    segment_ids: Int[Array, "b l"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
+    r"""State space duality: Mamba-2's sequence mixing, over a whole sequence.
+
+    $$h_t = e^{dt_t A} h_{t-1} + dt_t\, x_t B_t^\top, \qquad y_t = h_t C_t + D x_t$$
+
+    Args:
+        x: inputs `(b, l, h, p)`; their dtype is the compute dtype of the matrix products.
+        dt: step sizes `(b, l, h)` after softplus and clamp; a token with dt = 0 leaves the state alone.
+        A: `(h,)`, negative: natural-log decay per unit of dt.
+        B: `(b, l, g, n)`; `g` divides `h`, head `i` uses group `i // (h // g)`.
+        C: `(b, l, g, n)`.
+        D: skip weights `(h,)` or `(h, p)`.
+        initial_state: `(b, h, p, n)`, zeros when absent; it belongs to the row's first document.
+        segment_ids: `(b, l)` integers; 0 is padding (its dt counts as 0, its `y` means nothing), any
+            change starts a document with a fresh state.
+        chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
+        implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
+            `"triton"`. A choice made by name is never replaced by another. All have reverse mode; forward
+            mode has `"recurrent"`, and off a CPU `"xla"`.
+
+    Returns:
+        y: `(b, l, h, p)` in the dtype of `x`.
+        final_state: `(b, h, p, n)` float32, after the row's last document (float64 when `x` is).
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit, named.
+        NotImplementedError: a named implementation that cannot run here, with what can.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, sections 2 and 6.
+
+    >>> import jax, jax.numpy as jnp
+    >>> key = jax.random.key(0)
+    >>> x = jax.random.normal(key, (1, 100, 4, 8))
+    >>> dt = jnp.full((1, 100, 4), 0.1)
+    >>> B = C = jax.random.normal(key, (1, 100, 2, 16))
+    >>> y, state = ssd(x, dt, -jnp.ones(4), B, C)
+    >>> y.shape, state.shape
+    ((1, 100, 4, 8), (1, 4, 8, 16))
+    """
+    check_arguments("ssd", x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation)
+
+    full = jnp.promote_types(x.dtype, jnp.float32)
+    dt, A = dt.astype(full), A.astype(full)
+    B, C = B.astype(x.dtype), C.astype(x.dtype)
+    if segment_ids is not None:
+        segment_ids = segment_ids.astype(jnp.int32)
+        dt = jnp.where(segment_ids[..., None] != 0, dt, 0.0)
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *x.shape[2:], B.shape[3]), full)
+    else:
+        initial_state = initial_state.astype(full)
+    D_per_channel = D is not None and D.ndim == 2
+    problem = describe(x.dtype, *x.shape, *B.shape[2:], D_per_channel=D_per_channel)
+    run = choose(implementation, chunk_size, problem)
+    return run(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def check_arguments(op, x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation) -> None:
+    """Raise ValueError unless the arguments of a scan, as in `ssd`, fit together."""
+    check_shape(op, "x", x, "b l h p")
+    batch, length, num_heads, head_dim = x.shape
+    check_shape(op, "B", B, "b l g n", b=batch, l=length)
+    sizes = {"b": batch, "l": length, "h": num_heads, "p": head_dim, "g": B.shape[2], "n": B.shape[3]}
+    check_shape(op, "C", C, "b l g n", **sizes)
+    check_shape(op, "dt", dt, "b l h", **sizes)
+    check_shape(op, "A", A, "h", **sizes)
+    check_groups(op, num_heads, B.shape[2])
+    check_dtype(op, x=x, dt=dt, A=A, B=B, C=C, D=D, initial_state=initial_state)
+    check_choice(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    if D is not None:
+        check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", **sizes)
+    if initial_state is not None:
+        check_shape(op, "initial_state", initial_state, "b h p n", **sizes)
+    if segment_ids is not None:
+        check_shape(op, "segment_ids", segment_ids, "b l", **sizes)
+        check_integer(op, segment_ids=segment_ids)
+    if chunk_size is not None and (
+        isinstance(chunk_size, bool) or int(chunk_size) != chunk_size or chunk_size < 1
+    ):
+        raise ValueError(
+            f"{op}: chunk_size={chunk_size!r} must be a positive integer, or None for the platform's own"
+        )

@@ -1,0 +1,179 @@
+r"""SSD in chunks, in plain XLA: matrix products instead of a scan over tokens.
+
+Unrolled, the recurrence is one masked matrix product, `y = (L * C B^T) (dt x)` with
+`L[q, s] = exp(sum of dt A over s+1 .. q)` for `s <= q`. That matrix is semiseparable: below its
+diagonal blocks it has rank `n`. So the row is cut into chunks and
+
+1. inside each chunk, the masked product is computed as it stands;
+2. each chunk is condensed into the state it would leave behind, had it begun with none;
+3. those states are passed on from chunk to chunk, a short recurrence;
+4. the state that enters a chunk is read out at each of its tokens.
+
+Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mamba2_jax.ops.on_cpu.gradients import product, repeat
+from mamba2_jax.ops.segments import document_index
+from mamba2_jax.typing import Array, Float, Int
+
+
+class Chunks(NamedTuple):
+    """`c` neighbouring chunks of `q` tokens, heads gathered by the group `g` they share B and C with."""
+
+    x: Array  # (b, c, g, q, h*p) compute dtype; h is heads per group here
+    dt: Array  # (b, c, g, h, q) float32
+    B: Array  # (b, c, g, q, n) compute dtype
+    C: Array  # (b, c, g, q, n) compute dtype
+    document: Array | None  # (b, c, q) int32, numbers the documents of the row
+    document_before: Array | None  # (b, c) int32, the document of the token before the chunk
+
+
+@partial(jax.jit, static_argnames=("chunk_size", "chunks_per_step"))
+def ssd_chunked(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    C: Float[Array, "b l g n"],
+    D: Float[Array, "h *p"] | None,
+    initial_state: Float[Array, "b h p n"],
+    segment_ids: Int[Array, "b l"] | None,
+    *,
+    chunk_size: int,
+    chunks_per_step: int,
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
+    """Run the four steps over the row, `chunks_per_step` chunks side by side. Arguments as in `ops.ssd`.
+
+    With one chunk per step everything between two states stays in a CPU's cache; with all of them in
+    one step a GPU gets the large batched products it wants. The numbers are the same.
+    """
+    batch, length, num_heads, head_dim = x.shape
+    num_groups, state_dim = B.shape[2:]
+    heads = num_heads // num_groups
+
+    chunk_size = min(chunk_size, length)
+    num_chunks = -(-length // chunk_size)
+    chunks_per_step = min(chunks_per_step, num_chunks)
+    num_steps = -(-num_chunks // chunks_per_step)
+    padding = num_steps * chunks_per_step * chunk_size - length
+
+    def split(array, pad_mode="constant"):
+        """(b, l, ...) -> (steps, b, c, q, ...); the tokens added at the end have dt = 0."""
+        if padding:
+            array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2), mode=pad_mode)
+        array = array.reshape(batch, num_steps, chunks_per_step, chunk_size, *array.shape[2:])
+        return jnp.moveaxis(array, 1, 0)
+
+    grouped_dt = split(dt.reshape(batch, length, num_groups, heads))  # (steps, b, c, q, g, h)
+    grouped_dt = jnp.moveaxis(grouped_dt, 3, -1)  # (steps, b, c, g, h, q)
+    chunks = Chunks(
+        x=split(x.reshape(batch, length, num_groups, heads * head_dim)).swapaxes(3, 4),
+        dt=grouped_dt,
+        B=split(B).swapaxes(3, 4),
+        C=split(C).swapaxes(3, 4),
+        document=None,
+        document_before=None,
+    )
+    if segment_ids is not None:
+        document = split(document_index(segment_ids), "edge")  # (steps, b, c, q)
+        last = jnp.moveaxis(document[..., -1], 0, 1).reshape(batch, -1)  # (b, steps*c)
+        before = jnp.pad(last[:, :-1], ((0, 0), (1, 0)), constant_values=1)
+        before = jnp.moveaxis(before.reshape(batch, num_steps, chunks_per_step), 1, 0)
+        chunks = chunks._replace(document=document, document_before=before)
+
+    A = A.reshape(num_groups, heads)
+    D = None if D is None else D.reshape(num_groups, heads, -1).astype(dt.dtype)  # (g, h, 1 or p)
+    state = initial_state.reshape(batch, num_groups, heads * head_dim, state_dim).swapaxes(2, 3)
+    # Recompute a step in the backward pass instead of keeping its pair matrices: memory O(l), not O(l q).
+    step = jax.checkpoint(partial(_step, A=A, D=D), prevent_cse=False)
+    # Two steps to a turn: what does not need the first one's state can run beside it on a CPU's other cores.
+    # Not of an odd number: the last one would be cut off, which copies everything.
+    unroll = 2 - num_steps % 2
+    state, y = jax.lax.scan(step, state, chunks, unroll=unroll)  # y (steps, b, c, q, g, h, p)
+
+    y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, head_dim)[:, :length]
+    return y, state.swapaxes(2, 3).reshape(batch, num_heads, head_dim, state_dim)
+
+
+def _step(
+    state: Float[Array, "b g n hp"], chunks: Chunks, A: Float[Array, "g h"], D: Float[Array, "g h _"] | None
+) -> tuple[Float[Array, "b g n hp"], Float[Array, "b c q g h p"]]:
+    """The four steps on the chunks given."""
+    x, dt, B, C, document, document_before = chunks
+    full, compute = dt.dtype, x.dtype
+    batch, num_chunks, num_groups, chunk_size, _ = x.shape
+    heads = dt.shape[3]
+    head_dim = x.shape[-1] // heads
+
+    # Natural log of the decay from the chunk's start through token q, <= 0. A triangular product, because
+    # XLA's cumsum on CPU is quadratic too, and slower.
+    triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), full))
+    log_decay = jnp.einsum("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
+
+    # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
+    pairs = triangle > 0  # (q, s)
+    if document is not None and document_before is not None:
+        pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
+        pairs = pairs[:, :, None, None]
+        entered = (document == document_before[..., None])[:, :, None, None]  # (b, c, 1, 1, q)
+        leaves = (document == document[..., -1:])[:, :, None, None]  # (b, c, 1, 1, s)
+        passes = (document[..., -1] == document_before)[:, :, None, None]  # (b, c, 1, 1)
+    else:
+        entered = leaves = passes = True
+
+    # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
+    scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
+    between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
+    weights = repeat(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
+    x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
+    x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
+    x_dt = x_heads * repeat(dt, head_dim, axis=-1)
+    y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
+
+    # 2. The state each chunk leaves: every token, decayed to the chunk's end.
+    to_end = jnp.exp(log_decay[..., -1:] - log_decay)  # (b, c, g, h, s)
+    to_end = jnp.where(leaves, to_end, 0.0)
+    x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
+    x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
+    left = product("bcgns,bcgsk->bcgnk", B.swapaxes(-1, -2), x_to_end)  # k = h*p
+
+    # 3. The recurrence over chunks.
+    kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
+    kept = repeat(kept, head_dim, axis=-1).reshape(*kept.shape[:3], -1)  # (b, c, g, k)
+    kept = repeat(kept, left.shape[-2], axis=-2)  # (b, c, g, n, k)
+    entering, state = _pass_states(state, kept, left)
+
+    # 4. The entering state, read out at each token.
+    from_start = jnp.where(entered, jnp.exp(log_decay), 0.0)  # (b, c, g, h, q)
+    read = product("bcgqn,bcgnk->bcgqk", C, entering.astype(compute))
+    read = read.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
+    y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)
+
+    if D is not None:
+        # In this order the gradient is summed over tokens first, and few numbers are left to sum over rows.
+        skip = jnp.broadcast_to(D, (batch, num_chunks, *D.shape))  # (b, c, g, h, 1 or p)
+        if D.shape[-1] == 1:
+            skip = repeat(skip[..., 0], head_dim, axis=-1)
+        y = y + x_heads * repeat(skip, chunk_size, axis=-2)
+    return state, jnp.moveaxis(y.astype(compute), 4, 2)  # (b, c, q, g, h, p)
+
+
+def _pass_states(
+    state: Float[Array, "b g n k"], kept: Float[Array, "b c g n k"], left: Float[Array, "b c g n k"]
+) -> tuple[Float[Array, "b c g n k"], Float[Array, "b g n k"]]:
+    """`state <- kept * state + left`, chunk after chunk; returns the state entering each, and the last."""
+    if left.shape[1] == 1:
+        return state[:, None], kept[:, 0] * state + left[:, 0]
+
+    def chunk(state, inputs):
+        kept, left = inputs
+        return kept * state + left, state
+
+    state, entering = jax.lax.scan(chunk, state, (jnp.moveaxis(kept, 1, 0), jnp.moveaxis(left, 1, 0)))
+    return jnp.moveaxis(entering, 0, 1), state

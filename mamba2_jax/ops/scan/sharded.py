@@ -1,0 +1,239 @@
+r"""SSD over a mesh of devices: rows, tokens, and heads split.
+
+Rows and heads have nothing to say to each other. Along the tokens, a piece of a row is to the row what a
+chunk is to the piece, and the algorithm is that of `ops.scan.chunked`, one level up. To a state that enters
+it, a piece does `state -> kept * state + left`, with
+
+$$kept = e^{\sum_t dt_t A}, \qquad left = \sum_t e^{\sum_{s>t} dt_s A}\, dt_t\, x_t B_t^\top$$
+
+1. each device computes `kept` and `left` of its piece: one matrix product;
+2. the devices combine these maps of all pieces to their left: the state that enters;
+3. each device scans its piece from that state, with whatever implementation runs there.
+
+The scan runs once, from the true state. To scan from zero and add `C h` of the entering state afterwards
+costs as many products, but reads and writes `y` once more, and rounds it twice where it is narrow.
+
+What travels over a sequence axis of `s` devices, in messages of one float32 state `(b, h, p, n)` of a
+device's own rows and heads: `ceil(log2 s)` on the way forward and as many back; and one sum each for the
+final state, for its gradient and for that of `initial_state`, where these are used. `segment_ids` adds two
+integers a row. The length of the row is in none of them.
+
+Source: Dao & Gu 2024, arXiv:2405.21060, sections 6 and 8.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR, axis_size, check_divides, check_mesh
+from mamba2_jax.ops.pieces import from_piece, look_left, own_group, pad_tokens, where_rows
+from mamba2_jax.ops.scan.api import check_arguments, ssd
+from mamba2_jax.ops.segments import document_index
+from mamba2_jax.typing import Array, Float, Int
+
+Map = tuple[Array, Array]
+"""`kept (b, h)` and `left (b, h, p, n)` of `state -> kept * state + left`."""
+
+
+def ssd_sharded(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    C: Float[Array, "b l g n"],
+    *,
+    D: Float[Array, "h *p"] | None = None,
+    initial_state: Float[Array, "b h p n"] | None = None,
+    segment_ids: Int[Array, "b l"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    mesh: Mesh,
+) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
+    """`ops.ssd` on arrays split over a mesh: the same numbers, differentiable; call it inside `jit`.
+
+    Each device runs `ops.ssd` on its own rows, tokens and heads, so that kernels, which the compiler cannot
+    split, run on any mesh; also where only rows or heads are split.
+
+    Args:
+        x: `(b, l, h, p)`; rows over the mesh axes `data` and `fsdp`, tokens over `sequence`, heads over
+            `tensor`. All other arguments are split the same way along the axes they share with it.
+        dt: `(b, l, h)`.
+        A: `(h,)`.
+        B: `(b, l, g, n)`; groups over `tensor` where it divides them. Where they divide it instead, B and C
+            are wanted whole by each device of `tensor`, which takes its heads' group.
+        C: `(b, l, g, n)`.
+        D: `(h,)` or `(h, p)`.
+        initial_state: `(b, h, p, n)`; the same on all devices of `sequence`.
+        segment_ids: `(b, l)`; documents may cross from device to device.
+        chunk_size: as in `ops.ssd`.
+        implementation: as in `ops.ssd`; the choice is made for the sizes on one device.
+        mesh: with the axes `data`, `fsdp`, `sequence` and `tensor`, of any sizes, all `AxisType.Auto`.
+
+    Returns:
+        y: `(b, l, h, p)`, split like `x`.
+        final_state: `(b, h, p, n)` after the whole row, the same on all devices of `sequence`.
+
+    Raises:
+        ValueError: what `ops.ssd` raises; rows, heads or groups that do not divide, with the axis. A length
+            that does not divide is no error: the row is padded at its end with dt = 0, which changes
+            nothing, but arrays that do not divide do not come split, and must be moved.
+        NotImplementedError: as `ops.ssd`.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 8.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jax.sharding import AxisType
+    >>> mesh = jax.make_mesh((1, 1, 1, 1), ("data", "fsdp", "sequence", "tensor"), (AxisType.Auto,) * 4)
+    >>> x = jax.random.normal(jax.random.key(0), (1, 100, 4, 8))
+    >>> B = C = jax.random.normal(jax.random.key(1), (1, 100, 2, 16))
+    >>> y, state = jax.jit(ssd_sharded, static_argnames="mesh")(
+    ...     x, jnp.full((1, 100, 4), 0.1), -jnp.ones(4), B, C, mesh=mesh
+    ... )
+    >>> y.shape, state.shape
+    ((1, 100, 4, 8), (1, 4, 8, 16))
+    """
+    op = "ssd_sharded"
+    check_arguments(op, x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation)
+    batch, length, num_heads, _ = x.shape
+    check_mesh(op, mesh)
+    check_divides(op, mesh, "batch", batch, *BATCH)
+    check_divides(op, mesh, "num_heads", num_heads, TENSOR)
+    per_group = devices_per_group(op, B.shape[2], axis_size(mesh, TENSOR))
+
+    num_pieces = axis_size(mesh, SEQUENCE)
+    padding = -length % num_pieces
+    x, dt, B, C = (pad_tokens(array, padding) for array in (x, dt, B, C))
+    if segment_ids is not None:
+        segment_ids = pad_tokens(segment_ids.astype(jnp.int32), padding)
+
+    by_head = P(BATCH, SEQUENCE, TENSOR)
+    by_group = by_head if per_group == 1 else P(BATCH, SEQUENCE)
+    state_spec = P(BATCH, TENSOR)
+    run = jax.shard_map(
+        partial(
+            ssd_of_a_piece,
+            num_pieces=num_pieces,
+            devices_per_group=per_group,
+            chunk_size=chunk_size,
+            implementation=implementation,
+        ),
+        mesh=mesh,
+        in_specs=(by_head, by_head, P(TENSOR), by_group, by_group, P(TENSOR), state_spec, P(BATCH, SEQUENCE)),
+        out_specs=(by_head, state_spec),
+        # A kernel and its custom gradient do not say over which axes their results vary.
+        check_vma=False,
+    )
+    y, state = run(x, dt, A, B, C, D, initial_state, segment_ids)
+    return y[:, :length], state
+
+
+def ssd_of_a_piece(
+    x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group=1, **options
+):
+    """Run one device's part inside a `shard_map`: its rows, its tokens, its heads.
+
+    Arguments as in `ssd_sharded`, and `num_pieces`, which the tokens are cut into. Where several neighbouring
+    devices of the tensor axis share a group, `devices_per_group`, B and C come with all groups.
+    """
+    if devices_per_group > 1:
+        B, C = (own_group(array, devices_per_group, axis=2) for array in (B, C))
+    scan = partial(ssd, D=D, segment_ids=segment_ids, **options)
+    if num_pieces == 1:
+        return scan(x, dt, A, B, C, initial_state=initial_state)
+
+    kept, left = _map_of_a_piece(x, dt, A, B, segment_ids)  # 1.
+    continues = None
+    if segment_ids is not None:
+        continues = look_left(segment_ids).continues
+        kept = where_rows(continues, kept)
+    kept, left = _map_before(kept, left, num_pieces)  # 2.
+    entering = left if initial_state is None else kept[..., None, None] * initial_state + left
+    if continues is not None:
+        # `ops.ssd` takes the first document it sees for the one that the state belongs to.
+        entering = where_rows(continues, entering)
+    y, state = scan(x, dt, A, B, C, initial_state=entering)  # 3.
+    return y, from_piece(num_pieces - 1, state)
+
+
+@jax.checkpoint  # Keeps the arguments for the backward pass and nothing else.
+def _map_of_a_piece(
+    x: Float[Array, "b l h p"],
+    dt: Float[Array, "b l h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b l g n"],
+    segment_ids: Int[Array, "b l"] | None,
+) -> Map:
+    """Condense a piece to what it does to a state: step 2 of `ops.scan.chunked`, with one long chunk."""
+    batch, length, num_heads, head_dim = x.shape
+    num_groups, state_dim = B.shape[2:]
+    full = jnp.promote_types(x.dtype, jnp.float32)
+    dt = dt.astype(full)
+    if segment_ids is not None:
+        dt = jnp.where(segment_ids[..., None] != 0, dt, 0.0)
+    log_decay = dt * A.astype(full)  # (b, l, h), <= 0
+    # Natural log of the decay after each token. Summed from the end: a difference of sums from the start
+    # would round worst at the last tokens, which count most.
+    after = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    after = jax.lax.cumsum(after, axis=1, reverse=True)
+    kept = jnp.exp(after[:, 0] + log_decay[:, 0])  # (b, h)
+    to_end = jnp.exp(after) * dt
+    if segment_ids is not None:
+        documents = document_index(segment_ids)
+        kept = where_rows(documents[:, -1] == 1, kept)
+        to_end = jnp.where((documents == documents[:, -1:])[..., None], to_end, 0.0)
+
+    x_to_end = (x * to_end[..., None]).astype(x.dtype).reshape(batch, length, num_groups, -1, head_dim)
+    B = B.astype(x.dtype)
+    left = jnp.einsum("blghp,blgn->bghpn", x_to_end, B, preferred_element_type=full)
+    return kept, left.reshape(batch, num_heads, head_dim, state_dim)
+
+
+def _map_before(kept: Float[Array, "b h"], left: Float[Array, "b h p n"], num_pieces: int) -> Map:
+    """Combine the maps of all pieces to the left of this one.
+
+    Blocks of 1, 2, 4, ... pieces swap what they do to a state with the block beside them. Each device is then
+    told by all blocks that make up its left. Where `num_pieces` is no power of two, some have no partner:
+    what they hold of their block is incomplete, and no piece to their right is left to be told.
+    """
+    here = jax.lax.axis_index(SEQUENCE)
+    block = kept, left
+    before = jnp.ones_like(kept), jnp.zeros_like(left)
+    distance = 1
+    while distance < num_pieces:
+        pairs = [(i, i ^ distance) for i in range(num_pieces) if i ^ distance < num_pieces]
+        other = _swap(block, pairs)
+        from_left = (here & distance) != 0
+        before = _select(from_left, _one_then_the_other(other, before), before)
+        block = _select(from_left, _one_then_the_other(other, block), _one_then_the_other(block, other))
+        distance *= 2
+    return before
+
+
+def _swap(block: Map, pairs: list[tuple[int, int]]) -> Map:
+    """Send the map along the pairs of devices, in one message."""
+    kept, left = block
+    message = jnp.concatenate([kept[..., None], left.reshape(*kept.shape, -1)], axis=-1)  # (b, h, 1+p*n)
+    message = jax.lax.ppermute(message, SEQUENCE, pairs)
+    return message[..., 0], message[..., 1:].reshape(left.shape)
+
+
+def _one_then_the_other(first: Map, second: Map) -> Map:
+    """Compose two maps."""
+    return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
+
+
+def _select(condition: Array, one: Map, other: Map) -> Map:
+    return jnp.where(condition, one[0], other[0]), jnp.where(condition, one[1], other[1])
+
+
+def devices_per_group(op: str, num_groups: int, devices: int) -> int:
+    """How many neighbouring devices of the tensor axis share a group; 1 also when each has several."""
+    if num_groups % devices and devices % num_groups:
+        raise ValueError(
+            f"{op}: num_groups={num_groups} and the mesh's {TENSOR} = {devices} do not divide one another; "
+            f"make that axis a divisor or a multiple of num_groups"
+        )
+    return max(1, devices // num_groups)

@@ -1,0 +1,51 @@
+"""What a run leaves: a checkpoint in transformers' form, or an adapter in PEFT's."""
+
+import pathlib
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
+from mamba2_jax.lora.attach import adapter_names
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
+from mamba2_jax.processes import is_first
+
+MODEL_FOLDER = "model"
+ADAPTER_FOLDER = "adapter"
+
+
+def save_result(
+    model: Mamba2ForCausalLM,
+    output: pathlib.Path,
+    tokenizer: Any,
+    merge: bool,
+    report: Callable[[str], None],
+) -> None:
+    """Write the trained model to `output/model`, or its adapter to `output/adapter`.
+
+    Args:
+        model: as training left it.
+        output: the run's folder.
+        tokenizer: goes along when the checkpoint that the model came from brought none.
+        merge: with an adapter, also write the model with it merged into its weights.
+        report: told where, and what PEFT will not read.
+    """
+    adapters = adapter_names(model)
+    if len(adapters) == 1:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            origin = None if model.origin is None else str(model.origin.folder)
+            save_lora(model, output / ADAPTER_FOLDER, name=adapters[0], base_model=origin)
+        for warning in caught:
+            report(f"note: {warning.message}")
+        report(f"adapter: {output / ADAPTER_FOLDER}")
+        if not merge:
+            return
+        merge_lora(model)
+    folder = output / MODEL_FOLDER
+    model.save_pretrained(folder)
+    if adapters:
+        unmerge_lora(model)
+    if is_first() and tokenizer is not None and not any(folder.glob("tokenizer*")):
+        tokenizer.save_pretrained(folder)
+    report(f"model: {folder}")

@@ -1,0 +1,77 @@
+"""One checkpoint form to another, tensor by tensor: the model is never in memory.
+
+>>> import pathlib, tempfile
+>>> from mamba2_jax.hub import EMBEDDED_MODEL
+>>> folder = pathlib.Path(tempfile.mkdtemp()) / "float32"
+>>> convert(EMBEDDED_MODEL, folder, dtype="float32")
+>>> Mamba2Config.from_pretrained(folder) == Mamba2Config.from_pretrained(EMBEDDED_MODEL)
+True
+"""
+
+from pathlib import Path
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.hub import resolve_folder
+from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weights import TOKENIZER_FILES, convertible_weights, open_checkpoint
+from mamba2_jax.weights.checkpoint_folder import MAX_SHARD_SIZE, Format, write_checkpoint
+
+
+def convert(
+    source: str | Path | None,
+    target: str | Path,
+    *,
+    to: Format = "transformers",
+    dtype: DTypeLike | None = None,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    tokenizer: str | Path | None = None,
+    revision: str | None = None,
+    allow_non_finite: bool = False,
+    overwrite: bool = False,
+    show_progress: bool = False,
+) -> None:
+    """Write a checkpoint of any readable form in another one.
+
+    The target appears when all is written, or not at all.
+
+    Args:
+        source: a folder or hub id; None: the model inside the package.
+        target: the folder to make.
+        to: the form to write.
+        dtype: float type to store; None keeps each tensor's own. A_log, dt_bias and D are never narrowed.
+        max_shard_size: bytes per file, or text such as "5GB"; of the form "transformers".
+        tokenizer: folder or hub id whose tokenizer goes along; None: the source's, if it has one.
+        revision: branch, tag or commit of the source's hub id.
+        allow_non_finite: take weights that hold NaN or infinity.
+        overwrite: replace the checkpoint in a target that is not empty; other files in it are kept.
+        show_progress: draw a progress bar on stderr.
+
+    Raises:
+        FileNotFoundError: no such source.
+        FileExistsError: the target is not empty.
+        ImportError: a `.bin` file to read or to write, and no PyTorch.
+        NotImplementedError: the form has no words for this model.
+        ValueError: a checkpoint that is broken or does not fit its config; every problem is listed.
+    """
+    target = Path(target).expanduser()
+    folder = resolve_folder(source, revision)
+    if target.exists() and target.resolve() == folder.resolve():
+        raise FileExistsError(f"{target}: this is the source itself; name another folder")
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target}: not empty; name another folder, or set overwrite")
+    beside = folder if tokenizer is None else resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
+    config = Mamba2Config.from_pretrained(folder)
+    with open_checkpoint(folder) as checkpoint:
+        tensors = convertible_weights(
+            checkpoint, config, format=to, dtype=dtype, allow_non_finite=allow_non_finite
+        )
+        write_checkpoint(
+            target,
+            config,
+            tensors,
+            format=to,
+            max_shard_size=max_shard_size,
+            beside=folder,
+            tokenizer=beside,
+            show_progress=show_progress,
+        )

@@ -1,0 +1,141 @@
+"""Named arrays -> checkpoint files: the way out, through the same table of names."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.processes import fetch
+from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weights.files import CheckpointError
+from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.weights.plan import label, plan_load
+from mamba2_jax.weights.reader import Checkpoint
+from mamba2_jax.weights.safetensors_file import Outgoing
+from mamba2_jax.weights.table import StoredTensor, checkpoint_table, written_name
+from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite
+
+_BLOCK_BYTES = 1 << 20
+
+
+def outgoing_weights(
+    arrays: Mapping[str, jax.Array],
+    config: Mamba2Config,
+    *,
+    format: str = "transformers",
+    head: bool = True,
+    dtype: DTypeLike | None = None,
+    stored_dtypes: Mapping[str, str] | None = None,
+) -> list[Outgoing]:
+    """List the tensors of a checkpoint, filled from a model's parameters when they are written.
+
+    Args:
+        arrays: the parameters by path. Each is fetched from its devices when its turn comes, one at a time.
+        config: of the model.
+        format: whose names the tensors get.
+        head: False: the bare Mamba2Model, whose names have no `backbone.`.
+        dtype: the type to write; None: as `stored_dtypes` says, and else as the parameters are. A_log,
+            dt_bias and D are never narrowed by it.
+        stored_dtypes: type by canonical tensor name, of the checkpoint that the model came from.
+
+    Raises:
+        ValueError: parameters that the table does not know, or that it misses; a dtype that is not a float's.
+    """
+    table = [stored for stored in checkpoint_table(config, head) if stored.leaves]
+    wanted = {leaf.path: leaf.shape for stored in table for leaf in stored.leaves}
+    _check_paths(arrays, wanted)
+    outgoing = []
+    for stored in table:
+        own = jnp.result_type(*(arrays[leaf.path].dtype for leaf in stored.leaves))
+        target = np.dtype((stored_dtypes or {}).get(stored.name, own))
+        if dtype is not None:
+            target = target_dtype(stored, target, check_dtype(dtype))
+        blocks = _row_blocks(stored, arrays)
+        name = written_name(stored.name, format, head)
+        outgoing.append(Outgoing(name, stored.shape, target, blocks))
+    return outgoing
+
+
+def convertible_weights(
+    checkpoint: Checkpoint,
+    config: Mamba2Config,
+    *,
+    format: str,
+    dtype: DTypeLike | None = None,
+    allow_non_finite: bool = False,
+) -> list[Outgoing]:
+    """List the tensors of an open checkpoint under another form's names; each is read while it is written.
+
+    The files hold the same rows in both forms, so that a block of rows is all that is ever in memory.
+
+    Args:
+        checkpoint: stays open until all is written.
+        config: of the model; the checkpoint is checked against it here.
+        format: whose names the tensors get.
+        dtype: the type to write; None: each tensor's own. A_log, dt_bias and D are never narrowed by it.
+        allow_non_finite: take NaN and infinite values; else they are refused when they are met.
+
+    Raises:
+        CheckpointError: tensors that do not fit the config; lists every problem.
+    """
+    plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
+    outgoing = []
+    for stored, info in plan:
+        own = FLOAT_DTYPES[info.dtype]
+        target = own if dtype is None else target_dtype(stored, own, check_dtype(dtype))
+
+        def blocks(info=info) -> Iterator[np.ndarray]:
+            for _, block in checkpoint.blocks(info.name):
+                if not allow_non_finite and (count := count_non_finite(block)):
+                    message = f"{label(info)} has {count} or more NaN or infinite values"
+                    raise CheckpointError(checkpoint.folder, [message])
+                yield block
+
+        outgoing.append(Outgoing(written_name(stored.name, format, head=True), stored.shape, target, blocks))
+    return outgoing
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype:
+    """Return a type that weights can be stored in."""
+    checked = np.dtype(jnp.dtype(dtype))
+    if checked not in FLOAT_DTYPES.values():
+        names = ", ".join(sorted(dtype.name for dtype in FLOAT_DTYPES.values()))
+        raise ValueError(f"dtype={checked.name}: weights are stored as one of {names}")
+    return checked
+
+
+def target_dtype(stored: StoredTensor, own: np.dtype, wanted: np.dtype) -> np.dtype:
+    """Choose the type to write a tensor in: the wanted one, never narrower than what must stay precise."""
+    precise = any(leaf.keep_precision for leaf in stored.leaves)
+    return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
+
+
+def _check_paths(arrays: Mapping[str, jax.Array], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    problems = [f"{path} has no place in a checkpoint" for path in sorted(set(arrays) - set(wanted))]
+    problems += [f"{path} is missing" for path in sorted(set(wanted) - set(arrays))]
+    problems += [
+        f"{path} is {tuple(arrays[path].shape)}, the config wants {shape}"
+        for path, shape in wanted.items()
+        if path in arrays and arrays[path].shape != shape
+    ]
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"save: {'; '.join(problems[:5])}{more}; merge adapters into the weights first")
+
+
+def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callable[[], Iterator[np.ndarray]]:
+    """Make the function that yields a stored tensor's rows, block by block, from its leaves."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        scratch = Scratch()
+        for leaf in stored.leaves:
+            rows = leaf.as_rows(np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, numbers per row)
+            step = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.itemsize))
+            for row in range(0, len(rows), step):
+                block = scratch.take("block", rows[row : row + step].shape, rows.dtype)
+                copy_rows(rows[row : row + step], block, scratch)
+                yield block
+
+    return blocks

@@ -1,0 +1,1 @@
+"""The scan on Hopper GPUs, by Pallas Mosaic GPU."""

@@ -1,0 +1,180 @@
+"""The scan's forward pass on Hopper: one kernel that walks the sequence with the state in registers.
+
+A block has three warpgroups. One only copies; two compute, each on a strip of 64 channels of a head, and they
+share B and C in shared memory (`plan` cuts the work, `forward_walk` is what the warpgroups do):
+
+    HBM         x  B  C  decays                                    y    saved states
+                      |                                            ^         ^
+    copying           | TMA, `stages` chunks ahead                 | TMA     |
+                      v          "full" ->   <- "empty"            |         |
+    SMEM        [x B C ..]    [x B C ..]    [x B C ..]             y         |
+                      |                                            ^         |
+    computing         +---> walk a strip, chunk after chunk -------+---------+
+                            (the state stays in registers)
+
+Everything is computed transposed, channels in rows: then the left operand of a product (the state, x, or x
+decayed) comes from registers, and shared memory is read the least. Counted for a chunk of 64 tokens at
+head_dim 64 and state_dim 128: tensor cores 896 clocks, shared memory 1020 to 1150, HBM about 1400 at
+3.0 TB/s. On an H200 a step takes 2.2 us, 4400 clocks: so what bounds it is none of these, but that a step's
+products, and what is between them, wait for each other.
+
+The budget of a block: 504 registers for three threads, of which a computing one has 232 (the state takes 64
+at state_dim 128) and the copying one 40; at state_dim 256, where the state takes 128, it is 240 and 24, and a
+few constants spill. 227 KB of shared memory hold 4, 3 or 2 stages at state_dim 64, 128 or 256. One block
+fills an SM.
+
+Precision: products take 16-bit operands and accumulate in float32; decays and the carried state are float32.
+"""
+
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from mamba2_jax.pallas.chunks import decays, document_ends  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.forward_walk import Walk, copy, place_of_block  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan, make_plan  # pyright: ignore[reportMissingImports]
+
+
+def forward(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    save_states: bool = False,
+    pieces: int | None = None,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Run the scan. Shapes and meaning as in `ops.ssd`.
+
+    Args:
+        x: `(b, l, h, p)`, bfloat16 or float16, p 64 or 128 (float32 too in the interpreter).
+        dt: `(b, l, h)` float32, 0 at padding.
+        A: `(h,)`.
+        B: `(b, l, g, n)`, n 64, 128 or 256.
+        C: `(b, l, g, n)`.
+        D: `(h,)`, `(h, p)` or None.
+        initial_state: `(b, h, p, n)` float32.
+        segment_ids: `(b, l)` int32 or None.
+        save_states: whether to return the states that a backward pass starts from.
+        pieces: how often to cut the sequence; None for the rule of `plan.choose_pieces`.
+        interpret: None on a GPU, or what `bridge.interpreter` returned.
+
+    Returns:
+        y: `(b, l, h, p)` in the dtype of x.
+        final_state: `(b, h, p, n)` float32.
+        saved_states: `(b, ceil(l / 64), h, p, n)` in the dtype of x: the state before tokens 0, 64, 128...,
+            not yet reset by a document that starts there. None if not asked for.
+    """
+    batch, length, heads, head_dim = x.shape
+    groups, state_dim = B.shape[2:]
+    plan = make_plan(
+        batch,
+        length,
+        heads,
+        groups,
+        head_dim,
+        state_dim,
+        itemsize=x.dtype.itemsize,
+        documents=segment_ids is not None,
+        save_states=save_states,
+        pieces=pieces,
+    )
+    inputs = {
+        "x": whole_tiles(x).reshape(batch, -1, plan.strips, STRIP),
+        "B": whole_tiles(B),
+        "C": whole_tiles(C),
+        "decays": decays(dt, A, CHUNK),
+        "initial": initial_state.astype(jnp.float32).reshape(batch, plan.strips, STRIP, state_dim),
+    }
+    if D is not None:
+        D = jnp.broadcast_to(D.reshape(heads, -1).astype(jnp.float32), (heads, head_dim))
+        inputs["D"] = D.reshape(plan.strips, STRIP)
+    if segment_ids is not None:
+        inputs["documents"] = document_ends(segment_ids, CHUNK)
+
+    outputs = {
+        "y": jax.ShapeDtypeStruct(inputs["x"].shape, x.dtype),
+        "final": jax.ShapeDtypeStruct(inputs["initial"].shape, jnp.float32),
+    }
+    if save_states:
+        shape = (batch, plan.chunks, plan.strips, STRIP, state_dim)
+        outputs["saved"] = jax.ShapeDtypeStruct(shape, x.dtype)
+
+    def ssd_forward(*refs, **smem):
+        hbm = types.SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
+        smem, place, warpgroup = (
+            types.SimpleNamespace(**smem),
+            place_of_block(plan),
+            lax.axis_index("warpgroup"),
+        )
+
+        @pl.when(warpgroup < STRIPS_PER_BLOCK)
+        def _():
+            plgpu.set_max_registers(plan.compute_registers, action="increase")
+            Walk(plan, hbm, smem, place, warpgroup, interpret is not None).run()
+
+        @pl.when(warpgroup == STRIPS_PER_BLOCK)
+        def _():
+            plgpu.set_max_registers(plan.copy_registers, action="decrease")
+            copy(plan, hbm, smem, place)
+
+    run = gpu.kernel(
+        ssd_forward,
+        outputs=tuple(outputs.values()),
+        scratch=_scratch(plan, x.dtype, "documents" in inputs, save_states, interpret is not None),
+        grid={"piece": len(plan.piece_ends), "batch": batch, "block": groups * plan.blocks_per_group},
+        warpgroups=STRIPS_PER_BLOCK + 1,
+        interpret=interpret,
+    )
+    y, final, *saved = run(*inputs.values())
+    y = y.reshape(batch, -1, heads, head_dim)[:, :length]
+    saved_states = saved[0].reshape(batch, -1, heads, head_dim, state_dim) if saved else None
+    return y, final.reshape(initial_state.shape), saved_states
+
+
+def whole_tiles(array: jax.Array) -> jax.Array:
+    """Pad `(b, l, ...)` to a multiple of 8 tokens: TMA clips what lies past the end, but only whole tiles.
+
+    And to a chunk at least, so that no copy is larger than the array.
+    """
+    length = array.shape[1]
+    missing = max(-(-length // 8) * 8, CHUNK) - length
+    return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array
+
+
+def _scratch(plan: Plan, dtype: Any, documents: bool, save_states: bool, interpreted: bool) -> dict[str, Any]:
+    """Shared memory and barriers of a block; `plan.smem_bytes` counts them."""
+    stages, pair = plan.stages, STRIPS_PER_BLOCK
+    scratch = {
+        # One slot for each stage of the pipeline, filled by TMA.
+        "x": gpu.tiles(stages, pair, CHUNK, STRIP, dtype=dtype),
+        "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
+        "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
+        # Twice, because a vector over rows and one over columns cannot be loaded from one place.
+        "row_decays": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
+        "column_decays": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
+        # One for each compute warpgroup.
+        "from_start": plgpu.SMEM((pair, CHUNK), jnp.float32),
+        "to_end": plgpu.SMEM((pair, CHUNK), jnp.float32),
+        "weights": gpu.tiles(pair, CHUNK, CHUNK, dtype=dtype),
+        "y": gpu.tiles(pair, CHUNK, STRIP, dtype=dtype),
+        "full": plgpu.Barrier(num_arrivals=4 + pair + documents, num_barriers=stages),
+        "empty": plgpu.Barrier(num_arrivals=pair, num_barriers=stages),
+    }
+    if documents:
+        scratch["documents"] = plgpu.SMEM((stages, 2, CHUNK), jnp.int32)
+    if save_states:
+        scratch["saved"] = gpu.tiles(pair, STRIP, plan.state_blocks[0][1], dtype=dtype)
+    if interpreted:  # for left operands that are in registers on a GPU
+        scratch["operand"] = gpu.tiles(pair, STRIP, max(CHUNK, plan.state_blocks[0][1]), dtype=dtype)
+    return scratch

@@ -1,0 +1,82 @@
+"""The scan on Hopper, forward and backward, as one differentiable function.
+
+    y, final_state = ssd(x, dt, A, B, C, D, initial_state, segment_ids)
+
+`jax.grad` runs the backward kernels of `backward`. `jax.vmap` folds what it maps over into the batch;
+a mapped A or D, which rows of a batch share, makes it run one after the other.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from mamba2_jax.pallas.batching import fold_vmap, refuse_checked_shard_map  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.backward import backward  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.forward import forward  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.plan import unsupported  # pyright: ignore[reportMissingImports]
+
+__all__ = ["ssd", "unsupported"]
+
+SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
+
+
+def ssd(
+    x: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Run the scan; differentiable in all but `segment_ids`. Shapes and meaning as in `mamba2_jax.ops.ssd`.
+
+    Args:
+        x: `(b, l, h, p)`, bfloat16 or float16, p 64 or 128 (float32 too in the interpreter).
+        dt: `(b, l, h)` float32, 0 at padding.
+        A: `(h,)` float32.
+        B: `(b, l, g, n)` in the dtype of x, n 64, 128 or 256.
+        C: `(b, l, g, n)` in the dtype of x.
+        D: `(h,)`, `(h, p)` or None.
+        initial_state: `(b, h, p, n)` float32.
+        segment_ids: `(b, l)` int32 or None.
+        interpret: None on a GPU, or what `bridge.interpreter` returned.
+
+    Returns:
+        y: `(b, l, h, p)` in the dtype of x.
+        final_state: `(b, h, p, n)` float32.
+
+    Raises:
+        NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
+    """
+    refuse_checked_shard_map("mosaic_gpu", x, dt, A, B, C, D, initial_state, segment_ids)
+    return _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
+    run = functools.partial(forward, interpret=interpret)
+    return fold_vmap(lambda *arrays: run(*arrays)[:2], SHARED)(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def _ssd_forward(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
+    run = fold_vmap(functools.partial(forward, save_states=True, interpret=interpret), SHARED)
+    y, final_state, saved_states = run(x, dt, A, B, C, D, initial_state, segment_ids)
+    return (y, final_state), (x, dt, A, B, C, D, saved_states, segment_ids)
+
+
+def _ssd_backward(interpret, residuals, cotangents):
+    _, _, A, _, _, D, _, _ = residuals
+    run = fold_vmap(functools.partial(backward, interpret=interpret), SHARED)
+    gradients = run(*residuals, *cotangents)
+    dA, dD = gradients.A.sum(0).astype(A.dtype), None
+    if D is not None:
+        dD = gradients.D.sum(0)
+        dD = (dD if D.ndim == 2 else dD.sum(1)).astype(D.dtype)
+    return gradients.x, gradients.dt, dA, gradients.B, gradients.C, dD, gradients.initial_state, None
+
+
+_ssd.defvjp(_ssd_forward, _ssd_backward)
