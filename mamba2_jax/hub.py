@@ -5,6 +5,8 @@ import re
 from collections.abc import Sequence
 from typing import cast
 
+from mamba2_jax.files import WEIGHT_FILES, first_line
+
 __all__ = ["EMBEDDED_MODEL", "resolve_folder", "upload_folder"]
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
@@ -12,13 +14,6 @@ EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "tokenizer*"]
-# One form of the weights is enough: the first that the repository has. Codestral ships its weights twice,
-# as shards and as consolidated.safetensors, 14.6 GB each.
-_WEIGHT_FILES = (
-    ["model.safetensors", "model-*-of-*.safetensors"],
-    ["consolidated*.safetensors"],
-    ["pytorch_model.bin", "pytorch_model-*-of-*.bin"],
-)
 
 
 def resolve_folder(
@@ -60,7 +55,8 @@ def resolve_folder(
     if allow_patterns is not None:
         return _download(path_or_id, revision, list(allow_patterns))
     folder = _download(path_or_id, revision, _SMALL_FILES)
-    for patterns in _WEIGHT_FILES:
+    # One kind of weight files is enough: Codestral ships its 14.6 GB twice.
+    for patterns in (list(files.patterns) for files in WEIGHT_FILES):
         # the commit, not the branch: a push between two downloads must not mix two versions
         folder = _download(
             path_or_id, folder.name if folder.parent.name == "snapshots" else revision, patterns
@@ -98,10 +94,9 @@ def upload_folder(
         )
         return commit.commit_url
     except failures as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"{repository}: the Hugging Face hub did not take it ({type(error).__name__}: {reason}). Run "
-            "`hf auth login` with a token that may write there, and try again"
+            f"{repository}: the Hugging Face hub did not take it ({type(error).__name__}: "
+            f"{first_line(error)}). Run `hf auth login` with a token that may write there, and try again"
         ) from error
 
 
@@ -121,10 +116,9 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> pat
             f"{repository}: the hub has no revision {revision!r} of it; pass a branch, a tag or a commit"
         ) from error
     except failures as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"{repository}: no folder of that name here, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}). Check the spelling; without a network pass a downloaded "
-            "folder, or set HF_HUB_OFFLINE=1 if the model is in the hub's cache; for a private or gated "
-            "model run `hf auth login`"
+            f"({type(error).__name__}: {first_line(error)}). Check the spelling; without a network pass a "
+            "downloaded folder, or set HF_HUB_OFFLINE=1 if the model is in the hub's cache; for a private or "
+            "gated model run `hf auth login`"
         ) from error

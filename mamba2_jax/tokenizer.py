@@ -11,17 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids"]
-
-_TOKENIZER_FILES = [
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.json", "merges.txt", "config.json"),
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,7 @@ def load_tokenizer(
         FileNotFoundError: no such folder, or no tokenizer in it.
         ValueError: the tokenizer's files are broken; the message names the folder.
     """
-    folder = hub.resolve_folder(path, revision, allow_patterns=_TOKENIZER_FILES)
+    folder = hub.resolve_folder(path, revision, allow_patterns=(*TOKENIZER_FILES, "config.json"))
     sentencepiece_models = sorted(folder.glob("tokenizer.model*"))
     has_json = (folder / "tokenizer.json").is_file()
     has_vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()

@@ -1,6 +1,5 @@
 """What `mamba2-jax generate` does: settings from the checkpoint and the user, and the text as it is made."""
 
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -8,6 +7,7 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mamba2_jax.files import GENERATION_CONFIG, read_json
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.streaming import TextStream, stream
 from mamba2_jax.hub import resolve_folder
@@ -66,7 +66,7 @@ def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[
 
 def chosen_settings(options: Any, folder: pathlib.Path) -> dict[str, Any]:
     """Fold what the user said over what the checkpoint in `folder` says, and check both."""
-    settings = _checkpoint_settings(folder / "generation_config.json")
+    settings = _checkpoint_settings(folder / GENERATION_CONFIG)
     ours = {name: getattr(options, name) for name in ("max_new_tokens", *_SAMPLING)}
     if ours["temperature"] == 0:
         settings = {name: value for name, value in settings.items() if name not in _FILTERS}
@@ -83,10 +83,7 @@ def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
     """Read the defaults a checkpoint wants, by the rules of transformers: no `do_sample`, no sampling."""
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: wants a JSON object")
     found = {name: content[name] for name in _KINDS if content.get(name) is not None}

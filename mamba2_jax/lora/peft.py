@@ -6,7 +6,6 @@ A projection's factors are `lora_A.weight (r, in)` and `lora_B.weight (out, r)`,
 adapter on `conv1d` and `out_proj` of Mamba-2.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,7 @@ from mamba2_jax.lora.targets import Target, ends_in
 from mamba2_jax.processes import fetch
 from mamba2_jax.weights.files import (
     CheckpointError,
-    open_regular,
-    parse_json,
-    read_exactly,
-    resolve_inside,
+    read_json_inside,
     show,
 )
 
@@ -114,13 +110,7 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
         CheckpointError: not readable, or not what is built here; lists every problem.
     """
     path = folder / name
-    with open_regular(path, resolve_inside(folder, name)) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise CheckpointError(path, [f"{size} bytes; a config of more than {_MAX_BYTES} is not read"])
-        text = bytearray(size)
-        read_exactly(file, path, 0, text, "the config")
-    fields = parse_json(text, path, "the config")
+    fields = read_json_inside(folder, name, "the config", _MAX_BYTES)
     problems = [
         f"{show(key)}={show(str(value))} is not built here; merge the adapter with PEFT and load the result"
         for key, value in fields.items()

@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.mesh import check_mesh
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, checkpoint_table, load_weights, outgoing_weights
+from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
 from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 
 _M = TypeVar("_M", bound="PretrainedModel")

@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mamba2_jax.files import first_line
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
@@ -143,7 +144,7 @@ class Checkpoints:
         name = "the last checkpoint" if step is None else f"the checkpoint of step {step}, or the one before,"
         last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
         return SaveError(
-            f"{self._folder}: {name} could not be written ({_first_line(error)}); {last}. "
+            f"{self._folder}: {name} could not be written ({first_line(error)}); {last}. "
             "Make room on the disk, then go on from there with resume"
         )
 
@@ -169,7 +170,7 @@ class Checkpoints:
                 raise ValueError(str(error)) from None
             except Exception as error:  # a damaged file raises anything
                 damaged.append(step)
-                self._warn(f"checkpoint of step {step}: damaged, not used ({_first_line(error)})")
+                self._warn(f"checkpoint of step {step}: damaged, not used ({first_line(error)})")
                 continue
             for bad in damaged:
                 self._put_aside(bad)
@@ -261,7 +262,3 @@ def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
         return jnp.sum(words * (place * np.uint32(0x9E3779B2) + np.uint32(1)), dtype=jnp.uint32)
 
     return {name: one(array) for name, array in arrays.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,8 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+from mamba2_jax.files import first_line
+
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
 
@@ -139,7 +141,7 @@ def _read_hub(name: str, tokenizer: Any, text_field: str, split: str) -> Iterato
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(
             f"{name}: no file or folder of that name here, and the Hugging Face hub did not give its split "
             f"{split!r} ({type(error).__name__}: {reason})"

@@ -6,7 +6,7 @@ holds which parameters, in both directions.
 """
 
 from mamba2_jax.weights.files import CheckpointError
-from mamba2_jax.weights.folder import TOKENIZER_FILES, new_folder
+from mamba2_jax.weights.folder import new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
 from mamba2_jax.weights.outgoing import convertible_weights, outgoing_weights
@@ -29,7 +29,6 @@ __all__ = [
     "LoadReport",
     "Outgoing",
     "StoredTensor",
-    "TOKENIZER_FILES",
     "TensorInfo",
     "checkpoint_table",
     "convertible_weights",

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.weights import (
-    TOKENIZER_FILES,
     Outgoing,
     file_order,
     new_folder,
@@ -79,7 +79,7 @@ def write_checkpoint(
                 write_safetensors(folder, tensors, limit, advance)
             else:
                 tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_word_embeddings else {}
-                write_torch(folder / "pytorch_model.bin", tensors, tied, advance)
+                write_torch(folder / WEIGHT_FILES[-1].single, tensors, tied, advance)
     meet("mamba2_jax: a checkpoint is written")
 
 
@@ -105,7 +105,7 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
 
 def _write_generation_config(folder: Path, config: Mamba2Config, beside: Path | None) -> None:
     """Copy the one that the checkpoint came with, or say which ids begin, end and fill a row."""
-    name = "generation_config.json"
+    name = GENERATION_CONFIG
     if beside is not None and (beside / name).is_file():
         shutil.copyfile(beside / name, folder / name)
         return

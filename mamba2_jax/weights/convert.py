@@ -11,9 +11,10 @@ True
 from pathlib import Path
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights import TOKENIZER_FILES, convertible_weights, open_checkpoint
+from mamba2_jax.weights import convertible_weights, open_checkpoint
 from mamba2_jax.weights.checkpoint_folder import MAX_SHARD_SIZE, Format, write_checkpoint
 
 

@@ -11,6 +11,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from mamba2_jax.files import first_line
+
 MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; the parsed form takes several times the text
 
 
@@ -54,8 +56,19 @@ def parse_json(text: bytearray, path: Path, what: str) -> dict:
             raise ValueError("it does not begin with '{'")
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(path, [f"{what} is not readable JSON: {reason}"]) from None
+        raise CheckpointError(path, [f"{what} is not readable JSON: {first_line(error, 200)}"]) from None
+
+
+def read_json_inside(folder: Path, name: str, what: str, limit: int = MAX_JSON_BYTES) -> dict:
+    """Read the JSON object `folder/name` strictly; `what` is its name in messages, `limit` its most bytes."""
+    path = folder / name
+    with open_regular(path, resolve_inside(folder, name)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(path, [f"{what} has {size} bytes; more than {limit} are not read"])
+        text = bytearray(size)
+        read_exactly(file, path, 0, text, what)
+    return parse_json(text, path, what)
 
 
 def resolve_inside(folder: Path, name: str) -> Path:

@@ -18,17 +18,13 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mamba2_jax.files import CONFIG_FILES, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
+
 _CHECKPOINT_FILES = (
-    *("config.json", "params.json", "generation_config.json"),
-    *("model*.safetensors", "model.safetensors.index.json"),
-    *("consolidated*.safetensors", "consolidated.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *(*CONFIG_FILES, GENERATION_CONFIG),
+    *(pattern for files in WEIGHT_FILES for pattern in (f"{files.stem}*{files.suffix}", files.index)),
 )
 """What a new checkpoint replaces in a folder that holds an old one; all else in it is kept."""
-TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.json", "merges.txt"),
-)
 
 
 @contextlib.contextmanager

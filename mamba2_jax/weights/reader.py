@@ -21,17 +21,16 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mamba2_jax.files import WEIGHT_FILES, WeightFiles
 from mamba2_jax.weights.files import (
-    MAX_JSON_BYTES,
     CheckpointError,
     open_regular,
-    parse_json,
     read_exactly,
+    read_json_inside,
     resolve_inside,
     show,
     will_read,
@@ -40,22 +39,6 @@ from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
 from mamba2_jax.weights.torch_file import read_torch_header
 from mamba2_jax.weights.uncached import bypass_cache, read_uncached
 
-
-@dataclass(frozen=True)
-class Form:
-    """How one kind of checkpoint names its files: one for all tensors, or an index and shards."""
-
-    single: str
-    index: str
-    suffix: str  # of every shard
-
-
-# The first that a folder has is read. Codestral ships its weights in the first and in the second form.
-FORMS = (
-    Form("model.safetensors", "model.safetensors.index.json", ".safetensors"),  # transformers
-    Form("consolidated.safetensors", "consolidated.safetensors.index.json", ".safetensors"),  # Mistral
-    Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin"),  # state-spaces, and older transformers
-)
 _BLOCK_BYTES = 4 << 20
 # Letters that mean one file of this folder on every system: no separator, no drive, no leading dot.
 _PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,250}")
@@ -197,7 +180,8 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
     """Open the checkpoint in a folder and check every header; no tensor is read.
 
     Args:
-        folder: holds the files of one of `FORMS`. Of several the first is read, and of one form the index.
+        folder: holds weight files of a kind in `files.WEIGHT_FILES`. The first kind found is read, and its
+            index rather than its single file.
 
     Returns:
         A `Checkpoint`; use it in a `with` statement.
@@ -211,7 +195,7 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(folder, ["not a folder; give the folder that holds the checkpoint's files"])
     form = find_form(folder)
     if form is None:
-        names = ", ".join(form.single for form in FORMS)
+        names = ", ".join(form.single for form in WEIGHT_FILES)
         raise CheckpointError(folder, [f"holds no weights: neither {names}, nor the index of one"])
     checkpoint = Checkpoint(folder)
     try:
@@ -234,12 +218,14 @@ def open_file(folder: str | os.PathLike[str], name: str) -> Checkpoint:
     return checkpoint
 
 
-def find_form(folder: Path) -> Form | None:
+def find_form(folder: Path) -> WeightFiles | None:
     """Return the form of the weights that a folder holds, None if it holds none."""
-    return next((f for f in FORMS for name in (f.index, f.single) if os.path.lexists(folder / name)), None)
+    return next(
+        (f for f in WEIGHT_FILES for name in (f.index, f.single) if os.path.lexists(folder / name)), None
+    )
 
 
-def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
+def _open_sharded(checkpoint: Checkpoint, form: WeightFiles) -> None:
     """Read the index, then the header of every shard it names, and check that they agree."""
     folder = checkpoint.folder
     weight_map = _read_index(folder, form.index)
@@ -280,13 +266,7 @@ def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
 def _read_index(folder: Path, name: str) -> dict[str, str]:
     """Return the index's map from tensor name to shard name, its types checked."""
     path = folder / name
-    with open_regular(path, resolve_inside(folder, name)) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(path, [f"{size} bytes; an index of more than {MAX_JSON_BYTES} is not read"])
-        text = bytearray(size)
-        read_exactly(file, path, 0, text, "the index")
-    index = parse_json(text, path, "the index")
+    index = read_json_inside(folder, name, "the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(path, ["has no 'weight_map' from tensor names to file names"])

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba2_jax.files import WEIGHT_FILES
 from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.values import cast
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+FILES = WEIGHT_FILES[0]  # transformers' names
 _NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -69,16 +70,16 @@ def write_safetensors(
     """
     shards = _split(tensors, max_shard_size)
     if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0], advance)
+        _write_file(folder / FILES.single, shards[0], advance)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = FILES.shard(number, len(shards))
         _write_file(folder / name, shard, advance)
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / FILES.index, index)
 
 
 def file_order(tensors: Sequence[Outgoing], max_shard_size: int) -> list[Outgoing]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mamba2_jax.files import first_line
 from mamba2_jax.weights.files import MAX_JSON_BYTES, CheckpointError, read_exactly, show
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.safetensors_file import Outgoing, write_blocks
@@ -209,7 +210,7 @@ def _load_descriptions(torch: ModuleType, path: Path, target: Path) -> dict[str,
             with FakeTensorMode():
                 loaded = torch.load(str(target), weights_only=True, mmap=True)
     except Exception as error:  # torch raises whatever the broken pickle made it meet
-        reason = (str(error).strip().splitlines() or [""])[0]
+        reason = first_line(error)
         raise CheckpointError(
             path, [f"torch.load(weights_only=True) refuses it ({type(error).__name__}: {show(reason)})"]
         ) from None
