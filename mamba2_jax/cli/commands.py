@@ -16,7 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: text from a checkpoint, what is in one, and one form of it made into another. "
+    "Mamba-2 in JAX: generate text from a checkpoint; describe, convert or fine-tune it. "
     "`mamba2-jax --version` prints the version."
 )
 
@@ -40,7 +40,7 @@ class Generate:
     tokenizer: _Path = None
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     max_new_tokens: _Count = None
-    """Maximum number of new tokens (None: 128)."""
+    """Maximum number of new tokens (None: the checkpoint's, else 128)."""
     temperature: _Number = None
     """Sampling temperature; 0 is greedy."""
     top_k: _Count = None
