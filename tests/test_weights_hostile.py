@@ -1,4 +1,4 @@
-"""Broken and hostile checkpoints: each gets an error that names file and tensor, in little memory."""
+"""Broken and hostile safetensors checkpoints: the error names file and tensor, and memory stays bounded."""
 
 import json
 import os

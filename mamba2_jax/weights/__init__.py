@@ -1,8 +1,8 @@
-"""Checkpoint files <-> named arrays. Knows the config and the shapes, never the model.
+"""Convert between checkpoint files and named arrays; depends on the config and on shapes, not on the model.
 
-`load_weights` is the way in; `open_checkpoint` looks into a checkpoint without loading it. `outgoing_weights`
-and `write_safetensors` are the way out, into a `new_folder`. `checkpoint_table` says which stored tensor
-holds which parameters, in both directions.
+Import: `load_weights` reads arrays, `open_checkpoint` reads headers only. Export: `outgoing_weights` and
+`write_safetensors` write into a `new_folder`. Both use `checkpoint_table`, which maps stored tensors to
+parameters.
 """
 
 from mamba2_jax.weights.files import CheckpointError
