@@ -57,7 +57,7 @@ def load_weights(
     result, host memory holds only the parameter being transferred and a few blocks of its file.
 
     Args:
-        folder: holds the weights in one of `reader.FORMS`: one file, or an index and its shards.
+        folder: holds the weights of a kind in `files.WEIGHT_FILES`: one file, or an index and its shards.
         config: the model config.
         param_dtype: float dtype of the arrays; None keeps each stored dtype. A_log, dt_bias and D are never
             narrowed below what is stored.
