@@ -198,7 +198,7 @@ class AttentionMixer(nnx.Module):
 def _keep(
     kept: KeyValues, k: Float[Array, "b l kv p"], v, rows: Rows, positions: Int[Array, "b l"]
 ) -> tuple[KeyValues, Bool[Array, " b"]]:
-    """Write keys and values of each row's last document to their slots; also return the rows that overflow."""
+    """Write keys and values of each row's last document to their slots; also return which rows overflow."""
     capacity = kept.keys.shape[1]
     counts = jnp.ones(positions.shape, bool) if rows.mask is None else rows.mask
     if rows.segment_ids is not None and positions.shape[1] > 1:
