@@ -246,7 +246,7 @@ def _plain(state: TrainState) -> dict[str, Any]:
 
 @jax.jit
 def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
-    """Compute a uint32 checksum per array, independent of sharding: a sum of words times odd weights by index.
+    """Compute a uint32 checksum per array, independent of sharding: the sum of words times odd weights.
 
     A change of a single word always changes the sum, because odd numbers are invertible modulo 2^32.
     """
