@@ -126,7 +126,7 @@ class AttentionMixer(nnx.Module):
     ):
         attention = config.attn_cfg
         if attention is None:
-            raise ValueError("AttentionMixer: the config has no attn_cfg; say what the layer looks like")
+            raise ValueError("AttentionMixer: the config has no attn_cfg; set it to an AttentionConfig")
         self.attention = attention
         self.dtype = jnp.dtype(dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs}
@@ -148,7 +148,7 @@ class AttentionMixer(nnx.Module):
         kept, past, positions = state.attention, rows.past, rows.positions
         if kept is None or past is None or positions is None:
             raise ValueError(
-                "AttentionMixer: state or rows lack what attention needs; give those of the model"
+                "AttentionMixer: state.attention, rows.past or rows.positions is None; take the model's"
             )
         batch, length, _ = hidden.shape
         one_token = length == 1 and kept.keys.shape[1] > 0

@@ -204,7 +204,7 @@ def _check_base(checkpoint: Checkpoint, model: nnx.Module, site: Site, tensors: 
             and np.array_equal(checkpoint.read(info.name).astype(weights[0].dtype), weights[0])
         )
         if not same:
-            message = "brings a weight that is not this model's: it has another base, or trained that"
+            message = "is a base weight, but not this model's: the adapter has another base or trained it"
             return [f"tensor {show(info.name)} {message}; merge the adapter with PEFT and load the result"]
     return []
 

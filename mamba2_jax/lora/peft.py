@@ -122,7 +122,7 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
         read_exactly(file, path, 0, text, "the config")
     fields = parse_json(text, path, "the config")
     problems = [
-        f"{show(key)}={show(str(value))} is not built here; merge the adapter with PEFT and load the result"
+        f"{show(key)}={show(str(value))} is not supported; merge the adapter with PEFT and load the result"
         for key, value in fields.items()
         if value and not _understood(key, value)
     ]

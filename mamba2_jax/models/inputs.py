@@ -26,7 +26,7 @@ def check_inputs(
     small for the new tokens are enlarged if the position of the cache is concrete.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"{name}: give either input_ids or inputs_embeds, not both and not neither")
+        raise ValueError(f"{name}: give either input_ids or inputs_embeds, exactly one of them")
     if input_ids is not None:
         input_ids = as_array(input_ids)
         check_shape(name, "input_ids", input_ids, "b l")
@@ -70,7 +70,7 @@ def check_mask(
     holes = np.flatnonzero(starts.sum(axis=1) > 1)
     if holes.size:
         raise ValueError(
-            f"{name}: attention_mask has a hole in row {holes[0]}: ones must stand together, padding at the "
+            f"{name}: attention_mask has a hole in row {holes[0]}: ones must be contiguous, padding at the "
             "left or right end; use segment_ids for several documents in a row"
         )
     return None if values.all() else attention_mask

@@ -175,8 +175,8 @@ class PretrainedModel(nnx.Module):
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):
             raise ValueError(
-                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
-                " them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+                "save_pretrained: adapters are in use, which a checkpoint cannot hold; merge_lora adds them"
+                " to the weights, save_lora saves them alone, use_lora(model, None) switches them off"
             )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:

@@ -109,7 +109,7 @@ class Checkpoints:
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
             if not self._manager.save(step, args=args, metrics=metrics, force=True):
-                raise SaveError(f"{self._folder}: a checkpoint of step {step} is there already")
+                raise SaveError(f"{self._folder}: a checkpoint of step {step} already exists")
         except SaveError:
             raise
         except Exception as error:  # Orbax and the file system raise many types
@@ -144,7 +144,7 @@ class Checkpoints:
         last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
         return SaveError(
             f"{self._folder}: {name} could not be written ({_first_line(error)}); {last}. "
-            "Make room on the disk, then go on from there with resume"
+            "Free disk space, then continue from there with resume"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
@@ -184,10 +184,10 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
-            raise ValueError("its description does not match its checksum")
+            raise ValueError("its metadata does not match its checksum")
         content = json.loads(meta["content"])
         if content["step"] != step:
-            raise ValueError(f"it was written as step {content['step']}")
+            raise ValueError(f"its metadata is of step {content['step']}")
         return content
 
     def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:

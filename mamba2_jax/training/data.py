@@ -31,7 +31,7 @@ class DataConfig:
     """
 
     max_length: int = 512
-    """Tokens per row. Longer texts are split into several documents; if a part is untrained, truncated."""
+    """Tokens per row. Longer texts are split into several documents; texts with a prompt are truncated."""
     rows: Literal["pack", "pad"] = "pack"
     """Pack several documents into a row, or pad one document to the full length."""
     shuffle: bool = True
@@ -63,7 +63,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.texts:,} texts, {self.documents:,} documents, {self.tokens:,} tokens"]
         if self.truncated:
-            lines.append(f"{self.truncated:,} texts were longer than a row and lost their end")
+            lines.append(f"{self.truncated:,} texts were longer than a row and were truncated")
         if self.unusable:
             lines.append(f"{len(self.unusable):,} records could not be used:")
             lines += [f"  {record}" for record in self.unusable[:_LISTED]]
@@ -104,7 +104,7 @@ class Documents(Sequence[dict[str, np.ndarray]]):
         if count >= len(self):
             raise ValueError(
                 f"DataConfig: eval_share={share} of {len(self)} documents leaves none to train on; "
-                "give more data, or a file of its own for evaluation"
+                "give more data, or a separate file for evaluation"
             )
         order = np.random.default_rng(seed).permutation(len(self))
         return self._pick(np.sort(order[count:])), self._pick(np.sort(order[:count]))
@@ -218,7 +218,7 @@ def make_pipeline(
         documents: the tokenized documents.
         config: data options.
         batch_size: rows per batch; the last batch is padded with empty rows.
-        seed: seed of the shuffle.
+        seed: random seed of shuffling and packing.
         epochs: passes over the documents, each in a new order; None: endless.
 
     Returns:
