@@ -29,7 +29,7 @@ ARROWS = {
     "lora": "config hub layers processes typing weights",
     "models": "config hub layers lora mesh ops sharding typing weights",
     "generation": "config models ops tokenizer typing",
-    "training": "lora mesh models ops processes sharding typing",
+    "training": "config lora mesh models ops processes sharding typing",
     "cli": "config generation hub models ops processes tokenizer training weights",
     "__init__": "config generation models tokenizer",
 }

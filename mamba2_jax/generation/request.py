@@ -96,7 +96,7 @@ def check_request(
 
 def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
     """Tokens that the buffers of attention layers shall hold: all before, the prompt, and the answer."""
-    if not config.attn_layer_idx:
+    if not config.attends:
         return 0
     if cache is None:
         return length + bucket(budget)

@@ -197,7 +197,7 @@ class _Loader:
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
             return stored
-        if leaf.keep_precision:  # the smallest type that holds both: float16 with bfloat16 is float32
+        if leaf.role.keep_precision:  # the smallest type that holds both: float16 with bfloat16 is float32
             return np.dtype(jnp.promote_types(stored, self.param_dtype))
         return self.param_dtype
 
