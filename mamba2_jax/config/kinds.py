@@ -17,6 +17,7 @@ backbone.layers.0.mixer.in_proj.weight_dt (768, 24) ('width', 'heads') (3328, 33
 """
 
 import functools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -193,6 +194,9 @@ def count_parameters(config: "Mamba2Config") -> int:
 def leaf_at(config: "Mamba2Config", path: str) -> Leaf | None:
     """Find the leaf that a path ends in, whatever stands before the layer's or the model's own name for it.
 
+    A path without a layer's number, such as a mixer's own, may be of any kind of layer that the model has:
+    leaves of one name have the same axes in all of them.
+
     Returns:
         The leaf as its layer names it, or None when the path is no leaf's: an adapter's, for example.
 
@@ -200,13 +204,13 @@ def leaf_at(config: "Mamba2Config", path: str) -> Leaf | None:
     >>> leaf_at(Mamba2Config(), "moments.backbone.layers.3.mixer.A_log").axes
     ('heads',)
     """
-    leaves = _leaves(config)
+    leaves = _leaves(config, _kind_at(config, path))
     return next((leaves[end] for end in _ends(path) if end in leaves), None)
 
 
 def weight_at(config: "Mamba2Config", module: str) -> Leaf | None:
     """Find the first leaf of the weight of the module that a path ends in."""
-    leaves = _leaves(config).values()
+    leaves = _leaves(config, _kind_at(config, module)).values()
     found = (leaf for end in _ends(module) for leaf in leaves if leaf.path.startswith(f"{end}.weight"))
     return next(found, None)
 
@@ -230,12 +234,23 @@ def _layer(kind: str, config: "Mamba2Config") -> list[StoredTensor]:
     return [stored for part in parts for stored in part.stored(config)]
 
 
+def _kind_at(config: "Mamba2Config", path: str) -> str | None:
+    """The kind of the layer whose number a path has; None without a number, or for one of no layer."""
+    number = re.search(r"\blayers\.(\d+)\.", path)
+    if number is None or int(number[1]) >= config.num_hidden_layers:
+        return None
+    return config.layer_kinds[int(number[1])]
+
+
 @functools.lru_cache(maxsize=64)
-def _leaves(config: "Mamba2Config") -> dict[str, Leaf]:
-    """Every leaf by its name below the layer, or below the backbone; the head also when it is tied."""
+def _leaves(config: "Mamba2Config", kind: str | None) -> dict[str, Leaf]:
+    """The leaves of the model itself and of a layer, by their names below it; None: of any kind it has.
+
+    The head is among them also when it is tied, because adapters may have one of their own.
+    """
     tensors = list(_MODEL.stored(config))
-    for kind in dict.fromkeys(config.layer_kinds):
-        tensors += _layer(kind, config)
+    for one in dict.fromkeys(config.layer_kinds) if kind is None else [kind]:
+        tensors += _layer(one, config)
     return {leaf.path: leaf for stored in tensors for leaf in stored.leaves}
 
 
