@@ -1,4 +1,4 @@
-"""Where a model's arrays lie on a mesh of devices: one table for import, training, checkpoints, generation.
+"""Where a model's arrays lie on a mesh of devices, in import, training, checkpoints and generation.
 
 | mesh axis | what it splits |
 |---|---|
@@ -26,41 +26,18 @@ from collections.abc import Iterable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.kinds import leaf_at, weight_at
+from mamba2_jax.config.leaves import Leaf
 from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
 __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
 
-# End of a parameter's path -> what each axis of the leaf counts. The first match holds; what is not
-# listed (norms of the residual stream, biases of width d) is repeated everywhere.
-_TABLE: tuple[tuple[str, tuple[str | None, ...]], ...] = (
-    (r"(embeddings|lm_head)\.weight", ("vocabulary", "width")),
-    # A Mamba-2 mixer.
-    (r"in_proj\.weight_(zx|z0x0)", ("width", None, "heads")),
-    (r"in_proj\.weight_BC", ("width", None, "groups")),
-    (r"in_proj\.weight_dt", ("width", "heads")),
-    (r"in_proj\.bias_(zx|z0x0)", (None, "heads")),
-    (r"in_proj\.bias_BC", (None, "groups")),
-    (r"in_proj\.bias_dt", ("heads",)),
-    (r"conv1d\.weight_x", (None, "heads")),
-    (r"conv1d\.weight_BC", (None, None, "groups")),
-    (r"conv1d\.bias_x", ("heads",)),
-    (r"conv1d\.bias_BC", (None, "groups")),
-    (r"mixer\.(dt_bias|A_log|D|norm\.weight)", ("heads",)),
-    (r"out_proj\.weight", ("mixed", "width")),
-    # An attention mixer, and the MLPs.
-    (r"in_proj\.weight_q", ("width", "query heads")),
-    (r"in_proj\.weight_[kv]", ("width", "key heads")),
-    (r"in_proj\.bias_q", ("query heads",)),
-    (r"in_proj\.bias_[kv]", ("key heads",)),
-    (r"conv1d\.weight_q", (None, "query heads")),
-    (r"conv1d\.weight_[kv]", (None, "key heads")),
-    (r"conv1d\.bias_q", ("query heads",)),
-    (r"conv1d\.bias_[kv]", ("key heads",)),
-    (r"in_proj\.weight_mlp", ("width", None, "attention MLP")),
-    (r"in_proj\.bias_mlp", (None, "attention MLP")),
-    (r"mlp\.fc1\.weight", ("width", None, "MLP")),
-    (r"mlp\.fc2\.weight", ("MLP", "width")),
-)
+# Which mesh axis cuts what a leaf's axis counts; all else is whole.
+_CUT_BY = {
+    "width": "fsdp",
+    **dict.fromkeys(("vocabulary", "heads", "groups", "mixed", "query_heads", "key_heads"), "tensor"),
+    **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP"), "tensor"),
+}
 # An adapter's B is the weight with its input axis replaced by the rank; its A is that axis, then the rank.
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
@@ -95,7 +72,8 @@ def parameter_spec(path: str, config: Mamba2Config, mesh: Mesh) -> PartitionSpec
         mesh: with axes out of `AXES`.
 
     Returns:
-        One entry per axis that the table names; an axis that does not divide is not split.
+        One entry per axis of the leaf, none for a vector along `d`. An axis that does not divide is not
+        split.
     """
     return PartitionSpec(*(None if axis is None or why else axis for axis, why in _axes(path, config, mesh)))
 
@@ -127,50 +105,51 @@ _BY_DESIGN = "fewer groups than devices"
 
 def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None, str]]:
     """Per axis of the leaf: the mesh axis it wants, and why it cannot have it ("": it can)."""
-    count = _counts(config)
     result = []
-    for what in _meaning(path):
-        axis = None if what is None else "fsdp" if what == "width" else "tensor"
+    for word, units in _meaning(path, config):
+        axis = _CUT_BY.get(word)
         size = 1 if axis is None else axis_size(mesh, axis)
+        what, count = _pieces(word, units, config)
         why = ""
-        if what is not None and count[what] % size:
+        if axis is not None and count % size:
             # With fewer groups than devices, each device's heads belong to one group.
-            shared = what == "groups" and size % count[what] == 0
-            why = _BY_DESIGN if shared else f"{axis}={size} does not divide {what}={count[what]}"
+            shared = what == "groups" and size % count == 0
+            why = _BY_DESIGN if shared else f"{axis}={size} does not divide {what}={count}"
         result.append((axis, why))
     return result
 
 
-def _meaning(path: str) -> tuple[str | None, ...]:
-    """What each axis of the leaf at `path` counts."""
+def _meaning(path: str, config: Mamba2Config) -> tuple[tuple[str, int], ...]:
+    """What each axis of the leaf at `path` counts, and how many of it there are."""
     adapter = _ADAPTER.fullmatch(path)
     if adapter is None:
-        return next((axes for end, axes in _TABLE if re.search(rf"(^|\.){end}$", path)), ())
+        axes = _words(leaf_at(config, path))
+        # What lies along the residual stream alone, a norm's weight or a bias, is repeated everywhere.
+        return axes if [word for word, _ in axes] != ["width"] else ()
     module = "lm_head" if adapter["module"] == "head" else adapter["module"]
-    input_axis = 1 if module == "lm_head" else 0
-    if adapter["weight"]:
-        axes = _meaning(f"{module}.{adapter['weight']}")
-        return (*axes[:input_axis], None, *axes[input_axis + 1 :]) if axes else ()
-    leaves = ("weight", "weight_zx", "weight_x", "weight_q")
-    axes = next(axes for leaf in leaves if (axes := _meaning(f"{module}.{leaf}")))
-    return (axes[input_axis],)
+    weight = adapter["weight"]
+    leaf = leaf_at(config, f"{module}.{weight}") if weight else weight_at(config, module)
+    if leaf is None:
+        return ()
+    axes, axis = _words(leaf), leaf.role.input_axis
+    return (*axes[:axis], ("rank", 1), *axes[axis + 1 :]) if weight else (axes[axis],)
 
 
-def _counts(config: Mamba2Config) -> dict[str, int]:
-    """How many pieces an axis may be cut into: heads and groups stay whole."""
-    attention = config.attn_cfg
+def _words(leaf: Leaf | None) -> tuple[tuple[str, int], ...]:
+    """The first word of each axis, between which it may be cut, and how many of it there are."""
+    if leaf is None:
+        return ()
+    return tuple((axis.split()[0], units) for axis, units in zip(leaf.axes, leaf.units, strict=True))
+
+
+def _pieces(word: str, units: int, config: Mamba2Config) -> tuple[str, int]:
+    """Into how many pieces an axis may be cut, and of what they are: heads and groups stay whole."""
     heads = math.gcd(config.num_heads, config.parallel_mlp_width)  # gcd(n, 0) is n
-    query_heads = 0 if attention is None else attention.num_heads
-    # Where an MLP runs beside the heads, its rows come first, and a cut would not fall between the two.
-    beside = config.parallel_mlp_width or (attention and attention.mlp_width)
-    return {
-        "vocabulary": config.vocab_size,
-        "width": config.hidden_size,
-        "heads": heads,
-        "groups": config.n_groups,
-        "mixed": 1 if beside else math.gcd(heads, query_heads),
-        "query heads": query_heads,
-        "key heads": 1 if attention is None else attention.num_heads_kv or 1,
-        "attention MLP": 1 if attention is None else attention.mlp_width,
-        "MLP": config.mlp_width,
-    }
+    if word in ("heads", "parallel_MLP"):  # the MLP beside the heads goes with them
+        return "heads", heads
+    if word == "mixed":
+        attention = config.attn_cfg
+        # Where an MLP runs beside the heads, its rows come first, and a cut would not fall between the two.
+        beside = config.parallel_mlp_width or (attention and attention.mlp_width)
+        return word, 1 if beside else math.gcd(heads, attention.num_heads if attention else 0)
+    return word.replace("_", " "), units

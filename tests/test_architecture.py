@@ -30,7 +30,7 @@ ARROWS = {
     "lora": "config hub layers processes typing weights",
     "models": "config files hub layers lora mesh ops sharding typing weights",
     "generation": "config models ops tokenizer typing",
-    "training": "files lora mesh models ops processes sharding typing",
+    "training": "config files lora mesh models ops processes sharding typing",
     "cli": "config files generation hub models ops processes tokenizer training weights",
     "__init__": "config generation models tokenizer",
 }

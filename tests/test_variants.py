@@ -10,7 +10,7 @@ from flax import nnx
 from models import random_ids, relative, torch_model
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
-from mamba2_jax.weights.table import checkpoint_table
+from mamba2_jax.weights.table import assemble, checkpoint_table
 
 torch = pytest.importorskip("torch")
 from original import MLP, Attention, Original, rotate  # noqa: E402
@@ -106,7 +106,7 @@ def test_logits_and_gradients(variant, tmp_path):
     leaves = nnx.to_flat_state(nnx.state(gradient))
     arrays = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in leaves}
     gradients = {
-        stored.name.replace("embeddings", "embedding"): stored.assemble(arrays)
+        stored.name.replace("embeddings", "embedding"): assemble(stored, arrays)
         for stored in checkpoint_table(config)
         if stored.leaves
     }

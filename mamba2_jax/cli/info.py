@@ -70,11 +70,12 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
 def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     """List the config options that differ from plain Mamba-2: attention, MLPs, gate and D."""
     rows = []
-    if config.attn_layer_idx and (attention := config.attn_cfg) is not None:
+    attention_layers = [index for index, kind in enumerate(config.layer_kinds) if kind == "attention"]
+    if attention_layers and (attention := config.attn_cfg) is not None:
         heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
         if attention.num_heads_kv != attention.num_heads:
             heads += f", {attention.num_heads_kv} of keys and values"
-        rows.append(("attention", f"layers {', '.join(map(str, config.attn_layer_idx))}: {heads}"))
+        rows.append(("attention", f"layers {', '.join(map(str, attention_layers))}: {heads}"))
     if config.parallel_mlp_width:
         rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
     if config.d_intermediate:

@@ -69,13 +69,3 @@ def attention_config(value: Any, hidden_size: int) -> AttentionConfig | None:
     if problems:
         raise ValueError("Mamba2Config: attn_cfg: " + "; ".join(problems))
     return value
-
-
-def attention_parameters(attention: AttentionConfig, hidden_size: int) -> int:
-    """Count the parameters of one attention mixer: projection to q, k, v, convolution, projection back."""
-    qkv = attention.query_width + 2 * attention.key_width
-    in_proj = qkv + 2 * attention.mlp_width
-    count = hidden_size * in_proj + attention.qkv_proj_bias * in_proj
-    count += qkv * (attention.d_conv + 1) if attention.d_conv else 0
-    count += (attention.query_width + attention.mlp_width) * hidden_size
-    return count + attention.out_proj_bias * hidden_size

@@ -10,14 +10,15 @@ True
 """
 
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax import hub
-from mamba2_jax.config import checks, forms
-from mamba2_jax.config.attention import AttentionConfig, attention_config, attention_parameters
+from mamba2_jax.config import checks, forms, kinds
+from mamba2_jax.config.attention import AttentionConfig, attention_config
 from mamba2_jax.files import CONFIG_FILES, read_json
 
 __all__ = ["Mamba2Config"]
@@ -146,6 +147,19 @@ class Mamba2Config:
         """Width of the MLP after each mixer: `d_intermediate` rounded up to a multiple of 128."""
         return -(-self.d_intermediate // 128) * 128
 
+    @functools.cached_property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer, one of `config.kinds.KINDS`."""
+        attention = frozenset(self.attn_layer_idx)
+        return tuple(
+            "attention" if index in attention else "mamba2" for index in range(self.num_hidden_layers)
+        )
+
+    @property
+    def attends(self) -> bool:
+        """Whether some layer keeps every token of the document, and needs the place of each."""
+        return any(kinds.KINDS[kind].attends for kind in set(self.layer_kinds))
+
     @property
     def real_vocab_size(self) -> int:
         """Number of ids that stand for a token: `vocab_size` without the padding."""
@@ -167,23 +181,8 @@ class Mamba2Config:
         return dataclasses.replace(self, **changes)
 
     def num_parameters(self) -> int:
-        """Count the parameters; a tied head counts once.
-
-        Per Mamba-2 layer, with e = d_ssm, f = intermediate_size, gn = n_groups * state_size:
-        `d + d*(2f + 2gn + h) + (e + 2gn)*k + 2h + |D| + e + f*d`, plus the biases.
-        """
-        d, h, vocab = self.hidden_size, self.num_heads, self.vocab_size
-        in_proj = 2 * self.intermediate_size + 2 * self.groups_state_size + h
-        mamba = d * in_proj + self.intermediate_size * d
-        mamba += self.conv_dim * (self.conv_kernel + self.use_conv_bias)
-        mamba += 2 * h + (self.d_ssm if self.D_has_hdim else h)  # dt_bias, A_log, D
-        mamba += self.d_ssm * self.rmsnorm + self.use_bias * (in_proj + d)
-        shared = d + (d + 3 * d * self.mlp_width if self.d_intermediate else 0)  # norm, norm2, fc1, fc2
-        num_attention = len(self.attn_layer_idx)
-        total = self.num_hidden_layers * shared + (self.num_hidden_layers - num_attention) * mamba
-        if num_attention and self.attn_cfg is not None:
-            total += num_attention * attention_parameters(self.attn_cfg, d)
-        return total + d + vocab * d * (1 if self.tie_word_embeddings else 2)
+        """Count the parameters; a tied head counts once."""
+        return kinds.count_parameters(self)
 
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":

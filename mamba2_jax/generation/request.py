@@ -96,7 +96,7 @@ def check_request(
 
 def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
     """Return the key/value slots needed for cached tokens, prompt and new tokens; 0 without attention."""
-    if not config.attn_layer_idx:
+    if not config.attends:
         return 0
     if cache is None:
         return length + bucket(budget)

@@ -110,6 +110,7 @@ class AttentionMixer(nnx.Module):
         config: with `attn_cfg`.
         dtype: compute dtype of the matrix products.
         param_dtype: dtype of new parameters.
+        ssd_implementation: ignored; every kind of mixer takes it.
         rngs: random keys of the initial values.
 
     Raises:
@@ -122,11 +123,10 @@ class AttentionMixer(nnx.Module):
         *,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
+        ssd_implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        attention = config.attn_cfg
-        if attention is None:
-            raise ValueError("AttentionMixer: the config has no attn_cfg; set it to an AttentionConfig")
+        attention = _attention_of(config)
         self.attention = attention
         self.dtype = jnp.dtype(dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs}
@@ -140,6 +140,22 @@ class AttentionMixer(nnx.Module):
             dtype=self.dtype,
             **options,
         )
+
+    @staticmethod
+    def empty_state(
+        config: Mamba2Config, batch: int, *, dtype: DTypeLike, ssm_dtype: DTypeLike, capacity: int
+    ) -> LayerState:
+        """The state before any token, with room for `capacity` a row; arguments of `Mamba2Cache.zeros`."""
+        attention = _attention_of(config)
+        conv = None
+        if attention.d_conv:
+            widths = {"q": attention.query_width, "k": attention.key_width, "v": attention.key_width}
+            reach = attention.d_conv - 1
+            conv = AttentionConvState(
+                **{name: jnp.zeros((batch, reach, width), dtype) for name, width in widths.items()}
+            )
+        shape = (batch, capacity, attention.num_heads_kv, attention.head_dim)
+        return LayerState(conv, None, KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
@@ -193,6 +209,12 @@ class AttentionMixer(nnx.Module):
             y = causal_attention(q, k, v, past=before, segment_ids=rows.marks, scale=scale)
         # Inside jit no error can be raised: NaN marks rows that overflowed their buffer.
         return jnp.where(full[:, None, None, None], jnp.nan, y), after
+
+
+def _attention_of(config: Mamba2Config) -> AttentionConfig:
+    if config.attn_cfg is None:
+        raise ValueError("AttentionMixer: the config has no attn_cfg; say what the layer looks like")
+    return config.attn_cfg
 
 
 def _keep(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.layers.attention import AttentionMixer
+from mamba2_jax.layers.kinds import MIXERS
 from mamba2_jax.layers.mamba2 import Mamba2Mixer
 from mamba2_jax.layers.mamba2_on_mesh import left_to_compiler, mix_on_mesh
 from mamba2_jax.layers.parts import GatedMLP, RMSNorm
@@ -20,7 +20,7 @@ class Mamba2Block(nnx.Module):
 
     Args:
         config: sizes and options.
-        use_attention: attention in the mixer's place.
+        kind: of layer: which mixer the block has.
         dtype: further arguments as for `Mamba2Mixer`.
         param_dtype: see there.
         ssd_implementation: see there.
@@ -31,7 +31,7 @@ class Mamba2Block(nnx.Module):
         self,
         config: Mamba2Config,
         *,
-        use_attention: bool = False,
+        kind: str = "mamba2",
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         ssd_implementation: str | None = None,
@@ -42,10 +42,7 @@ class Mamba2Block(nnx.Module):
         options = {"dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
         norm = partial(RMSNorm, config.hidden_size, config.layer_norm_epsilon, param_dtype)
         self.norm = norm()
-        if use_attention:
-            self.mixer = AttentionMixer(config, **options)
-        else:
-            self.mixer = Mamba2Mixer(config, ssd_implementation=ssd_implementation, **options)
+        self.mixer = MIXERS[kind](config, ssd_implementation=ssd_implementation, **options)
         self.norm2 = norm() if config.d_intermediate else None
         self.mlp = GatedMLP(config, **options) if config.d_intermediate else None
 

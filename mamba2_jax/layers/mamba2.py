@@ -156,6 +156,19 @@ class Mamba2Mixer(nnx.Module):
             rngs=rngs,
         )
 
+    @staticmethod
+    def empty_state(
+        config: Mamba2Config, batch: int, *, dtype: DTypeLike, ssm_dtype: DTypeLike, capacity: int
+    ) -> LayerState:
+        """The state before any token, however many may come; arguments of `Mamba2Cache.zeros`."""
+        reach = config.conv_kernel - 1
+        conv = ConvState(
+            x=jnp.zeros((batch, reach, config.d_ssm), dtype),
+            BC=jnp.zeros((batch, reach, 2, config.groups_state_size), dtype),
+        )
+        ssm = jnp.zeros((batch, config.num_heads, config.head_dim, config.state_size), ssm_dtype)
+        return LayerState(conv, ssm, None)
+
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:

@@ -150,7 +150,7 @@ def _merge(model: nnx.Module, site: Site, adapters: list[Adapter]) -> dict[str, 
     for leaf, weight in weights_of(model, site):
         base[leaf.name] = BaseWeight(weight[...])
         full = jnp.promote_types(weight.dtype, jnp.float32)
-        delta = sum(adapter.delta(leaf.name, site.target.input_axis(leaf)) for adapter in adapters)
+        delta = sum(adapter.delta(leaf.name, leaf.role.input_axis) for adapter in adapters)
         weight[...] = (weight[...].astype(full) + delta).astype(weight.dtype)
     return base
 

@@ -22,6 +22,7 @@ from mamba2_jax.weights.files import (
     read_json_inside,
     show,
 )
+from mamba2_jax.weights.table import as_rows
 
 PREFIX = "base_model.model."
 REFUSED_BY_PEFT = {"out_proj", "conv1d"}
@@ -50,7 +51,7 @@ def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
     if target.is_embedding:
         rows = [B["weight"].T]
     else:
-        rows = [leaf.as_rows(B[leaf.name]) for leaf in target.stored.leaves]
+        rows = [as_rows(leaf, B[leaf.name]) for leaf in target.stored.leaves]
     shapes = factor_shapes(target, adapter.rank)
     pair = zip(shapes.items(), (A, np.concatenate(rows)), strict=True)
     return {key: np.ascontiguousarray(array).reshape(shape) for (key, shape), array in pair}
@@ -65,7 +66,7 @@ def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray,
     parts = {}
     for leaf in target.stored.leaves:
         part = np.empty(target.shape_of_B(leaf, rank), B.dtype)
-        leaf.as_rows(part)[...] = B[slice(*leaf.rows)]
+        as_rows(leaf, part)[...] = B[slice(*leaf.rows)]
         parts[leaf.name] = part
     return A, parts
 

@@ -34,13 +34,9 @@ class Target:
         """Length of all output axes together."""
         return self.stored.shape[-1 if self.is_embedding else 0]
 
-    def input_axis(self, leaf: Leaf) -> int:
-        """Which axis of a leaf is the input's: the last of a head, kept `(v, d)`; else the first."""
-        return 0 if leaf.rows_last or self.is_embedding else 1
-
     def shape_of_B(self, leaf: Leaf, rank: int) -> tuple[int, ...]:
         """A leaf's shape, its input axis replaced by the rank."""
-        axis = self.input_axis(leaf)
+        axis = leaf.role.input_axis
         return (*leaf.shape[:axis], rank, *leaf.shape[axis + 1 :])
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 import jax
 import jax.numpy as jnp
 
-from mamba2_jax.config import AttentionConfig, Mamba2Config
+from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.kinds import MIXERS
 from mamba2_jax.layers.state import AttentionConvState, ConvState, KeyValues
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
@@ -65,18 +66,11 @@ class Mamba2Cache:
         if capacity < 0:
             raise ValueError(f"Mamba2Cache.zeros: capacity={capacity} must be at least 0")
 
-        def layer(index: int):
-            if config.attn_cfg is not None and index in config.attn_layer_idx:
-                return _attention_zeros(config.attn_cfg, batch, dtype, capacity)
-            reach = config.conv_kernel - 1
-            conv = ConvState(
-                x=jnp.zeros((batch, reach, config.d_ssm), dtype),
-                BC=jnp.zeros((batch, reach, 2, config.groups_state_size), dtype),
-            )
-            ssm = jnp.zeros((batch, config.num_heads, config.head_dim, config.state_size), ssm_dtype)
-            return conv, ssm, None
-
-        conv, ssm, attention = zip(*map(layer, range(config.num_hidden_layers)), strict=True)
+        states = [
+            MIXERS[kind].empty_state(config, batch, dtype=dtype, ssm_dtype=ssm_dtype, capacity=capacity)
+            for kind in config.layer_kinds
+        ]
+        conv, ssm, attention = zip(*states, strict=True)
         return cls(conv, ssm, jnp.zeros((batch,), jnp.int32), attention)
 
     def __getitem__(self, rows) -> "Mamba2Cache":
@@ -120,18 +114,6 @@ class Mamba2Cache:
     def nbytes(self) -> int:
         """Bytes of all states together."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
-
-
-def _attention_zeros(attention: AttentionConfig, batch: int, dtype: DTypeLike, capacity: int):
-    """An attention layer's conv, ssm and attention entries before any token."""
-    conv = None
-    if attention.d_conv:
-        widths = {"q": attention.query_width, "k": attention.key_width, "v": attention.key_width}
-        conv = AttentionConvState(
-            **{name: jnp.zeros((batch, attention.d_conv - 1, width), dtype) for name, width in widths.items()}
-        )
-    shape = (batch, capacity, attention.num_heads_kv, attention.head_dim)
-    return conv, None, KeyValues(keys=jnp.zeros(shape, dtype), values=jnp.zeros(shape, dtype))
 
 
 def bucket(length: int) -> int:

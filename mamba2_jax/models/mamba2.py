@@ -91,13 +91,13 @@ class Mamba2Model(PretrainedModel):
         self.layers = nnx.List(
             Mamba2Block(
                 config,
-                use_attention=index in config.attn_layer_idx,
+                kind=kind,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 ssd_implementation=ssd_implementation,
                 rngs=rngs,
             )
-            for index in range(config.num_hidden_layers)
+            for kind in config.layer_kinds
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
         self.mesh: Mesh | None = None
@@ -155,7 +155,7 @@ class Mamba2Model(PretrainedModel):
         if cache is None:
             cache = Mamba2Cache.zeros(self.config, batch, self.dtype)
 
-        if self.config.attn_layer_idx:
+        if self.config.attends:
             rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
 
         states, hidden_states = [], []

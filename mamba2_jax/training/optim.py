@@ -8,12 +8,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
+from mamba2_jax.config.kinds import role_of
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.typing import Array
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-_UNDECAYED = {"A_log", "D", "dt_bias"}
-_PROJECTIONS = {"in_proj", "out_proj", "fc1", "fc2"}
 _MUON_RMS = 0.2  # of an update, about AdamW's, so that one learning rate does for both: arXiv:2502.16982
 
 
@@ -109,9 +108,8 @@ def decayed(name: str) -> bool:
     >>> decayed("backbone.layers.0.mixer.out_proj.weight"), decayed("backbone.layers.0.norm.weight")
     (True, False)
     """
-    *parents, last = name.split(".")
-    norm = bool(parents) and parents[-1].startswith("norm")
-    return not (norm or last in _UNDECAYED or last.startswith("bias"))
+    role = role_of(name)
+    return role is None or role.decays  # an adapter's matrices are in no model's table
 
 
 def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> optax.GradientTransformation:
@@ -134,8 +132,8 @@ def projection(name: str) -> bool:
     >>> projection("backbone.layers.0.mixer.in_proj.weight_zx"), projection("backbone.embeddings.weight")
     (True, False)
     """
-    *parents, last = name.split(".")
-    return bool(parents) and parents[-1] in _PROJECTIONS and last.startswith("weight")
+    role = role_of(name)
+    return role is not None and role.is_matrix
 
 
 @functools.lru_cache(maxsize=16)

@@ -197,7 +197,7 @@ class _Loader:
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
             return stored
-        if leaf.keep_precision:  # the smallest dtype that holds both: float32 for float16 with bfloat16
+        if leaf.role.keep_precision:  # the smallest dtype that holds both: float32 for float16 with bfloat16
             return np.dtype(jnp.promote_types(stored, self.param_dtype))
         return self.param_dtype
 

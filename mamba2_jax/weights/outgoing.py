@@ -14,7 +14,7 @@ from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.safetensors_file import Outgoing
-from mamba2_jax.weights.table import StoredTensor, checkpoint_table, written_name
+from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, written_name
 from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite
 
 _BLOCK_BYTES = 1 << 20
@@ -108,7 +108,7 @@ def check_dtype(dtype: DTypeLike) -> np.dtype:
 
 def target_dtype(stored: StoredTensor, own: np.dtype, wanted: np.dtype) -> np.dtype:
     """Return the dtype to write: `wanted`, but for A_log, dt_bias and D no narrower than `own`."""
-    precise = any(leaf.keep_precision for leaf in stored.leaves)
+    precise = any(leaf.role.keep_precision for leaf in stored.leaves)
     return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
 
 
@@ -131,7 +131,7 @@ def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callab
     def blocks() -> Iterator[np.ndarray]:
         scratch = Scratch()
         for leaf in stored.leaves:
-            rows = leaf.as_rows(np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, elements per row)
+            rows = as_rows(leaf, np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, elements per row)
             step = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.itemsize))
             for row in range(0, len(rows), step):
                 block = scratch.take("block", rows[row : row + step].shape, rows.dtype)

@@ -1,7 +1,5 @@
 """Does a checkpoint fit the config? Asked of names, shapes and types, before anything is allocated."""
 
-import re
-
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
@@ -35,7 +33,7 @@ def plan_load(
     tied = config.tie_word_embeddings
     found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
     needed = {stored.name: stored for stored in table}
-    problems = [f"tensor {name!r} is missing{_why_missing(name, config)}" for name in missing]
+    problems = [f"tensor {name!r} is missing{_why_missing(needed[name])}" for name in missing]
     for name in unexpected:
         info = checkpoint.tensors[name]
         shape = f"{info.dtype} {show_shape(info.shape)}"
@@ -64,17 +62,11 @@ def plan_load(
     return [(needed[n], checkpoint.tensors[s]) for n, s in found.items() if needed[n].leaves], notes
 
 
-def _why_missing(name: str, config: Mamba2Config) -> str:
+def _why_missing(stored: StoredTensor) -> str:
     """Explain the commonest reasons for a missing tensor."""
-    if name == HEAD:
+    if stored.name == HEAD:
         return " (tie_word_embeddings is false; a tied head, or a bare Mamba2Model, has none)"
-    if not name.endswith(".bias"):
-        return ""
-    layer = re.search(r"\.layers\.(\d+)\.", name)
-    if layer and int(layer[1]) in config.attn_layer_idx:
-        flag = {"in_proj": "qkv_proj_bias", "out_proj": "out_proj_bias"}.get(name.split(".")[-2])
-        return f" ({flag} is true in attn_cfg)" if flag else ""
-    return f" ({'use_conv_bias' if '.conv1d.' in name else 'use_bias'} is true in the config)"
+    return f" ({stored.reason})" if stored.reason else ""
 
 
 def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> str:

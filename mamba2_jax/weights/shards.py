@@ -92,7 +92,7 @@ def blocks_of(shards: list[Shard], rows: int) -> list[range]:
 def _shard(leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...], devices: tuple) -> Shard:
     count = leaf.rows[1] - leaf.rows[0]
     axes, num_axes = list(range(len(leaf.shape))), _count_row_axes(leaf, count)
-    row_axes = axes[len(axes) - num_axes :] if leaf.rows_last else axes[:num_axes]
+    row_axes = axes[len(axes) - num_axes :] if leaf.role.rows_last else axes[:num_axes]
     other = [axis for axis in axes if axis not in row_axes]
     rows = np.arange(count).reshape([leaf.shape[axis] for axis in row_axes])
     rows = rows[tuple(index[axis] for axis in row_axes)].reshape(-1)
@@ -103,14 +103,14 @@ def _shard(leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...], devices: tuple
         raise ValueError(f"load_weights: cannot place {leaf.path}: its rows would be cut into several pieces")
     shape = tuple(len(range(*part.indices(size))) for part, size in zip(index, leaf.shape, strict=True))
     array = _aligned_empty(shape, dtype)
-    view = array.reshape(-1, len(rows)).T if leaf.rows_last else array.reshape(len(rows), -1)
+    view = array.reshape(-1, len(rows)).T if leaf.role.rows_last else array.reshape(len(rows), -1)
     first = int(columns[0]) if len(columns) else 0
     return Shard(array, view, _runs(rows), range(first, first + len(columns)), devices)
 
 
 def _count_row_axes(leaf: Leaf, count: int) -> int:
     """Count the axes of a leaf that together index its `count` stored rows."""
-    sizes = leaf.shape[::-1] if leaf.rows_last else leaf.shape
+    sizes = leaf.shape[::-1] if leaf.role.rows_last else leaf.shape
     product, axes = 1, 0
     while product < count:
         product *= sizes[axes]
