@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """One call of the scan: where it runs, its dtype and its sizes."""
+    """One call of the scan or of its step: where it runs, its dtype and its sizes."""
 
     platform: str  # "cpu", "gpu" or "tpu"
     compute_capability: tuple[int, int] | None  # (major, minor) of an NVIDIA GPU, else None
     dtype: Any  # of x, B and C: a numpy dtype or what names one
     batch: int
-    length: int
+    length: int  # 1 for `ssd_step`
     num_heads: int
     head_dim: int
     num_groups: int
