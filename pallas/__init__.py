@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.problem import Problem
 
 __all__ = ["KERNELS", "Kernel", "Problem"]
 

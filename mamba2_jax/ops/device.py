@@ -12,7 +12,7 @@ def platform() -> str:
     return default_device().platform
 
 
-def default_device() -> jax.Device:
+def default_device() -> Any:
     """Return the device, or one of the devices, that a computation traced now will use.
 
     JAX has no more to tell inside a `jit`: a tracer does not know where its array lies. Public doors enter
@@ -40,7 +40,7 @@ def on_device_of(*arrays: Any) -> contextlib.AbstractContextManager:
     return jax.default_device(device)
 
 
-def committed_device(*arrays: Any) -> jax.Device | None:
+def committed_device(*arrays: Any) -> Any:
     """Return a device of this process that an array is committed to; None if none is, or can be known."""
     for array in arrays:
         if not isinstance(array, Tracer) and getattr(array, "committed", False):

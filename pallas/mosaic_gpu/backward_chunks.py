@@ -40,10 +40,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.backward_sums import HALF, VECTORS, Sums  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.backward_sums import HALF, VECTORS, Sums
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP
 
 COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # of a thread; together 3 * 168, what a block starts with
 

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, product, transposed
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK
 
 HALF = CHUNK // 2  # of the targets of the pairs, and of a tile's columns: one for each computing warpgroup
 VECTORS = 6

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, transposed  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, choose_pieces, cut, state_width  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, transposed
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, choose_pieces, cut, state_width
 
 
 def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpret=None):
@@ -239,7 +239,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dx and the state of the step before have left
         in_flight([([(B, transposed(C))], None)], weigh)
-        dx = None
+        dx: Any = None
         for i, (part, columns) in enumerate(zip(state, plan.columns, strict=True)):
             if i > 0:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left

@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.chunks import decays, document_ends  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.forward_walk import Walk, copy, place_of_block  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan, make_plan  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.chunks import decays, document_ends
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.forward_walk import Walk, copy, place_of_block
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan, make_plan
 
 
 def forward(

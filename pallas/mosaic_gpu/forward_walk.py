@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan
 
 
 @dataclasses.dataclass(frozen=True)

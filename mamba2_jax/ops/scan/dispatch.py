@@ -13,8 +13,7 @@ from mamba2_jax.ops.scan.step import ssd_one_token
 from mamba2_jax.ops.segments import document_index
 
 if TYPE_CHECKING:
-    # Type checkers do not follow setuptools' package-dir.
-    from mamba2_jax.pallas import Kernel, Problem  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas import Kernel, Problem
 
 IMPLEMENTATIONS = ("recurrent", "xla", "mosaic_gpu", "triton")
 
@@ -100,15 +99,17 @@ def describe(dtype: Any, *sizes: int, D_per_channel: bool = False, device: Any =
         D_per_channel: whether D is `(h, p)`.
         device: a `jax.Device`; None is the one that a call traced now will use.
     """
-    from mamba2_jax.pallas import Problem  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas import Problem
 
     device = default_device() if device is None else device
-    return Problem(device.platform, compute_capability(device), jnp.dtype(dtype), *sizes, D_per_channel)
+    return Problem(
+        device.platform, compute_capability(device), jnp.dtype(dtype), *sizes, D_per_channel=D_per_channel
+    )
 
 
 def kernels(op: str) -> dict[str, "Kernel"]:
     """Return the kernels of an op; imported late, because most calls on a CPU do not need them."""
-    from mamba2_jax.pallas import KERNELS  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas import KERNELS
 
     return KERNELS[op]
 
