@@ -61,7 +61,7 @@ def draw(shape, seed: int = 0) -> tuple[dict[str, np.ndarray], np.ndarray]:
 def contestants(shape, small: bool) -> Iterator[Contestant | str]:
     """Those that can run this shape here; for the others, the reason."""
     problem = dispatch.describe(shape.dtype, shape.b, shape.l, shape.h, shape.p, shape.g, shape.n)
-    for name, kernel in dispatch.kernels().items():
+    for name, kernel in dispatch.kernels("ssd").items():
         reason = kernel.unsupported(problem)
         yield f"{name}: {reason}" if reason else _ours(name)
     yield _ours("xla")

@@ -95,7 +95,7 @@ def measure(shape: Shape, small: bool, rounds: int, notes: list[str]):
             taking_part.append(contestant)
     inputs, dy = draw(shape)
     sizes = (shape.b, shape.l, shape.h, shape.p, shape.g, shape.n)
-    unasked = dispatch.automatic(dispatch.describe(shape.dtype, *sizes))
+    unasked = dispatch.automatic("ssd", dispatch.describe(shape.dtype, *sizes))
     for what in PASSES:
         timed = {}
         for contestant in taking_part:

@@ -3,14 +3,17 @@
 - `"mosaic_gpu"`: Hopper (H100, H200), Pallas Mosaic GPU; forward and backward.
 - `"triton"`: Ampere and Ada (A100, RTX 30, L4, RTX 4090), Triton kernels through jax_triton.
 
-`KERNELS` lists them in the order of preference; `mamba2_jax.ops.scan.dispatch` is its only reader. The module
-of a kernel has two functions:
+`KERNELS` lists for each op of `mamba2_jax.ops` its kernels in the order of preference;
+`mamba2_jax.ops.scan.dispatch` is its only reader. The module of a kernel has a function named like the op,
+and one that says what it cannot do:
 
 - `ssd(x, dt, A, B, C, D, initial_state, segment_ids) -> (y, final_state)`: differentiable, shapes as in
   `mamba2_jax.ops.ssd`. `x`, `B` and `C` share a dtype; `dt`, `A`, `D` and `initial_state` are float32;
   `D` may be None. `segment_ids` is None or int32 document numbers 1, 2, 3, ... along each row (what
   `ops.segments.document_index` gives): where the number changes, the state starts afresh. Padding
   carries its left neighbour's number and dt = 0.
+- `ssd_step(x, dt, A, B, C, state, D) -> (y, state)`: the same for one token, shapes as in
+  `mamba2_jax.ops.ssd_step`, dtypes as above; `state` keeps its own.
 - `unsupported(problem: Problem) -> str | None`: why it cannot run this here and what can; None if it can.
 """
 
@@ -19,7 +22,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.problem import Problem
 
 __all__ = ["KERNELS", "Kernel", "Problem"]
 
@@ -30,12 +33,13 @@ class Kernel(NamedTuple):
     """An entry of the table. The module is imported when something is asked of it: it wants a newer jax."""
 
     module: str
+    op: str
     automatic: tuple[tuple[int, int], ...]  # compute capabilities where it is taken unasked
 
     @property
     def run(self) -> Callable:
-        """The differentiable function."""
-        return importlib.import_module(self.module).ssd
+        """The function that computes the op."""
+        return getattr(importlib.import_module(self.module), self.op)
 
     def unsupported(self, problem: Problem) -> str | None:
         """Tell why this kernel cannot run `problem` here, and what can; None if it can run it."""
@@ -47,7 +51,11 @@ class Kernel(NamedTuple):
         return importlib.import_module(self.module).unsupported(problem)
 
 
-KERNELS: dict[str, Kernel] = {
-    "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu.scan", automatic=((9, 0),)),
-    "triton": Kernel("mamba2_jax.pallas.triton_gpu.scan", automatic=((8, 0), (8, 6), (8, 9))),
+KERNELS: dict[str, dict[str, Kernel]] = {
+    "ssd": {
+        "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu.scan", "ssd", automatic=((9, 0),)),
+        # By name only: no run on an Ampere or Ada card is in benchmarks/results yet.
+        "triton": Kernel("mamba2_jax.pallas.triton_gpu.scan", "ssd", automatic=()),
+    },
+    "ssd_step": {},
 }

@@ -4,13 +4,13 @@ from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """Device, dtype and sizes of one call of the scan."""
+    """Device, dtype and sizes of one call of the scan or of its step."""
 
     platform: str  # "cpu", "gpu" or "tpu"
     compute_capability: tuple[int, int] | None  # (major, minor) of an NVIDIA GPU, else None
     dtype: Any  # of x, B and C: anything that `jnp.dtype` accepts
     batch: int
-    length: int
+    length: int  # 1 for `ssd_step`
     num_heads: int
     head_dim: int
     num_groups: int

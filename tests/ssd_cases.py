@@ -1,6 +1,6 @@
 """The cases every implementation of the scan must pass, and how they are drawn."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,17 @@ CASES = [
 ]
 
 
+STEP_CASES = [
+    Case("plain", D=None),
+    Case("one group", g=1),
+    Case("a group for each head", g=4),
+    Case("D per channel", D="hp"),
+    Case("odd sizes", b=3, h=6, p=5, g=3, n=7),
+    Case("strong decay", decay=60.0),
+    Case("a row that does not count", segments="none"),
+]
+
+
 def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
     """Random inputs of a case; dt*A sums to about `-0.4 * decay` per token."""
     keys = jax.random.split(jax.random.key(seed), 8)
@@ -64,6 +75,16 @@ def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
     if case.segments:
         inputs["segment_ids"] = jnp.asarray(segment_ids(case.segments, b, l))
     return inputs
+
+
+def draw_token(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
+    """One token of a case, as `ops.ssd_step` takes it: with a state, and dt = 0 where it does not count."""
+    inputs = draw(replace(case, l=1), seed, dtype)
+    if case.segments:
+        inputs["dt"] = jnp.where(inputs["segment_ids"][..., None] != 0, inputs["dt"], 0.0)
+    token = {name: inputs[name][:, 0] for name in ("x", "dt", "B", "C")}
+    token |= {"A": inputs["A"], "state": inputs["initial_state"]}
+    return token | ({"D": inputs["D"]} if case.D else {})
 
 
 def segment_ids(kind: str, b: int, l: int) -> np.ndarray:

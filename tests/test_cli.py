@@ -231,7 +231,7 @@ def test_info_of_the_kernels_on_other_devices(capsys, monkeypatch):
         return SimpleNamespace(automatic=(capability,), unsupported=unsupported)
 
     table = {"fast": kernel((9, 0), ("bfloat16", "float16")), "old": kernel((8, 9), ("float32", "float16"))}
-    monkeypatch.setattr("mamba2_jax.ops.scan.dispatch.kernels", lambda: table)
+    monkeypatch.setattr("mamba2_jax.ops.scan.dispatch.kernels", {"ssd": table}.get)
     hopper = SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="NVIDIA H100")
     ada = SimpleNamespace(platform="gpu", compute_capability="8.9", device_kind="NVIDIA L4")
     describe_kernels(None, [hopper, hopper, ada])
@@ -241,7 +241,7 @@ def test_info_of_the_kernels_on_other_devices(capsys, monkeypatch):
     assert "tiny-python, bfloat16 runs unasked fast fast can run old no: another GPU" in on_hopper
     assert "tiny-python, float32 runs unasked xla fast no: x is float32 old no: another GPU" in on_hopper
     assert "mamba2-2.7b, float16 runs unasked old fast no: another GPU old can run" in on_ada
-    assert "tiny-python, float32 runs unasked xla fast no: another GPU old can run" in on_ada
+    assert "tiny-python, float32 runs unasked xla fast no: another GPU old can run, by name only" in on_ada
     assert "tiny-python, bfloat16 runs unasked xla fast no: another GPU old no: x is bfloat16" in on_ada
 
 

@@ -119,15 +119,6 @@ def test_pieces_joined_by_the_state_equal_the_whole(implementation):
     assert error(carried, state) < TOLERANCE["float32"]
 
 
-def test_ssd_step_is_one_step_of_the_recurrence():
-    inputs = draw(Case("one", l=1, D="hp"))
-    want_y, want_state = reference.ssd(**inputs)
-    token = {k: inputs[k][:, 0] for k in ("x", "dt", "B", "C")}
-    y, state = ops.ssd_step(**token, A=inputs["A"], state=inputs["initial_state"], D=inputs["D"])
-    assert error(y, want_y[:, 0]) < TOLERANCE["float32"]
-    assert error(state, want_state) < TOLERANCE["float32"]
-
-
 def test_vmap_and_jit_agree_with_the_plain_call():
     inputs = draw(Case("vmap", D=None, initial_state=False))
     y, _ = ops.ssd(**inputs)

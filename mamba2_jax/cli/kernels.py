@@ -61,10 +61,12 @@ def _verdicts(config: Mamba2Config, dtype: str, device: Any) -> tuple[tuple[str,
         D_per_channel=config.D_has_hdim,
         device=device,
     )
-    verdicts = [("runs unasked", dispatch.automatic(problem))]
-    for name, kernel in dispatch.kernels().items():
+    unasked = dispatch.automatic("ssd", problem)
+    verdicts = [("runs unasked", unasked)]
+    for name, kernel in dispatch.kernels("ssd").items():
         reason = kernel.unsupported(problem)
-        verdicts.append((name, "can run" if reason is None else f"no: {reason}"))
+        can = "can run" if name == unasked else "can run, by name only"
+        verdicts.append((name, can if reason is None else f"no: {reason}"))
     return tuple(verdicts)
 
 

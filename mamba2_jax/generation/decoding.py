@@ -112,20 +112,21 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     budget = request.budget
-    tokens, lengths, logprobs, after = _generate(
-        model,
-        request.input_ids,
-        request.attention_mask,
-        request.cache,
-        request.sampler,
-        request.key,
-        jnp.asarray(budget, jnp.int32),
-        size=bucket(budget),
-        capacity=request.capacity,
-        eos=request.eos,
-        pad=request.pad,
-        return_logprobs=return_logprobs,
-    )
+    with model.backbone.on_its_device():
+        tokens, lengths, logprobs, after = _generate(
+            model,
+            request.input_ids,
+            request.attention_mask,
+            request.cache,
+            request.sampler,
+            request.key,
+            jnp.asarray(budget, jnp.int32),
+            size=bucket(budget),
+            capacity=request.capacity,
+            eos=request.eos,
+            pad=request.pad,
+            return_logprobs=return_logprobs,
+        )
     return GenerateOutput(
         tokens=tokens[:, :budget],
         lengths=lengths,

@@ -94,27 +94,29 @@ def stream(
 
 def _blocks(model: Mamba2ForCausalLM, request: Request) -> Iterator[list[int]]:
     """Yield blocks of up to `TOKENS_PER_CALL` tokens; the first token alone, to show text early."""
-    state = _prefill(
-        model,
-        request.input_ids,
-        request.attention_mask,
-        request.cache,
-        request.sampler,
-        capacity=request.capacity,
-    )
+    with model.backbone.on_its_device():
+        state = _prefill(
+            model,
+            request.input_ids,
+            request.attention_mask,
+            request.cache,
+            request.sampler,
+            capacity=request.capacity,
+        )
     made, block = 0, 1
     while made < request.budget:
         block = jnp.asarray(min(block, request.budget - made), jnp.int32)
-        state, tokens, lengths, _ = _decode(
-            model,
-            state,
-            request.sampler,
-            request.key,
-            block,
-            size=TOKENS_PER_CALL,
-            eos=request.eos,
-            pad=request.pad,
-        )
+        with model.backbone.on_its_device():  # not around the `yield`, where the caller's code runs
+            state, tokens, lengths, _ = _decode(
+                model,
+                state,
+                request.sampler,
+                request.key,
+                block,
+                size=TOKENS_PER_CALL,
+                eos=request.eos,
+                pad=request.pad,
+            )
         count = int(lengths[0])
         yield tokens[0, :count].tolist()
         if bool(state.finished[0]):

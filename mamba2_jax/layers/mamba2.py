@@ -115,7 +115,8 @@ class Mamba2Mixer(nnx.Module):
         config: sizes and options.
         dtype: compute dtype of the matrix products.
         param_dtype: dtype of the parameters made here.
-        ssd_implementation: passed to `ops.ssd`.
+        ssd_implementation: passed to `ops.ssd`, not to `ops.ssd_step`, which has no kernel yet: a kernel
+            named for the model does not keep it from decoding.
         rngs: source of the initial values.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.

@@ -1,6 +1,7 @@
 """The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 
@@ -25,6 +26,7 @@ from mamba2_jax.models.inputs import (
 )
 from mamba2_jax.models.pretrained import PretrainedModel
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.ops.device import on_device_of
 from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.segments import document_index, document_positions
 from mamba2_jax.sharding import token_sharding
@@ -66,7 +68,7 @@ class Mamba2Model(PretrainedModel):
         config: sizes and options.
         dtype: compute dtype of matrix products and activations.
         param_dtype: dtype of the parameters made here.
-        ssd_implementation: passed to `ops.ssd`.
+        ssd_implementation: passed to `ops.ssd`; decoding one token chooses for itself.
         rngs: source of the initial values, `nnx.Rngs(0)`.
     """
 
@@ -128,7 +130,12 @@ class Mamba2Model(PretrainedModel):
         inputs = check_inputs(
             type(self).__name__, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
         )
-        return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
+        with self.on_its_device():
+            return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
+
+    def on_its_device(self) -> AbstractContextManager:
+        """Return a context to trace a computation in that runs where the parameters are committed to."""
+        return on_device_of(self.embeddings.weight[...])
 
     def forward(
         self,
@@ -237,9 +244,14 @@ class Mamba2ForCausalLM(PretrainedModel):
             if logits_to_keep:
                 raise ValueError(f"{name}: labels need all logits; leave logits_to_keep at 0")
             labels = check_labels(name, self.config, labels, batch, length)
-        return _run_causal_lm(
-            self, *inputs, labels, logits_to_keep=logits_to_keep, output_hidden_states=output_hidden_states
-        )
+        with self.backbone.on_its_device():
+            return _run_causal_lm(
+                self,
+                *inputs,
+                labels,
+                logits_to_keep=logits_to_keep,
+                output_hidden_states=output_hidden_states,
+            )
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Score the vocabulary, float32."""

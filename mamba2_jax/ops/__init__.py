@@ -5,9 +5,8 @@ from mamba2_jax.ops.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mamba2_jax.ops.conv.sharded import causal_conv1d_sharded
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.rms_norm import gated_rms_norm, rms_norm
-from mamba2_jax.ops.scan.api import ssd
+from mamba2_jax.ops.scan.api import ssd, ssd_step
 from mamba2_jax.ops.scan.sharded import ssd_sharded
-from mamba2_jax.ops.scan.step import ssd_step
 
 __all__ = [
     "attention_step",

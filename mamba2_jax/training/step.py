@@ -153,6 +153,8 @@ def _train_step(
     On a CPU the rows of a batch of many tokens take turns, as if they were parts: the sums are the same
     but for dropout, which is drawn for each part.
 
+    What runs is chosen for JAX's default device; for arrays elsewhere, call it under `jax.default_device`.
+
     Args:
         state: of `TrainState.start`, or of the step before.
         frozen: of `split_model`.

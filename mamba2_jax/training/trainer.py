@@ -165,7 +165,8 @@ class Trainer:
         try:
             with training_bar(self.steps, first, shown) as show, StopSignals() as stop:
                 run = _Run(self, checkpoints, metrics, show)
-                state = run.steps(state, batches, stop)
+                with self.model.backbone.on_its_device():
+                    state = run.steps(state, batches, stop)
                 checkpoints.wait()
         finally:
             metrics.close()
@@ -190,13 +191,14 @@ class Trainer:
         params = self._trained if params is None else params
         nats, tokens = 0.0, 0
         for batch in eval_batches(self._held_out, self.config.data, self.config.batch_size):
-            sums = eval_step(
-                params,
-                self._frozen,
-                self._placed(batch),
-                structure=self._structure,
-                tokens_per_slice=self.config.tokens_per_slice,
-            )
+            with self.model.backbone.on_its_device():
+                sums = eval_step(
+                    params,
+                    self._frozen,
+                    self._placed(batch),
+                    structure=self._structure,
+                    tokens_per_slice=self.config.tokens_per_slice,
+                )
             nats, tokens = nats + float(sums[0]), tokens + int(sums[1])
         loss = nats / max(tokens, 1)
         bits_per_byte = nats / math.log(2) / max(int(self._held_out.num_bytes.sum()), 1)

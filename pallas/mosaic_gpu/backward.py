@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from mamba2_jax.pallas import chunks  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu import (  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas import chunks
+from mamba2_jax.pallas.mosaic_gpu import (
     backward_chunks as mosaic_backward_chunks,
 )
-from mamba2_jax.pallas.mosaic_gpu import (  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import (
     backward_walk as mosaic_backward_walk,
 )
-from mamba2_jax.pallas.mosaic_gpu.forward import whole_tiles  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, MULTIPROCESSORS, STRIP  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu.forward import whole_tiles
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, MULTIPROCESSORS, STRIP
 
 
 class Gradients(NamedTuple):

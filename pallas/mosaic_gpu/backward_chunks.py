@@ -33,17 +33,18 @@ state_dim each, and half of the targets `i` of the pairs:
 """
 
 import functools
-import types
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.backward_sums import HALF, VECTORS, Sums  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP  # pyright: ignore[reportMissingImports]
+from jax.typing import DTypeLike
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.backward_sums import HALF, VECTORS, ChunkPlace, Sums
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, ChunkPlan
 
 COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # of a thread; together 3 * 168, what a block starts with
 
@@ -71,16 +72,12 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     """
     batch, length, strips, _ = x.shape
     groups, state_dim = B.shape[2:]
-    half = min(STRIP, state_dim // 2)
-    plan = types.SimpleNamespace(
+    plan = ChunkPlan(
         chunks=-(-length // CHUNK),
         strips_per_group=strips // groups,
-        strips_per_split=-(-strips // groups // splits),
         strips_per_head=strips // decays.shape[1],
-        half=half,  # of a block's columns of the state, for each computing warpgroup
-        halves=state_dim // half,
-        parts=state_dim // (2 * half),  # blocks that share the columns of a wide state
-        stages=3 if state_dim <= 128 else 2,  # strips in shared memory
+        state_dim=state_dim,
+        splits=splits,
     )
     inputs = {"x": x, "dy": dy, "states": states, "state_gradients": state_gradients, "B": B, "C": C}
     inputs["decays"] = decays
@@ -92,8 +89,8 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     outputs = {"dB": sums, "dC": sums, "vectors": jax.ShapeDtypeStruct(vectors, jnp.float32)}
 
     def ssd_backward_chunks(*refs, **smem):
-        hbm = types.SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
-        _block(plan, hbm, types.SimpleNamespace(**smem), interpret is not None)
+        hbm = SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
+        _block(plan, hbm, SimpleNamespace(**smem), interpret is not None)
 
     run = gpu.kernel(
         ssd_backward_chunks,
@@ -106,7 +103,7 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
     return run(*inputs.values())
 
 
-def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
+def _scratch(plan: ChunkPlan, dtype: DTypeLike, documents: bool) -> dict[str, Any]:
     """Shared memory and barriers of a block. All tiles are 32 columns wide, to be cut in halves."""
     tiles = functools.partial(gpu.tiles, dtype=dtype, width=HALF)
     stages = plan.stages
@@ -138,7 +135,7 @@ def _scratch(plan: Any, dtype: Any, documents: bool) -> dict[str, Any]:
     return scratch
 
 
-def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
+def _block(plan: ChunkPlan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted: bool) -> None:
     """What every warpgroup of a block runs: copy or compute."""
     warpgroup = lax.axis_index("warpgroup")
 
@@ -153,12 +150,12 @@ def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
         _copy(plan, hbm, smem, _place(plan))
 
 
-def _place(plan: Any) -> Any:
+def _place(plan: ChunkPlan) -> ChunkPlace:
     """Find the block's chunk, its strips, and its columns of the state."""
     group, part = lax.axis_index("group"), lax.axis_index("part")
     split = lax.div(part, jnp.int32(plan.parts))
     past = split * plan.strips_per_split
-    return types.SimpleNamespace(
+    return ChunkPlace(
         batch=lax.axis_index("batch"),
         group=group,
         chunk=lax.axis_index("chunk"),
@@ -169,7 +166,7 @@ def _place(plan: Any) -> Any:
     )
 
 
-def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
+def _copy(plan: ChunkPlan, hbm: SimpleNamespace, smem: SimpleNamespace, place: ChunkPlace) -> None:
     """The copying warpgroup: B and C once, then strip after strip, as fast as slots empty."""
     tokens = pl.ds(place.chunk * CHUNK, CHUNK)
     for half in range(plan.halves):

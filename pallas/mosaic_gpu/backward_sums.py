@@ -1,18 +1,33 @@
 r"""What a computing warpgroup of the second backward kernel does: `mosaic_backward_chunks` has the maths."""
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, product, transposed  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, product, transposed
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, ChunkPlan
 
 HALF = CHUNK // 2  # of the targets of the pairs, and of a tile's columns: one for each computing warpgroup
 VECTORS = 6
 INSIDE, ACROSS, READ, LEFT, OVER, X_DY = range(VECTORS)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlace:
+    """Where a block stands: its chunk, its strips, and its columns of the state."""
+
+    batch: jax.Array
+    group: jax.Array
+    chunk: jax.Array
+    part: jax.Array  # of a wide state's columns
+    split: jax.Array
+    strip: jax.Array  # the first one
+    strips: jax.Array  # how many
 
 
 class Sums:
@@ -27,7 +42,15 @@ class Sums:
         interpreted: whether the interpreter runs this.
     """
 
-    def __init__(self, plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: bool):
+    def __init__(
+        self,
+        plan: ChunkPlan,
+        hbm: SimpleNamespace,
+        smem: SimpleNamespace,
+        place: ChunkPlace,
+        me: jax.Array,
+        interpreted: bool,
+    ):
         self.plan, self.hbm, self.smem, self.place, self.me = plan, hbm, smem, place, me
         self.interpreted = interpreted
         self.documents, self.dtype = hasattr(smem, "documents"), hbm.x.dtype
@@ -78,7 +101,9 @@ class Sums:
         plgpu.commit_smem()
         meet(smem)
 
-    def strip(self, strip: Any, dB: Any, dC: Any, d_scores: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def strip(
+        self, strip: jax.Array, dB: jax.Array, dC: jax.Array, d_scores: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Add a strip to the sums, and write its vectors."""
         smem, half = self.smem, self.plan.half
         plgpu.barrier_wait(smem.full.at[self.slot])
@@ -162,7 +187,7 @@ class Sums:
         plgpu.commit_smem()  # plain loads end before TMA writes
         plgpu.barrier_arrive(self.smem.empty.at[self.slot])
 
-    def send(self, strip: Any) -> None:
+    def send(self, strip: jax.Array) -> None:
         """Sum half of the vectors over both warpgroups, and write them to HBM."""
         smem, place, count = self.smem, self.place, VECTORS // 2
         meet(smem)
@@ -177,7 +202,7 @@ class Sums:
         plgpu.copy_smem_to_gmem(summed, vectors.at[pl.ds(self.me * count, count)])
 
 
-def meet(smem: Any) -> None:
+def meet(smem: SimpleNamespace) -> None:
     """Wait until the other computing warpgroup is here too."""
     plgpu.barrier_arrive(smem.both)
     plgpu.barrier_wait(smem.both)

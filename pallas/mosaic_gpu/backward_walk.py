@@ -13,16 +13,18 @@ few strips: a block first walks the chunks behind its piece, updating `G` only.
 
 import functools
 import itertools
-import types
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, transposed  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, choose_pieces, cut, state_width  # pyright: ignore[reportMissingImports]
+from jax.typing import DTypeLike
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, transposed
+from mamba2_jax.pallas.mosaic_gpu.forward_walk import Place, place_of_block
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, Plan, choose_pieces, cut, state_width
 
 
 def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpret=None):
@@ -45,24 +47,22 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
         initial_gradient: `(b, strips, 64, n)` float32.
     """
     batch, length, strips, _ = dy.shape
-    groups, state_dim = B.shape[2:]
+    heads, (groups, state_dim) = decays.shape[1], B.shape[2:]
     chunks = -(-length // CHUNK)
     blocks_per_group = -(-strips // groups // 2)
     if pieces is None:
         pieces = choose_pieces(batch * groups * blocks_per_group, chunks)
     ends = cut(chunks, pieces)
-    plan = types.SimpleNamespace(
-        chunks=chunks,
-        piece_ends=ends,  # in chunks from the row's end
-        strips_per_group=strips // groups,
-        strips_per_head=strips // decays.shape[1],
-        blocks_per_group=blocks_per_group,
+    plan = Plan(
+        batch,
+        chunks,
+        heads,
+        groups,
+        strips // heads * STRIP,
+        state_dim,
         stages=min(3 if state_dim <= 128 else 2, ends[0]),
-        width=state_width(state_dim),
-        # Of a thread that computes, and of one that copies; together 3 * 168, what a block starts with.
-        registers=(240, 24) if state_dim > 128 or documents is not None else (232, 40),
+        piece_ends=ends,  # from the row's end
     )
-    plan.columns = [pl.ds(start, plan.width) for start in range(0, state_dim, plan.width)]
     inputs = {"dy": dy, "B": B, "C": C, "decays": decays, "final": final_gradient}
     inputs |= {name: array for name, array in (("documents", documents), ("D", D)) if array is not None}
     saved = (batch, chunks, *final_gradient.shape[1:])
@@ -73,13 +73,13 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
     }
 
     def ssd_backward_walk(*refs, **smem):
-        hbm = types.SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
-        _block(plan, hbm, types.SimpleNamespace(**smem), interpret is not None)
+        hbm = SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
+        _block(plan, hbm, SimpleNamespace(**smem), interpret is not None)
 
     run = gpu.kernel(
         ssd_backward_walk,
         outputs=tuple(outputs.values()),
-        scratch=_scratch(plan, state_dim, dy.dtype, documents is not None),
+        scratch=_scratch(plan, dy.dtype, documents is not None),
         grid={"piece": pieces, "batch": batch, "block": groups * blocks_per_group},
         warpgroups=3,
         interpret=interpret,
@@ -87,20 +87,20 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
     return run(*inputs.values())
 
 
-def _scratch(plan: Any, state_dim: int, dtype: Any, documents: bool) -> dict[str, Any]:
+def _scratch(plan: Plan, dtype: DTypeLike, documents: bool) -> dict[str, Any]:
     """Shared memory and barriers of a block."""
     stages = plan.stages
     scratch = {
         # One slot for each stage of the pipeline, filled by TMA.
         "dy": gpu.tiles(stages, 2, CHUNK, STRIP, dtype=dtype),
-        "B": gpu.tiles(stages, CHUNK, state_dim, dtype=dtype),
-        "C": gpu.tiles(stages, CHUNK, state_dim, dtype=dtype),
+        "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
+        "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         # Twice, because a vector over rows and one over columns cannot be loaded from one place.
         "row_decays": plgpu.SMEM((stages, 2, 2, CHUNK), jnp.float32),
         "column_decays": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
         # One for each computing warpgroup.
         "weights": gpu.tiles(2, CHUNK, CHUNK, dtype=dtype),
-        "state": gpu.tiles(2, STRIP, plan.width, dtype=dtype),
+        "state": gpu.tiles(2, STRIP, state_width(plan.state_dim), dtype=dtype),
         "decayed": gpu.tiles(2, CHUNK, STRIP, dtype=dtype),
         "full": plgpu.Barrier(num_arrivals=8 + documents, num_barriers=stages),
         "empty": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -110,42 +110,25 @@ def _scratch(plan: Any, state_dim: int, dtype: Any, documents: bool) -> dict[str
     return scratch
 
 
-def _block(plan: Any, hbm: Any, smem: Any, interpreted: bool) -> None:
+def _block(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted: bool) -> None:
     """What every warpgroup of a block runs: copy or compute."""
     warpgroup = lax.axis_index("warpgroup")
+    # Of a thread that computes, and of one that copies; together 3 * 168, what a block starts with.
+    wide = plan.state_dim > 128 or hasattr(hbm, "documents")
+    computing, copying = (240, 24) if wide else (232, 40)
 
     @pl.when(warpgroup < 2)
     def _():
-        plgpu.set_max_registers(plan.registers[0], action="increase")
-        _compute(plan, hbm, smem, _place(plan), warpgroup, interpreted)
+        plgpu.set_max_registers(computing, action="increase")
+        _compute(plan, hbm, smem, place_of_block(plan), warpgroup, interpreted)
 
     @pl.when(warpgroup == 2)
     def _():
-        plgpu.set_max_registers(plan.registers[1], action="decrease")
-        _copy(plan, hbm, smem, _place(plan))
+        plgpu.set_max_registers(copying, action="decrease")
+        _copy(plan, hbm, smem, place_of_block(plan))
 
 
-def _place(plan: Any) -> Any:
-    """Find the block's strips, and its piece of the row, counted from the row's end."""
-    block, piece = lax.axis_index("block"), lax.axis_index("piece")
-    group = lax.div(block, jnp.int32(plan.blocks_per_group))
-    first = group * plan.strips_per_group + lax.rem(block, jnp.int32(plan.blocks_per_group)) * 2
-    past_group = (group + 1) * plan.strips_per_group
-    start, end = jnp.int32(0), jnp.int32(plan.piece_ends[0])
-    for i, (left, right) in enumerate(zip(plan.piece_ends, plan.piece_ends[1:], strict=False)):
-        start = jnp.where(piece == i + 1, jnp.int32(left), start)
-        end = jnp.where(piece == i + 1, jnp.int32(right), end)
-    return types.SimpleNamespace(
-        batch=lax.axis_index("batch"),
-        group=group,
-        strip=lambda i: jnp.minimum(first + i, past_group - 1),  # an odd one out is walked twice,
-        exists=lambda i: first + i < past_group,  # and stored once
-        start=start,
-        end=end,
-    )
-
-
-def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
+def _copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) -> None:
     """The copying warpgroup: keep every slot full."""
 
     @pl.loop(jnp.int32(0), place.end)
@@ -172,11 +155,14 @@ def _copy(plan: Any, hbm: Any, smem: Any, place: Any) -> None:
         plgpu.barrier_wait(smem.empty.at[lax.rem(step, jnp.int32(plan.stages))])
 
 
-def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: bool) -> None:
+def _compute(
+    plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place, me: jax.Array, interpreted: bool
+) -> None:
     """A computing warpgroup: walk one strip back through the chunks, to the start of the block's piece."""
-    strip, stores = place.strip(me), place.exists(me)
+    strip, stores = place.strip(me), place.owns(me)
+    state_columns = [pl.ds(start, width) for start, width in plan.state_blocks]
     dtype, float32 = hbm.dy.dtype, jnp.float32
-    apart = len(plan.columns) > 1  # beside a wide state
+    apart = len(state_columns) > 1  # beside a wide state
     in_flight = functools.partial(gpu.in_flight, apart=apart, interpreted=interpreted)
     weights, decayed = smem.weights.at[me], smem.decayed.at[me]
     D = gpu.load_from_hbm(hbm.D.at[strip], gpu.ONE_PER_COLUMN) if hasattr(hbm, "D") else None
@@ -203,7 +189,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
     def update(state, slot, kept):
         """Add dy to the gradient of the state, which passes from the chunk's end to its start."""
-        for part, columns in zip(state, plan.columns, strict=True):
+        for part, columns in zip(state, state_columns, strict=True):
             yield [(transposed(decayed), smem.C.at[slot, :, columns])], part * kept
 
     def pass_by(step, state):
@@ -239,8 +225,8 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dx and the state of the step before have left
         in_flight([([(B, transposed(C))], None)], weigh)
-        dx = None
-        for i, (part, columns) in enumerate(zip(state, plan.columns, strict=True)):
+        dx: Any = None
+        for i, (part, columns) in enumerate(zip(state, state_columns, strict=True)):
             if i > 0:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
             smem.state.at[me][...] = part.astype(dtype)
@@ -271,7 +257,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
         return state
 
     final = hbm.final.at[place.batch, strip]
-    state = tuple(gpu.load_from_hbm(final.at[:, columns]) for columns in plan.columns)
+    state = tuple(gpu.load_from_hbm(final.at[:, columns]) for columns in state_columns)
     if len(plan.piece_ends) > 1:
         state = lax.fori_loop(jnp.int32(0), place.start, pass_by, state)
     state = lax.fori_loop(place.start, place.end, walk_step, state)
@@ -279,7 +265,7 @@ def _compute(plan: Any, hbm: Any, smem: Any, place: Any, me: Any, interpreted: b
 
     @pl.when(stores & (place.end == plan.chunks))
     def _():
-        for part, columns in zip(state, plan.columns, strict=True):
+        for part, columns in zip(state, state_columns, strict=True):
             gpu.store_to_hbm(hbm.initial.at[place.batch, strip, :, columns], part)
 
 

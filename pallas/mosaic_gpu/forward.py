@@ -26,18 +26,19 @@ fills an SM.
 Precision: products take 16-bit operands and accumulate in float32; decays and the carried state are float32.
 """
 
-import types
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.chunks import decays, document_ends  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.forward_walk import Walk, copy, place_of_block  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan, make_plan  # pyright: ignore[reportMissingImports]
+from jax.typing import DTypeLike
+from mamba2_jax.pallas.chunks import decays, document_ends
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.forward_walk import Walk, copy, place_of_block
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan, make_plan
 
 
 def forward(
@@ -111,9 +112,9 @@ def forward(
         outputs["saved"] = jax.ShapeDtypeStruct(shape, x.dtype)
 
     def ssd_forward(*refs, **smem):
-        hbm = types.SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
+        hbm = SimpleNamespace(**dict(zip([*inputs, *outputs], refs, strict=True)))
         smem, place, warpgroup = (
-            types.SimpleNamespace(**smem),
+            SimpleNamespace(**smem),
             place_of_block(plan),
             lax.axis_index("warpgroup"),
         )
@@ -152,7 +153,9 @@ def whole_tiles(array: jax.Array) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else array
 
 
-def _scratch(plan: Plan, dtype: Any, documents: bool, save_states: bool, interpreted: bool) -> dict[str, Any]:
+def _scratch(
+    plan: Plan, dtype: DTypeLike, documents: bool, save_states: bool, interpreted: bool
+) -> dict[str, Any]:
     """Shared memory and barriers of a block; `plan.smem_bytes` counts them."""
     stages, pair = plan.stages, STRIPS_PER_BLOCK
     scratch = {

@@ -15,37 +15,44 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from mamba2_jax.pallas.mosaic_gpu import bridge as gpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
+from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
+from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan
+
+State = tuple[jax.Array, ...]
+"""A strip's state in registers, in the column blocks of `Plan.state_blocks`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a block stands: its row, its group, its two strips, and the chunks it writes y for."""
+    """Where a block stands: its row, its group, its two strips, and the chunks whose tokens it writes.
 
-    batch: Any
-    group: Any
-    first_strip: Any
-    last_strip: Any
-    start: Any
-    end: Any
+    The walk back counts chunks from the row's end.
+    """
 
-    def strip(self, i: Any) -> Any:
+    batch: jax.Array
+    group: jax.Array
+    first_strip: jax.Array
+    last_strip: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+    def strip(self, i: jax.Array | int) -> jax.Array:
         """The strip of warpgroup `i`; a group with an odd number of strips has its last one walked twice."""
         return jnp.minimum(self.first_strip + i, self.last_strip)
 
-    def first_head(self, plan: Plan) -> Any:
+    def first_head(self, plan: Plan) -> jax.Array:
         """The head of the first strip."""
         return lax.div(self.first_strip, jnp.int32(plan.strips_per_head))
 
-    def owns(self, i: Any) -> Any:
+    def owns(self, i: jax.Array) -> jax.Array:
         """Whether warpgroup `i` is the one that stores what it computes."""
         return self.first_strip + i <= self.last_strip
 
@@ -70,7 +77,7 @@ def place_of_block(plan: Plan) -> Place:
     )
 
 
-def copy(plan: Plan, hbm: Any, smem: Any, place: Place) -> None:
+def copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) -> None:
     """The copying warpgroup: keep every slot full."""
     heads = pl.ds(place.first_head(plan), plan.heads_per_block)
 
@@ -109,10 +116,10 @@ class Walk:
     """A computing warpgroup on its walk over one strip. Matrices are [channel or source token, ...]."""
 
     plan: Plan
-    hbm: Any
-    smem: Any
+    hbm: SimpleNamespace
+    smem: SimpleNamespace
     place: Place
-    me: Any  # 0 or 1
+    me: jax.Array  # 0 or 1
     interpreted: bool
 
     def run(self) -> None:
@@ -132,7 +139,7 @@ class Walk:
             for part, columns in zip(state, self.state_columns, strict=True):
                 gpu.store_to_hbm(final.at[:, columns], part)
 
-    def step(self, D: Any, chunk: Any, state: Any) -> Any:
+    def step(self, D: jax.Array | None, chunk: jax.Array, state: State) -> State:
         """One chunk: y, and the state after it."""
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
@@ -170,7 +177,7 @@ class Walk:
         self.save(chunk + 1, state)
         return state
 
-    def pass_by(self, chunk: Any, state: Any) -> Any:
+    def pass_by(self, chunk: jax.Array, state: State) -> State:
         """A chunk before the block's piece: the state after it."""
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
@@ -180,7 +187,7 @@ class Walk:
         plgpu.barrier_arrive(self.smem.empty.at[slot])
         return state
 
-    def decays(self, slot: Any) -> tuple[Any, Any, Any, Any]:
+    def decays(self, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
         """Put each token's decay from the chunk's start, and to its end, into shared memory to be `turned`.
 
         Returns:
@@ -210,13 +217,13 @@ class Walk:
         """A vector over the rows, stored before, as one over the columns of `[channel, token]`."""
         return gpu.per_column(gpu.load(vector.at[self.me], gpu.ONE_PER_COLUMN), STRIP)
 
-    def update(self, state: Any, slot: Any, kept: Any, x: jax.Array) -> Iterator[Any]:
+    def update(self, state: State, slot: jax.Array, kept: jax.Array, x: jax.Array) -> Iterator[Any]:
         """`state * kept + (x * to_end) B`, as sums to be started."""
         x_to_end = (x.astype(jnp.float32) * self.turned(self.smem.to_end)).astype(self.dtype)
         for part, columns in zip(state, self.state_columns, strict=True):
             yield [(x_to_end, self.smem.B.at[slot, :, columns])], part * kept
 
-    def send(self, chunk: Any, y: jax.Array) -> None:
+    def send(self, chunk: jax.Array, y: jax.Array) -> None:
         """Send y off to HBM; the y before it must have left shared memory."""
         mine, tokens = self.smem.y.at[self.me], pl.ds(chunk * CHUNK, CHUNK)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -225,7 +232,7 @@ class Walk:
         target = self.hbm.y.at[self.place.batch, tokens, self.place.strip(self.me)]
         pl.when(self.owns)(lambda: plgpu.copy_smem_to_gmem(mine, target))
 
-    def save(self, chunk: Any, state: Any) -> None:
+    def save(self, chunk: jax.Array, state: State) -> None:
         """Send off the state that enters a chunk, if asked to.
 
         Called after a step, not before the next one: there the compiler would keep the state in 16 bits,
@@ -253,18 +260,18 @@ class Walk:
         return gpu.in_flight(sums, use, apart=apart, spill=spill, interpreted=self.interpreted)
 
     @property
-    def dtype(self) -> Any:
+    def dtype(self) -> jnp.dtype:
         """The compute dtype."""
         return self.hbm.x.dtype
 
     @property
-    def head(self) -> Any:
+    def head(self) -> jax.Array:
         """Which of the block's heads this warpgroup's strip belongs to."""
         strip = self.place.strip(self.me)
         return lax.div(strip, jnp.int32(self.plan.strips_per_head)) - self.place.first_head(self.plan)
 
     @property
-    def owns(self) -> Any:
+    def owns(self) -> jax.Array:
         """Whether this warpgroup stores what it computes."""
         return self.place.owns(self.me)
 

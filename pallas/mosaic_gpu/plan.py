@@ -6,9 +6,9 @@ its last block repeats the first one's walk and stores nothing.
 """
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
+from mamba2_jax.pallas.problem import Problem
 
 CHUNK = 64  # tokens a step
 STRIP = 64  # channels, one warpgroup
@@ -26,7 +26,7 @@ HEAD_DIMS, STATE_DIMS, DTYPES = (64, 128), (64, 128, 256), ("bfloat16", "float16
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One launch of the forward kernel."""
+    """One launch of the forward kernel, or of the backward one that walks a row from its end."""
 
     batch: int
     chunks: int
@@ -77,6 +77,42 @@ class Plan:
         """Start and width of the column blocks in which a warpgroup holds and multiplies the state."""
         width = state_width(self.state_dim)
         return [(start, width) for start in range(0, self.state_dim, width)]
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkPlan:
+    """One launch of the backward kernel that takes each chunk for itself."""
+
+    chunks: int
+    strips_per_group: int
+    strips_per_head: int
+    state_dim: int
+    splits: int  # parts that the strips of a group are cut into, each a block's
+
+    @property
+    def strips_per_split(self) -> int:
+        """Strips that a block sums over, the last one of a group perhaps fewer."""
+        return -(-self.strips_per_group // self.splits)
+
+    @property
+    def half(self) -> int:
+        """Columns of the state that each of a block's two computing warpgroups takes."""
+        return min(STRIP, self.state_dim // 2)
+
+    @property
+    def halves(self) -> int:
+        """How often `half` goes into the state's columns."""
+        return self.state_dim // self.half
+
+    @property
+    def parts(self) -> int:
+        """Blocks that share the columns of a wide state."""
+        return self.state_dim // (2 * self.half)
+
+    @property
+    def stages(self) -> int:
+        """Strips in shared memory."""
+        return 3 if self.state_dim <= 128 else 2
 
 
 def make_plan(
@@ -152,7 +188,7 @@ def fitting_stages(state_dim: int, itemsize: int, documents: bool, save_states: 
     return (SMEM_LIMIT - 1024 - none) // (one - none)
 
 
-def unsupported(problem: Any) -> str | None:
+def unsupported(problem: Problem) -> str | None:
     """Return why the kernel cannot run a problem, or None if it can.
 
     Args:

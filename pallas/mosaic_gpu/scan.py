@@ -10,10 +10,10 @@ import functools
 from typing import Any
 
 import jax
-from mamba2_jax.pallas.batching import fold_vmap, refuse_checked_shard_map  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.backward import backward  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.forward import forward  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.mosaic_gpu.plan import unsupported  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.batching import fold_vmap, refuse_checked_shard_map
+from mamba2_jax.pallas.mosaic_gpu.backward import backward
+from mamba2_jax.pallas.mosaic_gpu.forward import forward
+from mamba2_jax.pallas.mosaic_gpu.plan import unsupported
 
 __all__ = ["ssd", "unsupported"]
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import ShapeDtypeStruct as Struct
-from mamba2_jax.pallas.batching import fold_vmap, refuse_checked_shard_map  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.problem import Problem  # pyright: ignore[reportMissingImports]
-from mamba2_jax.pallas.triton_gpu import call as triton_call  # pyright: ignore[reportMissingImports]
+from mamba2_jax.pallas.batching import fold_vmap, refuse_checked_shard_map
+from mamba2_jax.pallas.problem import Problem
+from mamba2_jax.pallas.triton_gpu import call as triton_call
 
 DTYPES = ("bfloat16", "float16", "float32")
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
@@ -205,7 +205,7 @@ def _join(state: jax.Array, decays: jax.Array, added: jax.Array, *, reverse: boo
 
 def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write_entering: bool = False):
     """Launch `forward_walk`; return y, each piece's final state, and each chunk's entering state."""
-    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels
 
     inputs = (scan.x, scan.dt, scan.A, scan.B, scan.C, scan.D, starts)
     outputs = _walk_outputs(scan, write_y, write_entering, starts)
@@ -215,7 +215,7 @@ def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write
 
 def _walk_backward(scan: Scan, dy: jax.Array, ends: jax.Array, *, write_dx: bool = False):
     """Launch `backward_walk`; return dx, and state gradients at each piece's start and each chunk's end."""
-    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels
 
     inputs = (dy, scan.dt, scan.A, scan.B, scan.C, scan.D, ends)
     outputs = _walk_outputs(scan, write_dx, write_dx, ends)
@@ -246,7 +246,7 @@ def _launch_walk(scan: Scan, kernel, inputs, outputs, flags):
 
 def _gradients_of_chunks(scan: Scan, dy: jax.Array, entering: jax.Array, leaving: jax.Array):
     """Launch `backward_chunks`; return dB, dC, and partial ddt, dA, dD for the caller to sum."""
-    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels
 
     batch, length, num_heads, head_dim = scan.x.shape
     num_groups, state_dim = scan.B.shape[2:]

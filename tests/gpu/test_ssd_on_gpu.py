@@ -62,7 +62,7 @@ def skip_unless_it_runs(implementation, inputs):
     if implementation != "xla":
         sizes = (*inputs["x"].shape, *inputs["B"].shape[2:])
         problem = dispatch.describe(inputs["x"].dtype, *sizes, D_per_channel=np.ndim(inputs.get("D")) == 2)
-        if (reason := dispatch.kernels()[implementation].unsupported(problem)) is not None:
+        if (reason := dispatch.kernels("ssd")[implementation].unsupported(problem)) is not None:
             pytest.skip(f"{implementation}: {reason}")
 
 
@@ -184,7 +184,7 @@ def test_what_is_chosen_unasked_is_what_the_table_says(implementation):
     inputs = inputs_of(BASE, "bfloat16")
     skip_unless_it_runs(implementation, inputs)
     capability = dispatch.compute_capability(dispatch.default_device())
-    if capability not in dispatch.kernels()[implementation].automatic:
+    if capability not in dispatch.kernels("ssd")[implementation].automatic:
         pytest.skip(f"{implementation} is not taken unasked on this GPU")
     for got, want in zip(run(inputs, None), run(inputs, implementation), strict=True):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))

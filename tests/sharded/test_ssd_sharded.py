@@ -145,7 +145,7 @@ def test_a_pallas_kernel_with_its_own_gradient_runs_inside(sizes, monkeypatch):
     inputs, weights = draw(l=16)
     del inputs["D"]
     want = on_one_device(inputs, None, weights)
-    monkeypatch.setattr(sys.modules["mamba2_jax.ops.scan.api"], "choose", choose)
+    monkeypatch.setattr(sys.modules["mamba2_jax.ops.scan.api"], "choose_scan", choose)
     on_the_mesh = compiled(ssd_sharded, mesh=meshes.make_mesh(meshes.SIZES[sizes]))
     assert "pallas_call" in str(on_the_mesh.trace(inputs, None, weights).jaxpr)
     meshes.assert_equal(on_the_mesh(inputs, None, weights), want, TOLERANCE)

@@ -1,9 +1,10 @@
-"""The one public door to the scan: check the arguments, choose an implementation, run it."""
+"""The public doors to the scan and its step: check the arguments, choose an implementation, run it."""
 
 import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_groups, check_integer, check_shape
-from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS, choose, describe
+from mamba2_jax.ops.device import on_device_of
+from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS, choose_scan, choose_step, describe
 from mamba2_jax.typing import Array, Float, Int
 
 
@@ -37,7 +38,10 @@ def ssd(
         chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
         implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
             `"triton"`. A choice made by name is never replaced by another. All have reverse mode; forward
-            mode has `"recurrent"`, and off a CPU `"xla"`.
+            mode has `"recurrent"`, and off a CPU `"xla"`. The best is, on Hopper and in 16 bits,
+            `"mosaic_gpu"` where it can run the sizes; else `"xla"`. Arrays tell where they lie, but not
+            inside your own `jit`: there, for arrays that lie elsewhere than on JAX's default device, name
+            one, or call the jitted function under `with jax.default_device(...)`.
 
     Returns:
         y: `(b, l, h, p)` in the dtype of `x`.
@@ -71,9 +75,78 @@ def ssd(
     else:
         initial_state = initial_state.astype(full)
     D_per_channel = D is not None and D.ndim == 2
-    problem = describe(x.dtype, *x.shape, *B.shape[2:], D_per_channel=D_per_channel)
-    run = choose(implementation, chunk_size, problem)
-    return run(x, dt, A, B, C, D, initial_state, segment_ids)
+    with on_device_of(x, dt, A, B, C, D, initial_state, segment_ids):
+        problem = describe(x.dtype, *x.shape, *B.shape[2:], D_per_channel=D_per_channel)
+        run = choose_scan(implementation, chunk_size, problem)
+        return run(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def ssd_step(
+    x: Float[Array, "b h p"],
+    dt: Float[Array, "b h"],
+    A: Float[Array, " h"],
+    B: Float[Array, "b g n"],
+    C: Float[Array, "b g n"],
+    state: Float[Array, "b h p n"],
+    *,
+    D: Float[Array, "h *p"] | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
+    r"""Advance the state by one token and read it out: `ssd` of a row of one.
+
+    $$h \leftarrow e^{dt A} h + dt\, x B^\top, \qquad y = h C + D x$$
+
+    Args:
+        x: inputs `(b, h, p)`; their dtype is that of B and C too.
+        dt: step sizes `(b, h)`, after softplus and clamp; 0 leaves the state as it is.
+        A: `(h,)`, negative.
+        B: `(b, g, n)`; `g` divides `h`, head `i` uses group `i // (h // g)`.
+        C: `(b, g, n)`.
+        state: `(b, h, p, n)`, float32 as a rule.
+        D: skip weights `(h,)` or `(h, p)`.
+        implementation: None for the best that runs here, or `"xla"`, the only one so far. Differentiable in
+            both modes.
+
+    Returns:
+        y: `(b, h, p)` in the dtype of `x`.
+        state: `(b, h, p, n)` in the dtype of `state`.
+
+    Raises:
+        ValueError: shapes, dtypes or options that do not fit, named.
+        NotImplementedError: a named implementation that cannot run here, with what can.
+
+    Source: Dao & Gu 2024, arXiv:2405.21060, section 2.
+
+    >>> import jax.numpy as jnp
+    >>> B = C = jnp.ones((1, 2, 16))
+    >>> y, state = ssd_step(
+    ...     jnp.ones((1, 4, 8)), jnp.full((1, 4), 0.1), -jnp.ones(4), B, C, jnp.zeros((1, 4, 8, 16))
+    ... )
+    >>> y.shape, state.shape
+    ((1, 4, 8), (1, 4, 8, 16))
+    """
+    op = "ssd_step"
+    check_shape(op, "x", x, "b h p")
+    batch, num_heads, head_dim = x.shape
+    check_shape(op, "B", B, "b g n", b=batch)
+    sizes = {"b": batch, "h": num_heads, "p": head_dim, "g": B.shape[1], "n": B.shape[2]}
+    check_shape(op, "C", C, "b g n", **sizes)
+    check_shape(op, "dt", dt, "b h", **sizes)
+    check_shape(op, "A", A, "h", **sizes)
+    check_shape(op, "state", state, "b h p n", **sizes)
+    check_groups(op, num_heads, B.shape[1])
+    check_dtype(op, x=x, dt=dt, A=A, B=B, C=C, D=D, state=state)
+    check_choice(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    if D is not None:
+        check_shape(op, "D", D, "h" if D.ndim == 1 else "h p", **sizes)
+
+    full = jnp.promote_types(x.dtype, jnp.float32)
+    dt, A = dt.astype(full), A.astype(full)
+    B, C = B.astype(x.dtype), C.astype(x.dtype)
+    D_per_channel = D is not None and D.ndim == 2
+    with on_device_of(x, dt, A, B, C, state, D):
+        problem = describe(x.dtype, batch, 1, *x.shape[1:], *B.shape[1:], D_per_channel=D_per_channel)
+        return choose_step(implementation, problem)(x, dt, A, B, C, state, D)
 
 
 def check_arguments(op, x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation) -> None:

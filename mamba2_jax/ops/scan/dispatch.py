@@ -1,6 +1,6 @@
-"""Which implementation of the scan runs: the one place that chooses, and the one import of the kernels."""
+"""Which implementation of an op runs: the one place that chooses, and the one import of the kernels."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,54 +9,82 @@ import jax.numpy as jnp
 from mamba2_jax.ops.device import compute_capability, default_device
 from mamba2_jax.ops.scan.chunked import ssd_chunked
 from mamba2_jax.ops.scan.recurrent import ssd_recurrent
+from mamba2_jax.ops.scan.step import ssd_one_token
 from mamba2_jax.ops.segments import document_index
 
 if TYPE_CHECKING:
-    # Type checkers do not follow setuptools' package-dir.
-    from mamba2_jax.pallas import Kernel, Problem  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas import Kernel, Problem
 
 IMPLEMENTATIONS = ("recurrent", "xla", "mosaic_gpu", "triton")
 
 
-def choose(implementation: str | None, chunk_size: int | None, problem: "Problem") -> Callable:
-    """Return the function that runs, with its tuning fixed.
+def choose_scan(implementation: str | None, chunk_size: int | None, problem: "Problem") -> Callable:
+    """Return the function that runs `ssd`, with its tuning fixed.
 
     Args:
-        implementation: one of `IMPLEMENTATIONS`, or None for the best that runs here: on Hopper
-            `"mosaic_gpu"`, on Ampere and Ada `"triton"`, for 16-bit dtypes and where these can run the
-            problem; else `"xla"`.
+        implementation: as for `choose`.
         chunk_size: tokens per chunk, or None for the implementation's own. Kernels have their own, so
             that with a chunk size and no name, XLA runs.
-        problem: where the scan will run, its dtype and sizes; see `describe`.
+        problem: see `describe`.
 
     Returns:
         A function of `(x, dt, A, B, C, D, initial_state, segment_ids)`.
 
     Raises:
-        NotImplementedError: a kernel asked for by name that cannot run, with the reason and what can.
+        NotImplementedError: as `choose`, and for a kernel with a chunk size.
+    """
+    plain = {
+        "recurrent": ssd_recurrent,
+        "xla": partial(ssd_chunked, **_xla_tuning(chunk_size, problem.platform)),
+    }
+    if implementation is None and chunk_size is not None:
+        implementation = "xla"
+    run = choose("ssd", implementation, problem, plain)
+    if run in plain.values():
+        return run
+    if chunk_size is not None:
+        raise _refusal("ssd", implementation, problem, "its chunk size is fixed; leave chunk_size=None")
+    return partial(_run_kernel, run)
+
+
+def choose_step(implementation: str | None, problem: "Problem") -> Callable:
+    """Return the function of `(x, dt, A, B, C, state, D)` that runs `ssd_step`. Arguments as for `choose`."""
+    return choose("ssd_step", implementation, problem, {"xla": ssd_one_token})
+
+
+def choose(
+    op: str, implementation: str | None, problem: "Problem", plain: Mapping[str, Callable]
+) -> Callable:
+    """Return the function that runs an op.
+
+    Args:
+        op: its name in the table of kernels.
+        implementation: one of `IMPLEMENTATIONS`, or None for what `automatic` names.
+        problem: where the op will run, its dtype and sizes.
+        plain: the implementations that run everywhere, by name; `"xla"` is one of them.
+
+    Raises:
+        NotImplementedError: an implementation named that cannot run, with the reason and what can.
     """
     if implementation is None:
-        implementation = automatic(problem) if chunk_size is None else "xla"
-    if implementation == "recurrent":
-        return ssd_recurrent
-    if implementation == "xla":
-        return partial(ssd_chunked, **_xla_tuning(chunk_size, problem.platform))
-    reason = kernels()[implementation].unsupported(problem)
-    if reason is None and chunk_size is not None:
-        reason = "its chunk size is fixed; leave chunk_size=None"
-    if reason is not None:
-        raise NotImplementedError(
-            f"ssd: implementation={implementation!r} cannot run here: {reason}; "
-            "use implementation='xla', or None for the best available"
-        )
-    return partial(_run_kernel, kernels()[implementation].run)
+        implementation = automatic(op, problem)
+    if implementation in plain:
+        return plain[implementation]
+    kernel = kernels(op).get(implementation)
+    reason = f"there is none of {op}" if kernel is None else kernel.unsupported(problem)
+    if kernel is None or reason is not None:
+        raise _refusal(op, implementation, problem, reason)
+    return kernel.run
 
 
-def automatic(problem: "Problem") -> str:
-    """Name what runs when nothing is named. Kernels are taken for 16-bit dtypes: for float32, XLA."""
+def automatic(op: str, problem: "Problem") -> str:
+    """Name what runs when nothing is named: the first kernel of the table that is for the device and can run.
+
+    Kernels are taken for 16-bit dtypes: for float32, XLA.
+    """
     if problem.dtype.itemsize != 2:
         return "xla"
-    for name, kernel in kernels().items():
+    for name, kernel in kernels(op).items():
         if problem.compute_capability in kernel.automatic and kernel.unsupported(problem) is None:
             return name
     return "xla"
@@ -71,17 +99,30 @@ def describe(dtype: Any, *sizes: int, D_per_channel: bool = False, device: Any =
         D_per_channel: whether D is `(h, p)`.
         device: a `jax.Device`; None is the one that a call traced now will use.
     """
-    from mamba2_jax.pallas import Problem  # pyright: ignore[reportMissingImports]
+    from mamba2_jax.pallas import Problem
 
     device = default_device() if device is None else device
-    return Problem(device.platform, compute_capability(device), jnp.dtype(dtype), *sizes, D_per_channel)
+    return Problem(
+        device.platform, compute_capability(device), jnp.dtype(dtype), *sizes, D_per_channel=D_per_channel
+    )
 
 
-def kernels() -> dict[str, "Kernel"]:
-    """Return the table of kernels; imported late, because most calls on a CPU do not need it."""
-    from mamba2_jax.pallas import KERNELS  # pyright: ignore[reportMissingImports]
+def kernels(op: str) -> dict[str, "Kernel"]:
+    """Return the kernels of an op; imported late, because most calls on a CPU do not need them."""
+    from mamba2_jax.pallas import KERNELS
 
-    return KERNELS
+    return KERNELS[op]
+
+
+def _refusal(op: str, implementation: str | None, problem: "Problem", reason: str | None) -> Exception:
+    """Say why an implementation asked for by name cannot run, and what to do."""
+    elsewhere = ""
+    if problem.platform != "gpu":
+        elsewhere = "; if the arrays lie on a GPU, trace the call under `with jax.default_device(that GPU)`"
+    return NotImplementedError(
+        f"{op}: implementation={implementation!r} cannot run here: {reason}; "
+        f"use implementation='xla', or None for the best available{elsewhere}"
+    )
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):

@@ -6,7 +6,7 @@ $$h_t = e^{dt_t A} h_{t-1} + dt_t\, x_t B_t^\top, \qquad y_t = h_t C_t + D x_t$$
 import jax
 import jax.numpy as jnp
 
-from mamba2_jax.ops.scan.step import ssd_step
+from mamba2_jax.ops.scan.step import ssd_one_token
 from mamba2_jax.ops.segments import document_starts
 from mamba2_jax.typing import Array, Float, Int
 
@@ -30,7 +30,7 @@ def ssd_recurrent(
     def token(state, inputs):
         x_t, dt_t, B_t, C_t, reset = inputs
         state = jnp.where(reset[:, None, None, None], 0.0, state)
-        y_t, state = ssd_step(x_t, dt_t, A, B_t, C_t, state, D=D)
+        y_t, state = ssd_one_token(x_t, dt_t, A, B_t, C_t, state, D)
         return state, y_t
 
     over_tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, dt, B, C, resets))
