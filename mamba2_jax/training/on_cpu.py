@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.device import platform
@@ -55,33 +54,16 @@ def recomputed(function: Callable) -> Callable:
     if platform() != "cpu":
         return jax.checkpoint(function)
 
-    def wrapped(*arguments: Any) -> Any:
-        leaves, treedef = jax.tree.flatten(arguments)
-        moving = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+    def in_a_branch(*arguments: Any) -> Any:
+        leaves = jax.tree.leaves(arguments)
+        first = next(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact))
+        always = first.ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
+        nothing = jax.tree.map(
+            lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(function, *arguments)
+        )
+        return jax.lax.cond(always, function, lambda *_: nothing, *arguments)
 
-        def call(floats: list, others: list) -> Any:
-            merged = [(floats if moves else others).pop(0) for moves in moving]
-            return function(*jax.tree.unflatten(treedef, merged))
-
-        run = jax.custom_vjp(lambda floats, others: call(list(floats), list(others)))
-
-        def backward(kept: tuple, cotangent: Any) -> tuple:
-            def gradient(floats: list, others: list, cotangent: Any) -> Any:
-                return jax.vjp(lambda floats: call(list(floats), list(others)), floats)[1](cotangent)[0]
-
-            def nothing(floats: list, others: list, cotangent: Any) -> Any:
-                return jax.tree.map(jnp.zeros_like, floats)
-
-            floats, others = kept
-            always = floats[0].ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
-            gradients = jax.lax.cond(always, gradient, nothing, floats, others, cotangent)
-            return gradients, [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in others]
-
-        run.defvjp(lambda floats, others: (call(list(floats), list(others)), (floats, others)), backward)
-        floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-        return run(floats, [leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves])
-
-    return wrapped
+    return jax.checkpoint(in_a_branch)
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), in malloc.h
