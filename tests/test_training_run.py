@@ -12,10 +12,10 @@ import textwrap
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from mamba2_jax.cli.main import main
 from training_runs import STEPS, arrays_of, make_trainer, model_folder, texts_file, tiny_model, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM
+from mamba2_jax.cli.main import main
 from mamba2_jax.training import LoraOptions
 from mamba2_jax.training.metrics import read_metrics
 

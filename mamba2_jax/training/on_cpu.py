@@ -2,11 +2,16 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.device import platform
@@ -54,16 +59,87 @@ def recomputed(function: Callable) -> Callable:
     if platform() != "cpu":
         return jax.checkpoint(function)
 
-    def in_a_branch(*arguments: Any) -> Any:
-        leaves = jax.tree.leaves(arguments)
-        first = next(leaf for leaf in leaves if jnp.issubdtype(leaf.dtype, jnp.inexact))
-        always = first.ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
-        nothing = jax.tree.map(
-            lambda out: jnp.zeros(out.shape, out.dtype), jax.eval_shape(function, *arguments)
-        )
-        return jax.lax.cond(always, function, lambda *_: nothing, *arguments)
+    def wrapped(*arguments: Any) -> Any:
+        leaves, treedef = jax.tree.flatten(arguments)
+        run = jax.custom_jvp(lambda *leaves: function(*treedef.unflatten(leaves)))
+        run.defjvp(partial(_recomputed_jvp, run.fun), symbolic_zeros=True)
+        return run(*leaves)
 
-    return jax.checkpoint(in_a_branch)
+    return wrapped
+
+
+def _recomputed_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """Value and tangent of `function`, the latter as one operation, to be transposed as a whole."""
+    out, treedef = jax.tree.flatten(function(*primals))
+    moving = tuple(not isinstance(dot, SymbolicZero) for dot in tangents)
+    jaxpr = jax.make_jaxpr(function)(*primals)
+    dots = [dot for dot, moves in zip(tangents, moving, strict=True) if moves]
+    of_floats = iter(_tangent.bind(*primals, *dots, jaxpr=jaxpr, moving=moving))
+    out_dot = [next(of_floats) if _is_float(one) else np.zeros(one.shape, jax.dtypes.float0) for one in out]
+    return treedef.unflatten(out), treedef.unflatten(out_dot)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _split(arguments: Sequence[Any], jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> tuple:
+    """Of what `_tangent` is given: the function of what moves, that at the point given, and its tangents."""
+    primals, dots = arguments[: len(moving)], arguments[len(moving) :]
+
+    def of_moving(*moved: Array) -> list[Array]:
+        of_moved = iter(moved)
+        every = [next(of_moved) if moves else a for a, moves in zip(primals, moving, strict=True)]
+        return [out for out in jaxpr_as_fun(jaxpr)(*every) if _is_float(out)]
+
+    return of_moving, [a for a, moves in zip(primals, moving, strict=True) if moves], dots
+
+
+def _tangent_of_floats(*arguments: Array, jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> list[Array]:
+    of_moving, point, dots = _split(arguments, jaxpr, moving)
+    return jax.jvp(of_moving, point, dots)[1]
+
+
+_tangent = Primitive("mamba2_recomputed_tangent")
+_tangent.multiple_results = True
+_tangent.def_impl(_tangent_of_floats)
+mlir.register_lowering(_tangent, mlir.lower_fun(_tangent_of_floats, multiple_results=True))
+
+
+@_tangent.def_abstract_eval
+def _tangent_shapes(*arguments: Any, jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> list[Any]:
+    return [aval for aval in jaxpr.out_avals if _is_float(aval)]
+
+
+def _tangent_jvp(arguments: Sequence[Array], tangents: Sequence[Any], **options: Any) -> tuple:
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(partial(_tangent_of_floats, **options), arguments, tangents)
+
+
+def _tangent_transpose(cotangents: Sequence[Any], *arguments: Any, jaxpr: ClosedJaxpr, moving: tuple) -> list:
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    primals = arguments[: len(moving)]
+
+    def gradient(primals: Sequence[Array], cotangents: list[Array]) -> list[Array]:
+        of_moving, point, _ = _split(primals, jaxpr, moving)
+        return list(jax.vjp(of_moving, *point)[1](cotangents))
+
+    def nothing(primals: Sequence[Array], cotangents: list[Array]) -> list[Array]:
+        return [jnp.zeros_like(a) for a, moves in zip(primals, moving, strict=True) if moves]
+
+    first = next(a for a, moves in zip(primals, moving, strict=True) if moves)
+    always = first.ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
+    return [None for _ in moving] + jax.lax.cond(always, gradient, nothing, primals, cotangents)
+
+
+def _tangent_batched(arguments: Sequence[Array], axes: Sequence[int | None], **options: Any) -> tuple:
+    out = jax.vmap(partial(_tangent_of_floats, **options), axes)(*arguments)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_tangent] = _tangent_jvp
+ad.primitive_transposes[_tangent] = _tangent_transpose
+batching.primitive_batchers[_tangent] = _tangent_batched
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), in malloc.h
