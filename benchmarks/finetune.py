@@ -166,6 +166,7 @@ def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
         split_model,
         train_step,
     )
+    from mamba2_jax.training.on_cpu import rows_in_turn, tokens_in_cache
 
     keep_freed_memory()
     model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -173,7 +174,7 @@ def train_ours(folder: str, steps: int, dtype: str, ids: np.ndarray) -> dict:
     config = OptimConfig(learning_rate=RATE, schedule="constant", weight_decay=0.0, clip=0.0)
     optimizer = make_optimizer(config, trained, steps)
     state = TrainState.start(trained, optimizer, jax.random.key(0))
-    inputs = {"input_ids": ids}
+    inputs = rows_in_turn({"input_ids": ids}, tokens_in_cache(SIZES["hidden_size"]))  # as the Trainer does
 
     def step() -> float:
         nonlocal state
@@ -221,7 +222,7 @@ def memory_table(presets: list[str]):
     most = max(tokens_in_cache(Mamba2Config.preset(preset).hidden_size) for preset in SHAPES)
     yield "Memory of one compiled step by XLA's analysis for the CPU: bfloat16 compute; full training keeps"
     yield "weights and moments in float32, LoRA (rank 8 on in_proj and out_proj) the base in bfloat16."
-    yield f"A CPU takes at most {most} tokens of the batch at a time, or one row."
+    yield f"On a CPU the Trainer takes at most {most} tokens of the batch at a time, or one row."
     yield ""
     yield "| model | batch | trained | remat | arguments | temporaries | peak |"
     yield "|---|---|---|---|---|---|---|"
@@ -243,6 +244,7 @@ def step_memory(preset: str, lora: bool, remat: str) -> tuple[int, int, int]:
     from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
     from mamba2_jax.lora import LoraConfig, add_lora
     from mamba2_jax.training import OptimConfig, TrainState, make_optimizer, split_model, train_step
+    from mamba2_jax.training.on_cpu import rows_in_turn, tokens_in_cache
 
     structures, optimizers = [], []
 
@@ -261,6 +263,8 @@ def step_memory(preset: str, lora: bool, remat: str) -> tuple[int, int, int]:
     state, frozen = jax.eval_shape(start)
     ids = jax.ShapeDtypeStruct(SHAPES[preset], jnp.int32)
     inputs = {"input_ids": ids, "segment_ids": ids, "labels": ids}
+    most = tokens_in_cache(Mamba2Config.preset(preset).hidden_size)
+    inputs = jax.eval_shape(lambda inputs: rows_in_turn(inputs, most), inputs)  # as the Trainer does
     lowered = train_step.lower(
         state, frozen, inputs, structure=structures[0], optimizer=optimizers[0], remat=remat
     )

@@ -194,9 +194,8 @@ def test_a_narrow_model_takes_more_tokens_at_a_time(hidden_size, tokens):
     assert tokens_in_cache(hidden_size) == tokens
 
 
-def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
+def test_rows_take_turns_and_their_number_costs_no_memory():
     most = 1024
-    monkeypatch.setattr("mamba2_jax.training.on_cpu.tokens_in_cache", lambda hidden_size: most)
     structure, params, frozen = model_parts()
     rate, rows, length = 1e3, 6, most // 2
     optimizer = optax.sgd(rate)
@@ -206,21 +205,21 @@ def test_on_a_cpu_rows_take_turns_and_their_number_costs_no_memory(monkeypatch):
         "labels": np.where(np.arange(length) % 7 < np.arange(rows)[:, None], ids, -100),
     }
     in_two_parts = {name: array.reshape(2, 3, length) for name, array in batch.items()}
-    model = structure.merge(params, frozen)
-    assert rows_in_turn(model, batch)["labels"].shape == (3, 2, length)
-    assert rows_in_turn(model, in_two_parts)["labels"].shape == (6, 1, length)
+    in_turn = rows_in_turn(batch, most)
+    assert in_turn["labels"].shape == (3, 2, length)
+    assert rows_in_turn(in_two_parts, most)["labels"].shape == (6, 1, length)
     longer = {"input_ids": np.zeros((4, 2 * most), int)}
-    assert rows_in_turn(model, longer)["input_ids"].shape == (4, 1, 2 * most)
-    assert set(rows_in_turn(model, {**batch, "segment_ids": None, "weight": np.ones(rows)})) == set(batch)
+    assert rows_in_turn(longer, most)["input_ids"].shape == (4, 1, 2 * most)
+    assert set(rows_in_turn({**batch, "segment_ids": None, "weight": np.ones(rows)}, most)) == set(batch)
     odd = {"input_ids": np.zeros((37, 32), int)}  # only rows of 32 tokens divide it
-    assert rows_in_turn(model, odd) is odd
+    assert rows_in_turn(odd, most) is odd
     few = {name: array[:2] for name, array in batch.items()}
-    assert rows_in_turn(model, few) is few
+    assert rows_in_turn(few, most) is few
 
     nats, tokens, grads = gradients(params, frozen, batch, structure)
     lower = partial(train_step.lower, structure=structure, optimizer=optimizer)
-    compiled = lower(fresh(params, optimizer), frozen, batch).compile()
-    state, metrics = compiled(fresh(params, optimizer), frozen, batch)
+    compiled = lower(fresh(params, optimizer), frozen, in_turn).compile()
+    state, metrics = compiled(fresh(params, optimizer), frozen, in_turn)
     np.testing.assert_allclose(metrics.loss, nats / tokens, rtol=1e-6)
     for name, start in params.items():
         assert relative((start - state.params[name]) / rate, grads[name] / tokens) < 1e-4, name

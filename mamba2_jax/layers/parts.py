@@ -9,7 +9,8 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.ops import rms_norm, silu_gate
-from mamba2_jax.ops.linear import embedding_lookup, linear
+from mamba2_jax.ops.linear import linear
+from mamba2_jax.ops.on_cpu.products import embedding_lookup
 from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 

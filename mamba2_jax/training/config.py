@@ -98,6 +98,9 @@ class TrainConfig:
     """Remat policy, what each block stores for the backward pass: all, products with weights, its input."""
     tokens_per_slice: int = TOKENS_PER_SLICE
     """Tokens whose logits are in memory at the same time."""
+    tokens_per_turn: int | None = None
+    """Most tokens of a batch, in whole rows, that one device runs at the same time; dropout is drawn for each
+    turn (None: on a CPU as many as its cache holds, elsewhere all; 0: all)."""
     seed: int = 0
     """Seed of the data order, new adapters and dropout."""
     max_skipped: int = 5
@@ -125,6 +128,11 @@ class TrainConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"TrainConfig: {name}={value!r} must be an integer of at least 1")
+        turn = self.tokens_per_turn
+        if turn is not None and (isinstance(turn, bool) or not isinstance(turn, int) or turn < 0):
+            raise ValueError(
+                f"TrainConfig: tokens_per_turn={turn!r} must be an integer of at least 0, where 0 is all"
+            )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed={self.seed} must lie in 0..{2**32 - 1}")
 

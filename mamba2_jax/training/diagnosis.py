@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.training.loss import loss_fn
-from mamba2_jax.training.on_cpu import rows_in_turn
 from mamba2_jax.training.step import Params, Structure
 
 
@@ -26,7 +25,6 @@ def first_not_finite(
         The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient;
         None when all are finite.
     """
-    batch = rows_in_turn(structure.merge(params, frozen), batch)
     parts = [batch]
     if batch["input_ids"].ndim == 3:
         parts = [

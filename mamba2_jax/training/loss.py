@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 
 from mamba2_jax.models.inputs import IGNORED_LABEL, join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -95,7 +96,7 @@ def sliced_cross_entropy(
         positions_per_slice: `s`; the last slice is filled up.
 
     Returns:
-        The sum in nats, float32. Its gradient is by reverse mode; that of the gradient by either.
+        The sum in nats, float32.
     """
     batch, length = targets.shape
     width = min(positions_per_slice, length)
@@ -116,7 +117,7 @@ def sliced_cross_entropy(
     return _summed_nats(score, leaves, split(hidden, 0), split(targets, IGNORED_LABEL))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
     """Sum over slices `hidden (slices, b, s, d)` and `targets (slices, b, s)`; `score(weights, hidden)`."""
 
@@ -126,16 +127,25 @@ def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: 
     return jax.lax.scan(one_slice, jnp.zeros((), jnp.float32), (hidden, targets))[0]
 
 
-def _forward(score, weights, hidden, targets):
-    """The sum, and for `_backward` its gradients, shaped as `weights`, None where frozen, and as `hidden`."""
-    trained = [weight.value for weight in weights if weight.perturbed]
+@partial(_summed_nats.defjvp, symbolic_zeros=True)
+def _summed_nats_jvp(score, primals, tangents):
+    """The sum, and the product of its gradient with the tangent, which reverse mode transposes."""
+    weights, hidden, targets = primals
+    weights_dot, hidden_dot, _ = tangents
+    moves = [not isinstance(dot, SymbolicZero) for dot in weights_dot]
+    hidden_moves = not isinstance(hidden_dot, SymbolicZero)
+    if not (hidden_moves or any(moves)):
+        return _summed_nats(score, *primals), jnp.zeros((), jnp.float32)
+    trained = [weight for weight, moving in zip(weights, moves, strict=True) if moving]
 
     def nats(trained, hidden, targets):
         of_trained = iter(trained)
-        every = [next(of_trained) if weight.perturbed else weight.value for weight in weights]
+        every = [
+            next(of_trained) if moving else weight for weight, moving in zip(weights, moves, strict=True)
+        ]
         return _nats_of_a_slice(score, every, hidden, targets)
 
-    gradient = jax.value_and_grad(nats, argnums=(0, 1) if hidden.perturbed else (0,))
+    gradient = jax.value_and_grad(nats, argnums=(0, 1) if hidden_moves else (0,))
 
     def one_slice(totals, inputs):
         value, (d_trained, *d_hidden) = gradient(trained, *inputs)
@@ -143,17 +153,18 @@ def _forward(score, weights, hidden, targets):
 
     zeros = [jnp.zeros(weight.shape, jnp.promote_types(weight.dtype, jnp.float32)) for weight in trained]
     start = (jnp.zeros((), jnp.float32), zeros)
-    (total, d_trained), d_hidden = jax.lax.scan(one_slice, start, (hidden.value, targets.value))
-    of_trained = iter(d_trained)
-    d_weights = [next(of_trained).astype(w.value.dtype) if w.perturbed else None for w in weights]
-    return total, (d_weights, d_hidden[0] if d_hidden else None)
+    (total, d_trained), d_hidden = jax.lax.scan(one_slice, start, (hidden, targets))
+    moving_dots = [dot for dot in weights_dot if not isinstance(dot, SymbolicZero)]
+    if hidden_moves:
+        moving_dots.append(hidden_dot)
+    parts = map(_inner_product, [*d_trained, *d_hidden], moving_dots)
+    return total, jax.tree.reduce(jnp.add, list(parts))
 
 
-def _backward(score, gradients, d_total):
-    return *jax.tree.map(lambda gradient: (gradient * d_total).astype(gradient.dtype), gradients), None
-
-
-_summed_nats.defvjp(_forward, _backward, symbolic_zeros=True)
+def _inner_product(gradient: Array, tangent: Array) -> Array:
+    """Sum of the products, float32; what reverse mode makes of it is rounded once, to the tangent's dtype."""
+    full = jnp.promote_types(gradient.dtype, jnp.float32)
+    return (gradient.astype(full) * tangent.astype(full)).sum().astype(jnp.float32)
 
 
 def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:

@@ -2,40 +2,44 @@
 
 import ctypes
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.device import platform
 from mamba2_jax.typing import Array
 
+_Tree = TypeVar("_Tree", bound=tuple)
+
 
 def tokens_in_cache(hidden_size: int) -> int:
-    """On a CPU a batch is taken at most this many tokens at a time, or a row.
+    """Tokens of a batch that the Trainer takes at a time on a CPU, when nothing is said.
 
-    Its memory does not grow with the batch then, and what passes between layers, `(tokens, hidden_size)`,
-    stays near the cores: 2 MB of float32 in a narrow model. Never fewer than 1,024, which was fastest at
-    width 768: each turn also passes over all gradients.
+    The memory of a step does not grow with the batch then, and what passes between layers, `(tokens,
+    hidden_size)`, stays near the cores: 2 MB of float32 in a narrow model. Never fewer than 1,024, which was
+    fastest at width 768: each turn also passes over all gradients.
     """
     return max(1024, 2**19 // hidden_size)
 
 
-def rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mapping[str, Array]:
-    """On a CPU, cut `(b, l)` or `(a, b, l)` into parts of `tokens_in_cache` or fewer, but whole rows.
+def rows_in_turn(batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
+    """Cut `(b, l)` or `(a, b, l)` into parts `(n, r, l)` of at most so many tokens, but whole rows.
 
     Not into parts of less than half of that, which rows of an odd number would make: each costs a pass over
     all gradients. What a batch holds beside arrays of that shape, the loss does not read.
     """
     shape = batch["input_ids"].shape
     *_, rows, length = shape
-    most = tokens_in_cache(model.config.hidden_size)
-    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= most), default=1)
-    worthwhile = fewer < rows and 2 * fewer * length >= most
-    if not worthwhile or not on_one_cpu(model):
+    fewer = max((n for n in range(1, rows + 1) if rows % n == 0 and n * length <= tokens), default=1)
+    if fewer == rows or 2 * fewer * length < tokens:
         return batch
     parts = {name: array for name, array in batch.items() if getattr(array, "shape", None) == shape}
     return {name: array.reshape(-1, fewer, length) for name, array in parts.items()}
@@ -44,6 +48,19 @@ def rows_in_turn(model: Mamba2ForCausalLM, batch: Mapping[str, Array]) -> Mappin
 def on_one_cpu(model: Mamba2ForCausalLM) -> bool:
     """Whether steps of this model run on a CPU, and not on a mesh."""
     return platform() == "cpu" and model.backbone.mesh is None
+
+
+def choose_update(finite: Array, update: Callable[..., _Tree], old: _Tree, *, in_place: bool) -> _Tree:
+    """`update(*old)` where `finite`, else `old`: the same numbers in place or not.
+
+    In place, which is for one CPU, it is a branch: to choose between arrays, XLA on a CPU would first copy
+    all moments (mamba2-2.7b, all weights trained: 74.8 GB at once by the compiler, 54.1 GB with the branch;
+    mamba2-130m: 3.58 GB and 2.82 GB). On a mesh a branch's results would be whole on each device, where
+    nothing says how they lie.
+    """
+    if in_place:
+        return jax.lax.cond(finite, update, lambda *same: same, *old)
+    return jax.tree.map(partial(jnp.where, finite), update(*old), old)
 
 
 def recomputed(function: Callable) -> Callable:
@@ -57,31 +74,85 @@ def recomputed(function: Callable) -> Callable:
 
     def wrapped(*arguments: Any) -> Any:
         leaves, treedef = jax.tree.flatten(arguments)
-        moving = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
-
-        def call(floats: list, others: list) -> Any:
-            merged = [(floats if moves else others).pop(0) for moves in moving]
-            return function(*jax.tree.unflatten(treedef, merged))
-
-        run = jax.custom_vjp(lambda floats, others: call(list(floats), list(others)))
-
-        def backward(kept: tuple, cotangent: Any) -> tuple:
-            def gradient(floats: list, others: list, cotangent: Any) -> Any:
-                return jax.vjp(lambda floats: call(list(floats), list(others)), floats)[1](cotangent)[0]
-
-            def nothing(floats: list, others: list, cotangent: Any) -> Any:
-                return jax.tree.map(jnp.zeros_like, floats)
-
-            floats, others = kept
-            always = floats[0].ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
-            gradients = jax.lax.cond(always, gradient, nothing, floats, others, cotangent)
-            return gradients, [np.zeros(leaf.shape, jax.dtypes.float0) for leaf in others]
-
-        run.defvjp(lambda floats, others: (call(list(floats), list(others)), (floats, others)), backward)
-        floats = [leaf for leaf, moves in zip(leaves, moving, strict=True) if moves]
-        return run(floats, [leaf for leaf, moves in zip(leaves, moving, strict=True) if not moves])
+        run = jax.custom_jvp(lambda *leaves: function(*treedef.unflatten(leaves)))
+        run.defjvp(partial(_recomputed_jvp, run.fun), symbolic_zeros=True)
+        return run(*leaves)
 
     return wrapped
+
+
+def _recomputed_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
+    """Value and tangent of `function`, the latter as one operation, to be transposed as a whole."""
+    out, treedef = jax.tree.flatten(function(*primals))
+    moving = tuple(not isinstance(dot, SymbolicZero) for dot in tangents)
+    jaxpr = jax.make_jaxpr(function)(*primals)
+    dots = [dot for dot, moves in zip(tangents, moving, strict=True) if moves]
+    of_floats = iter(_tangent.bind(*primals, *dots, jaxpr=jaxpr, moving=moving))
+    out_dot = [next(of_floats) if _is_float(one) else np.zeros(one.shape, jax.dtypes.float0) for one in out]
+    return treedef.unflatten(out), treedef.unflatten(out_dot)
+
+
+def _is_float(array: Any) -> bool:
+    return jnp.issubdtype(array.dtype, jnp.inexact)
+
+
+def _split(arguments: Sequence[Any], jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> tuple:
+    """Of what `_tangent` is given: the function of what moves, that at the point given, and its tangents."""
+    primals, dots = arguments[: len(moving)], arguments[len(moving) :]
+
+    def of_moving(*moved: Array) -> list[Array]:
+        of_moved = iter(moved)
+        every = [next(of_moved) if moves else a for a, moves in zip(primals, moving, strict=True)]
+        return [out for out in jaxpr_as_fun(jaxpr)(*every) if _is_float(out)]
+
+    return of_moving, [a for a, moves in zip(primals, moving, strict=True) if moves], dots
+
+
+def _tangent_of_floats(*arguments: Array, jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> list[Array]:
+    of_moving, point, dots = _split(arguments, jaxpr, moving)
+    return jax.jvp(of_moving, point, dots)[1]
+
+
+_tangent = Primitive("mamba2_recomputed_tangent")
+_tangent.multiple_results = True
+_tangent.def_impl(_tangent_of_floats)
+mlir.register_lowering(_tangent, mlir.lower_fun(_tangent_of_floats, multiple_results=True))
+
+
+@_tangent.def_abstract_eval
+def _tangent_shapes(*arguments: Any, jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> list[Any]:
+    return [aval for aval in jaxpr.out_avals if _is_float(aval)]
+
+
+def _tangent_jvp(arguments: Sequence[Array], tangents: Sequence[Any], **options: Any) -> tuple:
+    tangents = [ad.instantiate_zeros(tangent) for tangent in tangents]
+    return jax.jvp(partial(_tangent_of_floats, **options), arguments, tangents)
+
+
+def _tangent_transpose(cotangents: Sequence[Any], *arguments: Any, jaxpr: ClosedJaxpr, moving: tuple) -> list:
+    cotangents = [ad.instantiate_zeros(cotangent) for cotangent in cotangents]
+    primals = arguments[: len(moving)]
+
+    def gradient(primals: Sequence[Array], cotangents: list[Array]) -> list[Array]:
+        of_moving, point, _ = _split(primals, jaxpr, moving)
+        return list(jax.vjp(of_moving, *point)[1](cotangents))
+
+    def nothing(primals: Sequence[Array], cotangents: list[Array]) -> list[Array]:
+        return [jnp.zeros_like(a) for a, moves in zip(primals, moving, strict=True) if moves]
+
+    first = next(a for a, moves in zip(primals, moving, strict=True) if moves)
+    always = first.ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
+    return [None for _ in moving] + jax.lax.cond(always, gradient, nothing, primals, cotangents)
+
+
+def _tangent_batched(arguments: Sequence[Array], axes: Sequence[int | None], **options: Any) -> tuple:
+    out = jax.vmap(partial(_tangent_of_floats, **options), axes)(*arguments)
+    return out, [0] * len(out)
+
+
+ad.primitive_jvps[_tangent] = _tangent_jvp
+ad.primitive_transposes[_tangent] = _tangent_transpose
+batching.primitive_batchers[_tangent] = _tangent_batched
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), in malloc.h

@@ -27,7 +27,7 @@ from mamba2_jax.lora import set_dropout_key
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
-from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn
+from mamba2_jax.training.on_cpu import choose_update, on_one_cpu
 from mamba2_jax.typing import Array, Bool, Float, Int
 
 Params = dict[str, Array]
@@ -150,16 +150,13 @@ def _train_step(
 ) -> tuple[TrainState, StepMetrics]:
     """Update once. The state given is used up.
 
-    On a CPU the rows of a batch of many tokens take turns, as if they were parts: the sums are the same
-    but for dropout, which is drawn for each part.
-
     What runs is chosen for JAX's default device; for arrays elsewhere, call it under `jax.default_device`.
 
     Args:
         state: of `TrainState.start`, or of the step before.
         frozen: of `split_model`.
         batch: as for `loss_fn`; with a leading axis `(a, b, l)` the gradients of `a` parts are summed and
-            divided by the tokens of all, which is the gradient of the whole.
+            divided by the tokens of all, which is the gradient of the whole. Dropout is drawn for each part.
         structure: of `split_model`.
         optimizer: of `make_optimizer`, or any other of Optax.
         remat: passed to `loss_fn`.
@@ -176,8 +173,6 @@ def _train_step(
         set_dropout_key(model, jax.random.fold_in(key, index))
         return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
 
-    model = structure.merge(state.params, frozen)
-    batch = rows_in_turn(model, batch)
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     loss, norm = nats / count, optax.tree.norm(grads) / count
@@ -187,11 +182,9 @@ def _train_step(
         updates, opt_state = optimizer.update(jax.tree.map(lambda g: g / count, grads), opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
+    in_place = on_one_cpu(structure.merge(state.params, frozen))
     old = (state.params, state.opt_state)
-    if on_one_cpu(model):  # to choose between arrays, XLA on a CPU would first copy all moments
-        params, opt_state = jax.lax.cond(finite, update, lambda *same: same, *old)
-    else:  # on a mesh a branch's results would be whole on each device, where nothing says how they lie
-        params, opt_state = jax.tree.map(partial(jnp.where, finite), update(*old), old)
+    params, opt_state = choose_update(finite, update, old, in_place=in_place)
     skipped = state.skipped + ~finite
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
     new = TrainState(

@@ -24,6 +24,7 @@ from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
 from mamba2_jax.training.diagnosis import first_not_finite
 from mamba2_jax.training.metrics import Metrics, draw_curve, peak_memory
+from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.progress import training_bar
 from mamba2_jax.training.records import Source
@@ -134,6 +135,11 @@ class Trainer:
                     f"Trainer: batch_size={config.batch_size} is no multiple of mesh.data x mesh.fsdp = "
                     f"{axis_size(self._mesh, *BATCH)}"
                 )
+            if config.tokens_per_turn:
+                raise ValueError(
+                    f"Trainer: tokens_per_turn={config.tokens_per_turn} is for one device; on a mesh, make "
+                    "batch_size smaller and accumulate larger"
+                )
             model.to_mesh(self._mesh)
         self.steps = config.steps or self._count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
@@ -203,6 +209,13 @@ class Trainer:
         loss = nats / max(tokens, 1)
         bits_per_byte = nats / math.log(2) / max(int(self._held_out.num_bytes.sum()), 1)
         return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte)
+
+    def _in_turns(self, batch: Batch) -> Any:
+        """Cut a batch `(b, l)`, or parts of one `(a, b, l)`, into parts that `tokens_per_turn` allows."""
+        tokens = self.config.tokens_per_turn
+        if tokens is None and on_one_cpu(self.model):
+            tokens = tokens_in_cache(self.model.config.hidden_size)
+        return rows_in_turn(batch, tokens) if tokens else batch
 
     def _placed(self, batch: Batch) -> dict[str, Any]:
         """Put a batch `(b, l)`, or parts of one `(a, b, l)`, on the mesh."""
@@ -301,7 +314,7 @@ class _Run:
         step, saved = int(state.step), int(state.step)
         update = train_step if trainer._mesh is None else sharded_train_step(state)
         while step < trainer.steps and not stop.asked(step):
-            batch = _in_parts(next(batches), config.accumulate)
+            batch = trainer._in_turns(_in_parts(next(batches), config.accumulate))
             state, metrics = update(
                 state,
                 trainer._frozen,

@@ -9,12 +9,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.ops import bilinear
 from mamba2_jax.ops.device import platform
 from mamba2_jax.typing import Array
 
 
 def product(formula: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two arrays, in float32 (float64 when `a` is); on a CPU it has reverse mode only.
+    """`jnp.einsum` of two arrays, in float32 (float64 when `a` is).
 
     `formula` names all axes, as in `"bqn,bnk->bqk"`: `a (b, q, n)`, `b (b, n, k)` and the result `(b, q, k)`.
 
@@ -22,33 +23,8 @@ def product(formula: str, a: Array, b: Array) -> Array:
     loop that reads it, which then walks through memory across the rows; a product can write them as wanted.
     """
     if platform() == "cpu":
-        return _product(formula, a, b)
-    return _einsum(formula, a, b)
-
-
-def _einsum(formula: str, a: Array, b: Array) -> Array:
+        return bilinear.product(formula, a, b)
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(formula: str, a: Array, b: Array) -> Array:
-    return _einsum(formula, a, b)
-
-
-def _product_forward(formula: str, a: Array, b: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _einsum(formula, a, b), (a, b)
-
-
-def _product_backward(formula: str, operands: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    a, b = operands
-    of_operands, of_result = formula.split("->")
-    of_a, of_b = of_operands.split(",")
-    gradient_a = _einsum(f"{of_result},{of_b}->{of_a}", gradient, b)
-    gradient_b = _einsum(f"{of_a},{of_result}->{of_b}", a, gradient)
-    return gradient_a.astype(a.dtype), gradient_b.astype(b.dtype)
-
-
-_product.defvjp(_product_forward, _product_backward)
 
 
 def repeat(array: Array, count: int, axis: int) -> Array:

@@ -1,0 +1,66 @@
+"""Half-precision products with weights, and rows of tables, in the forms that XLA on a CPU takes as they are.
+
+XLA on a CPU has fast products of half precision, and loses them where something can be fused into an operand:
+it then widens both to float32.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from mamba2_jax.ops.device import platform
+from mamba2_jax.typing import Array, DTypeLike, Float, Int
+
+
+def computed_once(array: Array) -> Array:
+    """`array`, computed before what reads it, and not inside.
+
+    A softmax's gradient would be computed inside the transposition of `contract_last`, ten times slower.
+    """
+    return jax.lax.optimization_barrier(array) if platform() == "cpu" else array
+
+
+def contract_last(formula: str, a: Array, b: Array) -> tuple[str, Array, Array]:
+    """Transpose the left operand of a gradient by weights, `(r, d), (r, e) -> (d, e)`, to `(d, r)`.
+
+    In two halves, which XLA does not take into the product. Otherwise it would widen both operands to float32
+    and multiply five times as slowly.
+    """
+    of_a, of_b, of_y = formula.replace("->", ",").split(",")
+    if a.ndim != 2 or b.ndim != 2 or of_a[0] != of_b[0] or of_a[0] in of_y or a.shape[0] % 2:
+        return formula, a, b
+    if of_a[1] == of_y[0]:
+        return f"{of_a[::-1]},{of_b}->{of_y}", _transposed(a), b
+    return f"{of_a},{of_b[::-1]}->{of_y}", a, _transposed(b)
+
+
+def _transposed(rows: Float[Array, "r d"]) -> Float[Array, "d r"]:
+    return jnp.moveaxis(rows.reshape(2, -1, rows.shape[1]), 2, 0).reshape(rows.shape[::-1])
+
+
+def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d o"]:
+    """Flatten the output axes of a weight: XLA on a CPU copies a gradient that has more."""
+    return weight.reshape(weight.shape[0], -1) if platform() == "cpu" else weight
+
+
+def at_least_two_rows(rows: Float[Array, "r d"], dtype: DTypeLike) -> Float[Array, "s d"]:
+    """`rows`, with one of zeros after a single one in half precision.
+
+    XLA on a CPU turns a half-precision matrix-vector product into a float32 one and hoists the conversion of
+    the weights out of the decoding loop: twice the weights' bytes in temporaries. Two rows are a matrix
+    product, which reads the weights as they are.
+    """
+    if len(rows) != 1 or jnp.dtype(dtype).itemsize != 2 or platform() != "cpu":
+        return rows
+    return jnp.pad(rows, ((0, 1), (0, 0)))
+
+
+def embedding_lookup(embedding: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """The rows of `embedding` at `ids`, in its dtype.
+
+    XLA on a CPU looks half-precision rows up in a float32 copy of the table. Fused, that costs nothing; but
+    it hoists the copy out of the decoding loop and keeps it. Out of a branch it cannot.
+    """
+    if embedding.dtype.itemsize != 2 or platform() != "cpu":
+        return embedding[ids]
+    nothing = jnp.zeros((*ids.shape, embedding.shape[1]), embedding.dtype)
+    return jax.lax.cond(jnp.any(ids >= 0), lambda: embedding[ids], lambda: nothing)
