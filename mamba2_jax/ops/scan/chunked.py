@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.on_cpu.gradients import product, repeat
+from mamba2_jax.ops.scan import decay
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -111,13 +112,11 @@ def _step(
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
 
-    # Natural log of the decay from the chunk's start through token q, <= 0. A triangular product, because
-    # XLA's cumsum on CPU is quadratic too, and slower.
-    triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), full))
-    log_decay = jnp.einsum("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
+    log_decay = decay.log_decay(dt, A[..., None])  # (b, c, g, h, q) of each token, natural log, <= 0
+    log_from_start = decay.through(log_decay)
 
     # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
-    pairs = triangle > 0  # (q, s)
+    pairs = decay.triangle(chunk_size, full) > 0  # (q, s)
     if document is not None and document_before is not None:
         pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
         pairs = pairs[:, :, None, None]
@@ -127,30 +126,29 @@ def _step(
     else:
         entered = leaves = passes = True
 
-    # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
+    # 1. Inside each chunk.
     scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
-    between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    weights = repeat(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
+    between = jnp.where(pairs, jnp.exp(decay.between(log_decay)), 0.0)  # (b, c, g, h, q, s)
+    weights = repeat(scores, heads, axis=3) * between
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
     x_dt = x_heads * repeat(dt, head_dim, axis=-1)
     y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
 
     # 2. The state each chunk leaves: every token, decayed to the chunk's end.
-    to_end = jnp.exp(log_decay[..., -1:] - log_decay)  # (b, c, g, h, s)
-    to_end = jnp.where(leaves, to_end, 0.0)
+    to_end = jnp.where(leaves, jnp.exp(decay.after(log_decay)), 0.0)  # (b, c, g, h, s)
     x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
     x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
     left = product("bcgns,bcgsk->bcgnk", B.swapaxes(-1, -2), x_to_end)  # k = h*p
 
     # 3. The recurrence over chunks.
-    kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
+    kept = jnp.where(passes, jnp.exp(log_from_start[..., -1]), 0.0)  # (b, c, g, h)
     kept = repeat(kept, head_dim, axis=-1).reshape(*kept.shape[:3], -1)  # (b, c, g, k)
     kept = repeat(kept, left.shape[-2], axis=-2)  # (b, c, g, n, k)
     entering, state = _pass_states(state, kept, left)
 
     # 4. The entering state, read out at each token.
-    from_start = jnp.where(entered, jnp.exp(log_decay), 0.0)  # (b, c, g, h, q)
+    from_start = jnp.where(entered, jnp.exp(log_from_start), 0.0)  # (b, c, g, h, q)
     read = product("bcgqn,bcgnk->bcgqk", C, entering.astype(compute))
     read = read.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)

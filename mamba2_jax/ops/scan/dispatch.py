@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mamba2_jax.ops.device import compute_capability, default_device
 from mamba2_jax.ops.scan.chunked import ssd_chunked
+from mamba2_jax.ops.scan.decay import finite
 from mamba2_jax.ops.scan.recurrent import ssd_recurrent
 from mamba2_jax.ops.segments import document_index
 
@@ -85,7 +86,8 @@ def kernels() -> dict[str, "Kernel"]:
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
-    """Hand over what kernels want: a float32 D, and documents numbered, so that they only compare."""
+    """Hand over what kernels want: a finite A, a float32 D, and documents numbered, so that they only compare."""
+    A = finite(A)
     D = None if D is None else D.astype(jnp.float32)
     documents = None if segment_ids is None else document_index(segment_ids)
     return run(x, dt, A, B, C, D, initial_state, documents)

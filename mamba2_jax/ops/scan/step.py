@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_dtype, check_groups, check_shape
+from mamba2_jax.ops.scan.decay import log_decay
 from mamba2_jax.typing import Array, Float
 
 
@@ -54,7 +55,7 @@ def ssd_step(
     heads = num_heads // num_groups
     dt, A = dt.astype(full), A.astype(full)
     x_dt = (x.astype(full) * dt[..., None]).reshape(batch, num_groups, heads * head_dim)
-    decay = jnp.exp(dt * A)  # (b, h), in (0, 1]
+    decay = jnp.exp(log_decay(dt, A))  # (b, h), in [0, 1]
     B, C = B.astype(full), C.astype(full)
 
     new = jnp.einsum("bgk,bgn->bgkn", x_dt, B).reshape(state.shape)
