@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.on_cpu.gradients import product, repeat
-from mamba2_jax.ops.scan import decay
+from mamba2_jax.ops.scan.decay import log_decay, log_decays
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -107,19 +107,20 @@ def _step(
 ) -> tuple[Float[Array, "b g n hp"], Float[Array, "b c q g h p"]]:
     """The four steps on the chunks given."""
     x, dt, B, C, document, document_before = chunks
-    full, compute = dt.dtype, x.dtype
+    compute = x.dtype
     batch, num_chunks, num_groups, chunk_size, _ = x.shape
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
 
-    log_decay = decay.log_decay(dt, A[..., None])  # (b, c, g, h, q) of each token, natural log, <= 0
-    log_from_start = decay.through(log_decay)
+    # Natural logs, <= 0: from the chunk's start through a token and from there to its end, (b, c, g, h, q);
+    # and between two tokens, (b, c, g, h, q, s).
+    log_from_start, log_to_end, log_between = log_decays(log_decay(dt, A[..., None]))
 
     # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
-    pairs = decay.triangle(chunk_size, full) > 0  # (q, s)
+    pairs = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))  # (q, s)
     if document is not None and document_before is not None:
         pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
-        pairs = pairs[:, :, None, None]
+        pairs = pairs[:, :, None]
         entered = (document == document_before[..., None])[:, :, None, None]  # (b, c, 1, 1, q)
         leaves = (document == document[..., -1:])[:, :, None, None]  # (b, c, 1, 1, s)
         passes = (document[..., -1] == document_before)[:, :, None, None]  # (b, c, 1, 1)
@@ -127,16 +128,15 @@ def _step(
         entered = leaves = passes = True
 
     # 1. Inside each chunk.
-    scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
-    between = jnp.where(pairs, jnp.exp(decay.between(log_decay)), 0.0)  # (b, c, g, h, q, s)
-    weights = repeat(scores, heads, axis=3) * between
+    scores = jnp.where(pairs, product("bcgqn,bcgsn->bcgqs", C, B), 0.0)  # once per group
+    weights = repeat(scores, heads, axis=3) * jnp.exp(log_between)  # (b, c, g, h, q, s)
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
     x_dt = x_heads * repeat(dt, head_dim, axis=-1)
     y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
 
     # 2. The state each chunk leaves: every token, decayed to the chunk's end.
-    to_end = jnp.where(leaves, jnp.exp(decay.after(log_decay)), 0.0)  # (b, c, g, h, s)
+    to_end = jnp.where(leaves, jnp.exp(log_to_end), 0.0)  # (b, c, g, h, s)
     x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
     x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
     left = product("bcgns,bcgsk->bcgnk", B.swapaxes(-1, -2), x_to_end)  # k = h*p

@@ -14,6 +14,9 @@ things keep the digits.
    rounding behind; here only those pairs are summed. A token that wipes the state gets exactly 0.
 """
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -37,45 +40,48 @@ def log_decay(dt: Float[Array, "..."], A: Float[Array, "..."]) -> Float[Array, "
     return jnp.maximum(dt * finite(A), -float(jnp.finfo(dt.dtype).maxexp))
 
 
-def triangle(size: int, dtype: jnp.dtype) -> Float[Array, "q s"]:
-    """Ones where `s <= q`."""
-    return jnp.tril(jnp.ones((size, size), dtype))
+class LogDecays(NamedTuple):
+    """Sums of `a` in a chunk, all <= 0."""
 
-
-def through(a: Float[Array, "*b s"]) -> Float[Array, "*b q"]:
-    """Sum `a` from the first token through each.
-
-    A triangular product, because XLA's cumsum on CPU is quadratic too, and slower.
-    """
-    ones = triangle(a.shape[-1], a.dtype)
-    return jnp.einsum("...s,qs->...q", a, ones, precision="highest")
-
-
-def after(a: Float[Array, "*b q"]) -> Float[Array, "*b s"]:
-    """Sum `a` over the tokens behind each."""
-    ones = jnp.triu(jnp.ones((a.shape[-1],) * 2, a.dtype), 1)  # (s, q)
-    return jnp.einsum("...q,sq->...s", a, ones, precision="highest")
+    from_start: Float[Array, "*b q"]  # through token q
+    to_end: Float[Array, "*b s"]  # over the tokens behind s
+    between: Float[Array, "*b q s"]  # over the tokens behind s through q; 0 where there is none
 
 
 @jax.custom_jvp
-def between(a: Float[Array, "*b q"]) -> Float[Array, "*b q s"]:
-    """Sum `a` from `log_decay` over the tokens behind `s` through `q`: <= 0, and 0 where `q < s`."""
-    finfo = jnp.finfo(a.dtype)
-    # Sums of `size` multiples of the unit, each at most `maxexp`, take no more than a mantissa's bits.
-    size = a.shape[-1]
+def log_decays(a: Float[Array, "*b q"]) -> LogDecays:
+    """Sum `a`, which comes from `log_decay`, over each stretch of the chunk that the scan asks for."""
+    size, finfo = a.shape[-1], jnp.finfo(a.dtype)
+    # `size` multiples of the unit, none above `maxexp`, have a sum of no more bits than a mantissa.
     unit = 2.0 ** ((finfo.maxexp * size - 1).bit_length() - finfo.nmant - 1)
     coarse = jnp.round(a / unit) * unit
-    coarse, rest = through(coarse), through(a - coarse)
-    sums = (coarse[..., :, None] - coarse[..., None, :]) + (rest[..., :, None] - rest[..., None, :])
-    return jnp.minimum(sums, 0.0)
+    # A triangular product, because XLA's cumsum on CPU is quadratic too, and slower.
+    both = jnp.stack([coarse, a - coarse])
+    coarse, rest = jnp.einsum("...s,qs->...q", both, _triangle(a), precision="highest")
+
+    def difference(one, other):
+        return jnp.minimum((one(coarse) - other(coarse)) + (one(rest) - other(rest)), 0.0)
+
+    return LogDecays(
+        from_start=coarse + rest,
+        to_end=difference(lambda sums: sums[..., -1:], lambda sums: sums),
+        between=difference(lambda sums: sums[..., :, None], lambda sums: sums[..., None, :]),
+    )
 
 
-@between.defjvp
-def _between_jvp(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    """Sum the tangents over the tokens behind `s` through `q`; transposed, the pairs around each token."""
+@log_decays.defjvp
+def _log_decays_jvp(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[LogDecays, LogDecays]:
+    """Sum the tangents over each stretch by itself. Transposed: to a token, what stretches around it say."""
     (a,), (da,) = arrays, tangents
-    size = a.shape[-1]
-    through_q = triangle(size, a.dtype)  # (q, t)
+    through_q = _triangle(a)  # (q, t)
     behind_s = jnp.tril(through_q, -1)  # (t, s)
-    da = repeat(da, size, axis=-2) * through_q  # (*b, q, t)
-    return between(a), jnp.einsum("...qt,ts->...qs", da, behind_s, precision="highest")
+    product = partial(jnp.einsum, precision="highest")
+    return log_decays(a), LogDecays(
+        from_start=product("...t,qt->...q", da, through_q),
+        to_end=product("...t,ts->...s", da, behind_s),
+        between=product("...qt,ts->...qs", repeat(da, a.shape[-1], axis=-2) * through_q, behind_s),
+    )
+
+
+def _triangle(a: Float[Array, "*b q"]) -> Float[Array, "q q"]:
+    return jnp.tril(jnp.ones((a.shape[-1],) * 2, a.dtype))

@@ -86,7 +86,7 @@ def kernels() -> dict[str, "Kernel"]:
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
-    """Hand over what kernels want: a finite A, a float32 D, and documents numbered, so that they only compare."""
+    """Hand over what kernels want: A finite, D in float32, and documents numbered: they only compare."""
     A = finite(A)
     D = None if D is None else D.astype(jnp.float32)
     documents = None if segment_ids is None else document_index(segment_ids)
