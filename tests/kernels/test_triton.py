@@ -15,7 +15,7 @@ import triton_interpreter
 from jax.sharding import PartitionSpec
 from mamba2_jax.pallas.triton_gpu import call as triton_call
 from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
-from ssd_cases import Case, draw
+from ssd_cases import MIXTURES, Case, degenerate, draw, own_error
 
 from mamba2_jax.ops import ssd as public_ssd
 from mamba2_jax.ops.scan import dispatch
