@@ -20,6 +20,7 @@ class Case:
     initial_state: bool = True
     segments: str | None = None
     decay: float = 1.0  # scales dt*A
+    mixture: str | None = None  # of fast and slow decays; sets dt and A
     chunk_size: int = 16
 
     def __str__(self) -> str:
@@ -68,6 +69,8 @@ def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
         "B": jax.random.normal(keys[3], (b, l, g, n), dtype),
         "C": jax.random.normal(keys[4], (b, l, g, n), dtype),
     }
+    if case.mixture:
+        inputs |= steps(case, seed)
     if case.D:
         inputs["D"] = jax.random.normal(keys[5], (h,) if case.D == "h" else (h, p), jnp.float32)
     if case.initial_state:
@@ -85,6 +88,52 @@ def draw_token(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
     token = {name: inputs[name][:, 0] for name in ("x", "dt", "B", "C")}
     token |= {"A": inputs["A"], "state": inputs["initial_state"]}
     return token | ({"D": inputs["D"]} if case.D else {})
+
+
+# Decays that mix: a token that wipes the state beside slow ones.
+MIXTURES = [
+    Case("wiped", mixture="wiped", b=1, l=270),
+    Case("wild", mixture="wild", b=1, l=270),
+    Case("wiped, packed", mixture="wiped", l=270, segments="packed"),
+]
+
+
+def steps(case: Case, seed: int) -> dict:
+    """Steps and A of a mixture."""
+    shape = (case.b, case.l, case.h)
+    if case.mixture == "wiped":
+        dt = np.full(shape, 1e-3)
+        dt[:, 7::8] = 20
+        A = np.full(case.h, -16)
+    else:
+        assert case.mixture == "wild"
+        dt = 10 ** np.random.default_rng(seed).uniform(-3, 4, shape)
+        A = np.full(case.h, -4096)
+    return {"dt": jnp.asarray(dt, jnp.float32), "A": jnp.asarray(A, jnp.float32)}
+
+
+def degenerate(case: Case) -> dict:
+    """Inputs with A that is -inf or nearly so, steps of 0 and of 10000, x of 0."""
+    inputs = draw(case)
+    heads, tokens = np.arange(case.h), np.arange(case.l)
+    inputs["A"] = jnp.asarray(np.array([-np.inf, -3e38, -1.0, -0.0])[heads % 4], jnp.float32)
+    dt = np.where(tokens % 3 == 0, 0, np.where(tokens % 5 == 0, 1e4, 0.01))
+    inputs["dt"] = jnp.broadcast_to(jnp.asarray(dt, jnp.float32)[None, :, None], inputs["dt"].shape)
+    inputs["x"] = inputs["x"].at[:, ::7].set(0)
+    return inputs
+
+
+# Of each result, the axes over which a token's own scale is taken.
+OWN = {"y": -1, "x": -1, "B": -1, "C": -1, "state": (-2, -1), "initial_state": (-2, -1)}
+
+
+def own_error(name: str, got, want) -> float:
+    """Largest error of a token (or state, or head), relative to the size of the same one."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert np.isfinite(got).all(), name
+    off, size = (np.linalg.norm(a[..., None] if name not in OWN else a, axis=OWN.get(name, -1))
+                 for a in (got - want, want))  # fmt: skip
+    return (off / np.maximum(size, 1e-30)).max()
 
 
 def segment_ids(kind: str, b: int, l: int) -> np.ndarray:

@@ -50,6 +50,27 @@ class TestContinuation:
         assert relative(jnp.concatenate(logits, 1), whole.logits) < TOLERANCE
         caches_agree(cache, whole.cache)
 
+    def test_decays_and_steps_without_bounds(self, ids):
+        """A of -inf, steps of 10000 and of 0: finite numbers, steps as the prefill, finite gradients."""
+        model = make()
+        for layer in model.backbone.layers:
+            mixer = layer.mixer
+            mixer.A_log[...] = mixer.A_log[...].at[jnp.array([0, 1, 2])].set(100.0)
+            mixer.dt_bias[...] = mixer.dt_bias[...].at[jnp.array([1, 2, 3])].set(jnp.array([1e4, -1e4, 1e4]))
+        mask = np.ones((3, LENGTH), bool)
+        mask[1, :5] = False
+        whole = model(ids, attention_mask=mask)
+        cache, logits = None, []
+        for t in range(LENGTH):
+            out = model(ids[:, t : t + 1], attention_mask=mask[:, t : t + 1], cache=cache)
+            cache = out.cache
+            logits.append(out.logits)
+        assert relative(jnp.concatenate(logits, 1)[mask], whole.logits[mask]) < TOLERANCE
+        caches_agree(cache, whole.cache)
+        gradients = nnx.grad(lambda model: model(ids, attention_mask=mask).logits.max())(model)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(gradients):
+            assert np.isfinite(leaf).all(), path
+
     @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.01, 0.05)])
     def test_single_steps_equal_the_prefill_also_with_a_dt_limit(self, ids, limit):
         model = make(time_step_limit=limit, use_bias=True)

@@ -251,7 +251,9 @@ class Mamba2Mixer(nnx.Module):
         return self.in_proj.weight_BC.shape[-1] // self.state_dim
 
     def _A(self) -> Float[Array, " h"]:
-        return -jnp.exp(self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32)))
+        """Return A, finite: beyond `exp(88)` float32 has only inf, whose gradient would be inf * 0."""
+        A_log = self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32))
+        return -jnp.exp(jnp.minimum(A_log, 88.0))
 
 
 def _initial_dt_bias(config: Mamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:

@@ -27,24 +27,38 @@ import triton.language as tl
 
 @triton.jit
 def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.constexpr):
-    """Load dt `(Q,)` of a chunk, 0 past the end; return dt, `u = cumsum(dt A log2(e))`, and the last `u`."""
+    """Load dt of a chunk, 0 past the end, and sum the log2 of its decays, each bounded where exp2 of it is 0.
+
+    Returns dt; the sums through each token in two parts, `coarse` and `fine`; those from each token to the
+    end; and that of the chunk. Cumulative sums of the multiples of 1/256 and their differences are exact; the
+    remainders stay small. So a difference has no cancellation error, also beside steps that wipe the state.
+    """
     q = tl.arange(0, Q)
     dt = tl.load(dt_ptr + (row * length + start) * H + head + q * H, mask=q < length - start, other=0.0)
-    u = tl.cumsum(dt * (tl.load(A_ptr + head) * 1.4426950408889634), 0)
-    return dt, u, tl.sum(tl.where(q == Q - 1, u, 0.0), 0)
+    steps = tl.maximum(dt * (tl.load(A_ptr + head) * 1.4426950408889634), -160.0)
+    coarse = tl.floor(steps * 256.0) * 0.00390625
+    fine, coarse = tl.cumsum(steps - coarse, 0), tl.cumsum(coarse, 0)
+    last_coarse, last_fine = (tl.sum(tl.where(q == Q - 1, part, 0.0), 0) for part in (coarse, fine))
+    to_end = (last_coarse - coarse) + (last_fine - fine)
+    return dt, coarse, fine, tl.minimum(to_end, 0.0), last_coarse + last_fine
 
 
 @triton.jit
-def _log_decays(dt, A):
-    """Compute log2 of the decay from token `s` to `q`, `(s, q)`, without cancellation of large sums.
+def _decay_of_pairs(pairs, coarse, fine, SOURCE: tl.constexpr, PRECISION: tl.constexpr):
+    """Decay from token `s` to token `q` where `pairs`, else 0; axis `SOURCE` is that of `s`."""
+    if PRECISION == "tf32x3":
+        log = _difference(coarse, SOURCE) + _difference(fine, SOURCE)
+    else:  # the cancellation error is below 16-bit precision
+        log = _difference(coarse + fine, SOURCE)
+    # mask before exp2: where a pair is not one the difference is positive and exp2 overflows
+    return tl.exp2(tl.where(pairs, tl.minimum(log, 0.0), float("-inf")))
 
-    Cumulative sums of the multiples of 1/256 and their differences are exact; the remainders stay small. With
-    strong decay, the gradients of dt and A need this: they depend on small differences of large sums.
-    """
-    steps = dt * (A * 1.4426950408889634)
-    coarse = tl.floor(steps * 256.0) * 0.00390625
-    fine, coarse = tl.cumsum(steps - coarse, 0), tl.cumsum(coarse, 0)
-    return (coarse[None, :] - coarse[:, None]) + (fine[None, :] - fine[:, None])
+
+@triton.jit
+def _difference(sums, SOURCE: tl.constexpr):
+    if SOURCE == 0:
+        return sums[None, :] - sums[:, None]
+    return sums[:, None] - sums[None, :]
 
 
 @triton.jit
@@ -103,8 +117,8 @@ def forward_walk(
         x = tl.load(x_tile, mask=valid, other=0.0)
         B_tile, _ = _tile(B_ptr, row, start, length, group * N, G * N, Q, N)
         B = tl.load(B_tile, mask=valid, other=0.0)
-        dt, u, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
-        to_end, kept = tl.exp2(last - u) * dt, tl.exp2(last)
+        dt, coarse, fine, log_to_end, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
+        to_end, kept = tl.exp2(log_to_end) * dt, tl.exp2(last)
         pairs = causal
         if SEGMENTS:
             documents, doc_last, doc_before = _documents(doc_ptr, row, start, length, Q)
@@ -118,12 +132,11 @@ def forward_walk(
         if WRITE_Y:
             C_tile, _ = _tile(C_ptr, row, start, length, group * N, G * N, Q, N)
             C = tl.load(C_tile, mask=valid, other=0.0)
-            from_start = tl.exp2(u)
+            from_start = tl.exp2(coarse + fine)
             if SEGMENTS:
                 from_start = tl.where(documents == doc_before, from_start, 0.0)
             scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (q, s)
-            # mask before exp2: above the diagonal the difference is positive and exp2 overflows
-            decay = tl.exp2(tl.where(pairs, u[:, None] - u[None, :], float("-inf")))
+            decay = _decay_of_pairs(pairs, coarse, fine, 1, PRECISION)
             M = (scores * decay * dt[None, :]).to(x.dtype)
             y = tl.dot(C, tl.trans(h.to(x.dtype)), input_precision=PRECISION) * from_start[:, None]
             y += tl.dot(M, x, input_precision=PRECISION) + x.to(tl.float32) * D[None, :]
@@ -166,8 +179,8 @@ def backward_walk(
         dy = tl.load(dy_tile, mask=valid, other=0.0)
         C_tile, _ = _tile(C_ptr, row, start, length, group * N, G * N, Q, N)
         C = tl.load(C_tile, mask=valid, other=0.0)
-        dt, u, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
-        from_start, kept = tl.exp2(u), tl.exp2(last)
+        dt, coarse, fine, log_to_end, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
+        from_start, kept = tl.exp2(coarse + fine), tl.exp2(last)
         pairs = causal
         if SEGMENTS:
             documents, doc_last, doc_before = _documents(doc_ptr, row, start, length, Q)
@@ -180,11 +193,11 @@ def backward_walk(
             tl.store(_state_tile(leaving_ptr, index, p0, 0, P, N, BP, N), leaving)
             B_tile, _ = _tile(B_ptr, row, start, length, group * N, G * N, Q, N)
             B = tl.load(B_tile, mask=valid, other=0.0)
-            to_end = tl.exp2(last - u)
+            to_end = tl.exp2(log_to_end)
             if SEGMENTS:
                 to_end = tl.where(documents == doc_last, to_end, 0.0)
             scores = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # (s, q)
-            decay = tl.exp2(tl.where(pairs, u[None, :] - u[:, None], float("-inf")))
+            decay = _decay_of_pairs(pairs, coarse, fine, 0, PRECISION)
             M = (scores * decay).to(dy.dtype)
             dx = tl.dot(B, tl.trans(leaving), input_precision=PRECISION) * to_end[:, None]
             dx += tl.dot(M, dy, input_precision=PRECISION)
@@ -229,17 +242,13 @@ def backward_chunks(
     dB, dC = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
     dscores = tl.zeros((Q, Q), tl.float32)  # (s, q)
     for head in range(group * (H // G), (group + 1) * (H // G)):
-        dt, u, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
-        from_start, to_end, kept = tl.exp2(u), tl.exp2(last - u), tl.exp2(last)
+        dt, coarse, fine, log_to_end, last = _steps(dt_ptr, A_ptr, row, start, head, length, H, Q)
+        from_start, to_end, kept = tl.exp2(coarse + fine), tl.exp2(log_to_end), tl.exp2(last)
         if SEGMENTS:
             from_start = tl.where(documents == doc_before, from_start, 0.0)
             to_end = tl.where(documents == doc_last, to_end, 0.0)
             kept = tl.where(doc_last == doc_before, kept, 0.0)
-        if PRECISION == "tf32x3":
-            between = _log_decays(dt, tl.load(A_ptr + head))
-        else:  # the cancellation error is below 16-bit precision
-            between = u[None, :] - u[:, None]
-        decay = tl.exp2(tl.where(pairs, between, float("-inf")))
+        decay = _decay_of_pairs(pairs, coarse, fine, 0, PRECISION)
         # contractions over the channels p: x_s . dy_q, x . g and dy . h
         products = tl.zeros((Q, Q), tl.float32)  # (s, q)
         x_left, dy_read = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
@@ -271,7 +280,9 @@ def backward_chunks(
         ddt = tl.sum(factor, 1) + left
         across = tl.dot(earlier, (factor * dt[:, None]).to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)
-        dlog += tl.cumsum(read, 0, reverse=True) + tl.cumsum(left * dt, 0) - left * dt
+        # without the token's own, not as the difference of two sums: beside its own the others may be small
+        before = tl.sum(tl.where(t[None, :] < t[:, None], (left * dt)[None, :], 0.0), 1)
+        dlog += tl.cumsum(read, 0, reverse=True) + before
         dlog += kept * overlap
         ddt += dlog * tl.load(A_ptr + head)
         base = ddt_ptr + ((block * num_rows + row) * length + start) * H + head

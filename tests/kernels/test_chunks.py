@@ -27,6 +27,18 @@ def test_decays_give_the_weight_of_every_pair_of_tokens():
     assert (steps[:, :, 2, 5:] == 0).all()  # past the end
 
 
+def test_a_slow_token_keeps_its_weight_among_many_that_wipe_the_state():
+    dt = np.full((1, 64, 1), 1e-3)
+    dt[:, ::2] = 1e4
+    log = chunks.decays(jnp.asarray(dt, jnp.float32), jnp.asarray([-16.0]), 64)[0, 0, 0, 0]
+    steps = np.diff(np.asarray(log, np.float64))
+    assert np.abs(steps[::2] - np.log2(np.e) * -16e-3).max() < 2**-10
+    assert (steps[1::2] < -149).all()
+    dt = 10 ** np.random.default_rng(0).uniform(-9, 2, (4, 64, 8))
+    log = chunks.decays(jnp.asarray(dt, jnp.float32), -jnp.ones(8), 64)[:, :, 0, 0]
+    assert (np.diff(log) <= 0).all()
+
+
 def random_ids(rng, b, l):
     """Ids with padding in front, inside and behind, repeated values, and documents of one token."""
     ids = np.repeat(rng.integers(0, 3, (b, l)), rng.integers(1, 4, l), axis=1)[:, :l]

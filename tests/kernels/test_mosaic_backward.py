@@ -41,9 +41,11 @@ CASES = [
         WHOLE,
     ),
     (kernel_case("state_dim 256, no D", l=70, h=2, n=256, D=None), "bfloat16", WHOLE),
+    (kernel_case("a mixture of decays", l=136, h=1, n=64, mixture="wiped"), "bfloat16", WHOLE),
     (kernel_case("strong decay, cut", l=200, h=2, n=64, decay=60.0), "float32", {"splits": 2, "pieces": 2}),
 ]
 SLOW_CASES = [
+    (kernel_case("a wild mixture of decays", l=136, h=1, n=64, mixture="wild"), "bfloat16", WHOLE),
     (kernel_case("left padding, rows", b=2, l=75, h=1, n=64, segments="left"), "float32", {}),
     (kernel_case("nine chunks, packed", l=520, h=3, segments="packed", D="hp"), "float32", WHOLE),
     (kernel_case("eight strips", l=328, h=8), "bfloat16", WHOLE),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from ssd_cases import Case, draw
+from ssd_cases import MIXTURES, Case, draw, own_error
 
 pytest.importorskip(
     "mamba2_jax.pallas.mosaic_gpu.bridge", reason="the kernels need jax >= 0.11.2", exc_type=ImportError
@@ -89,6 +89,16 @@ def test_values_equal_the_float64_recurrence(case, dtype, options):
     y, final, saved = interpreter.run(mosaic_forward.forward, **inputs, **options)
     assert saved is None
     check_values(inputs, dtype, y, final)
+
+
+@pytest.mark.parametrize("mixture", [case.mixture for case in MIXTURES[:2]])
+def test_every_token_of_a_mixture_of_decays_is_right_at_its_own_scale(mixture):
+    inputs = arguments(kernel_case(mixture, mixture=mixture, l=136, h=1, n=64), "bfloat16")
+    y, final, _ = interpreter.run(mosaic_forward.forward, **inputs)
+    want_y, want_final = reference.ssd(**inputs)
+    # Of the worst token, whose parts cancel to a third.
+    assert own_error("y", y, want_y) < 2 * TOLERANCE["bfloat16"]
+    assert own_error("state", final, want_final) < TOLERANCE["bfloat16"]
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import pytest
 
 # before anything else of triton: it reads the environment when it is imported
 pytest.importorskip("triton_interpreter", reason="the Triton kernels need triton")
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ import triton_interpreter
 from jax.sharding import PartitionSpec
 from mamba2_jax.pallas.triton_gpu import call as triton_call
 from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
-from ssd_cases import Case, draw
+from ssd_cases import MIXTURES, Case, degenerate, draw
+from test_ssd_mixtures import errors, prepare, results
 
 from mamba2_jax.ops import ssd as public_ssd
 from mamba2_jax.ops.scan import dispatch
@@ -118,6 +120,25 @@ def check_gradients(case, got_from=ssd):
 @pytest.mark.parametrize("case", [c for c in CASES if c.name in WITH_GRADIENTS], ids=str)
 def test_every_gradient_equals_the_float64_recurrence(case):
     check_gradients(case)
+
+
+@pytest.mark.parametrize("case", MIXTURES, ids=str)
+def test_every_token_of_a_mixture_of_decays_is_right_at_its_own_scale(case):
+    case = replace(case, l=75, h=2, g=1, p=16)
+    inputs, want, of_recurrence = prepare(case)
+    for part, allowed in zip(errors(results(*inputs, "triton"), want), of_recurrence, strict=True):
+        for name, error in part.items():
+            assert error < max(1e-5, 3 * allowed[name]), name
+
+
+def test_steps_and_A_without_bounds_give_finite_numbers():
+    inputs = degenerate(small("degenerate", h=4, g=2))
+    weights = [jnp.ones_like(inputs[name]) for name in ("x", "initial_state")]
+    want, got = (results(inputs, None, weights, name) for name in ("recurrent", "triton"))
+    for part, others in zip(got, want, strict=True):
+        for name, array in part.items():
+            assert np.isfinite(array).all(), name
+            assert error(array, others[name]) < TOLERANCE["strong"], name
 
 
 @pytest.mark.parametrize("segments", [None, "packed"])

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.on_cpu.gradients import product, repeat
+from mamba2_jax.ops.scan.decay import log_decay, log_decays
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -106,51 +107,48 @@ def _step(
 ) -> tuple[Float[Array, "b g n hp"], Float[Array, "b c q g h p"]]:
     """The four steps on the chunks given."""
     x, dt, B, C, document, document_before = chunks
-    full, compute = dt.dtype, x.dtype
+    compute = x.dtype
     batch, num_chunks, num_groups, chunk_size, _ = x.shape
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
 
-    # Natural log of the decay from the chunk's start through token q, <= 0. A triangular product, because
-    # XLA's cumsum on CPU is quadratic too, and slower.
-    triangle = jnp.tril(jnp.ones((chunk_size, chunk_size), full))
-    log_decay = jnp.einsum("bcghs,qs->bcghq", dt * A[..., None], triangle, precision="highest")
+    # Natural logs, <= 0: from the chunk's start through a token and from there to its end, (b, c, g, h, q);
+    # and between two tokens, (b, c, g, h, q, s).
+    log_from_start, log_to_end, log_between = log_decays(log_decay(dt, A[..., None]))
 
     # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
-    pairs = triangle > 0  # (q, s)
+    pairs = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))  # (q, s)
     if document is not None and document_before is not None:
         pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
-        pairs = pairs[:, :, None, None]
+        pairs = pairs[:, :, None]
         entered = (document == document_before[..., None])[:, :, None, None]  # (b, c, 1, 1, q)
         leaves = (document == document[..., -1:])[:, :, None, None]  # (b, c, 1, 1, s)
         passes = (document[..., -1] == document_before)[:, :, None, None]  # (b, c, 1, 1)
     else:
         entered = leaves = passes = True
 
-    # 1. Inside each chunk. Mask before exp: above the diagonal the difference is positive and overflows.
-    scores = product("bcgqn,bcgsn->bcgqs", C, B)  # once per group
-    between = jnp.where(pairs, log_decay[..., :, None] - log_decay[..., None, :], -jnp.inf)
-    weights = repeat(scores, heads, axis=3) * jnp.exp(between)  # (b, c, g, h, q, s)
+    # 1. Inside each chunk.
+    scores = jnp.where(pairs, product("bcgqn,bcgsn->bcgqs", C, B), 0.0)  # once per group
+    weights = repeat(scores, heads, axis=3) * jnp.exp(log_between)  # (b, c, g, h, q, s)
     x_heads = x.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     x_heads = jnp.moveaxis(x_heads, -2, 3)  # (b, c, g, h, s, p)
     x_dt = x_heads * repeat(dt, head_dim, axis=-1)
     y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
 
     # 2. The state each chunk leaves: every token, decayed to the chunk's end.
-    to_end = jnp.exp(log_decay[..., -1:] - log_decay)  # (b, c, g, h, s)
-    to_end = jnp.where(leaves, to_end, 0.0)
+    to_end = jnp.where(leaves, jnp.exp(log_to_end), 0.0)  # (b, c, g, h, s)
     x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
     x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
     left = product("bcgns,bcgsk->bcgnk", B.swapaxes(-1, -2), x_to_end)  # k = h*p
 
     # 3. The recurrence over chunks.
-    kept = jnp.where(passes, jnp.exp(log_decay[..., -1]), 0.0)  # (b, c, g, h)
+    kept = jnp.where(passes, jnp.exp(log_from_start[..., -1]), 0.0)  # (b, c, g, h)
     kept = repeat(kept, head_dim, axis=-1).reshape(*kept.shape[:3], -1)  # (b, c, g, k)
     kept = repeat(kept, left.shape[-2], axis=-2)  # (b, c, g, n, k)
     entering, state = _pass_states(state, kept, left)
 
     # 4. The entering state, read out at each token.
-    from_start = jnp.where(entered, jnp.exp(log_decay), 0.0)  # (b, c, g, h, q)
+    from_start = jnp.where(entered, jnp.exp(log_from_start), 0.0)  # (b, c, g, h, q)
     read = product("bcgqn,bcgnk->bcgqk", C, entering.astype(compute))
     read = read.reshape(batch, num_chunks, num_groups, chunk_size, heads, head_dim)
     y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from mamba2_jax.ops.device import compute_capability, default_device
 from mamba2_jax.ops.scan.chunked import ssd_chunked
+from mamba2_jax.ops.scan.decay import finite
 from mamba2_jax.ops.scan.recurrent import ssd_recurrent
 from mamba2_jax.ops.scan.step import ssd_one_token
 from mamba2_jax.ops.segments import document_index
@@ -126,7 +127,8 @@ def _refusal(op: str, implementation: str | None, problem: "Problem", reason: st
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
-    """Hand over what kernels want: a float32 D, and documents numbered, so that they only compare."""
+    """Hand over what kernels want: A finite, D in float32, and documents numbered: they only compare."""
+    A = finite(A)
     D = None if D is None else D.astype(jnp.float32)
     documents = None if segment_ids is None else document_index(segment_ids)
     return run(x, dt, A, B, C, D, initial_state, documents)

@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR, axis_size, check_divides, check_mesh
 from mamba2_jax.ops.pieces import from_piece, look_left, own_group, pad_tokens, where_rows
+from mamba2_jax.ops.scan import decay
 from mamba2_jax.ops.scan.api import check_arguments, ssd
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
@@ -173,7 +174,7 @@ def _map_of_a_piece(
     dt = dt.astype(full)
     if segment_ids is not None:
         dt = jnp.where(segment_ids[..., None] != 0, dt, 0.0)
-    log_decay = dt * A.astype(full)  # (b, l, h), <= 0
+    log_decay = decay.log_decay(dt, A.astype(full))  # (b, l, h) of each token, natural log, <= 0
     # Natural log of the decay after each token. Summed from the end: a difference of sums from the start
     # would round worst at the last tokens, which count most.
     after = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0)))

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 
+from mamba2_jax.ops.scan.decay import log_decay
 from mamba2_jax.typing import Array, Float
 
 
@@ -21,7 +22,7 @@ def ssd_one_token(
     heads = num_heads // num_groups
     dt, A = dt.astype(full), A.astype(full)
     x_dt = (x.astype(full) * dt[..., None]).reshape(batch, num_groups, heads * head_dim)
-    decay = jnp.exp(dt * A)  # (b, h), in (0, 1]
+    decay = jnp.exp(log_decay(dt, A))  # (b, h), in [0, 1]
     B, C = B.astype(full), C.astype(full)
 
     new = jnp.einsum("bgk,bgn->bgkn", x_dt, B).reshape(state.shape)
