@@ -1,4 +1,4 @@
-"""Mamba-2 for people who work in JAX: PyTorch checkpoints in, the same numbers out, generation inside `jit`.
+"""Mamba-2 in JAX: load PyTorch checkpoints, reproduce their numbers, and generate text inside `jit`.
 
 >>> import jax.numpy as jnp
 >>> from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer
@@ -45,7 +45,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # Names are fetched when they are first used, so that `mamba2-jax --help` does not wait for JAX.
+    # Lazy imports: `mamba2-jax --help` must not wait for JAX.
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

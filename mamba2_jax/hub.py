@@ -1,24 +1,19 @@
-"""From what the user typed, a folder or a hub id, to a folder on this machine; and a folder to the hub."""
+"""Resolve a path or Hugging Face hub id to a local folder, and upload a folder to the hub."""
 
 import pathlib
 import re
 from collections.abc import Sequence
 from typing import cast
 
+from mamba2_jax.files import WEIGHT_FILES, first_line
+
 __all__ = ["EMBEDDED_MODEL", "resolve_folder", "upload_folder"]
 
 EMBEDDED_MODEL = pathlib.Path(__file__).parent / "assets" / "tiny-python"
-"""The model inside the package: a small Mamba-2 trained with this package on Python's standard library."""
+"""Folder of the embedded model: a small Mamba-2, trained with this package on Python's standard library."""
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _SMALL_FILES = ["*.json", "tokenizer*"]
-# One form of the weights is enough: the first that the repository has. Codestral ships its weights twice,
-# as shards and as consolidated.safetensors, 14.6 GB each.
-_WEIGHT_FILES = (
-    ["model.safetensors", "model-*-of-*.safetensors"],
-    ["consolidated*.safetensors"],
-    ["pytorch_model.bin", "pytorch_model-*-of-*.bin"],
-)
 
 
 def resolve_folder(
@@ -26,20 +21,21 @@ def resolve_folder(
     revision: str | None = None,
     allow_patterns: Sequence[str] | None = None,
 ) -> pathlib.Path:
-    """Find the folder of a checkpoint, downloading it from the Hugging Face hub when it is not local.
+    """Return the local folder of a checkpoint, downloading from the Hugging Face hub if needed.
 
     Args:
-        path_or_id: a folder, or a hub id such as "AntonV/mamba2-130m-hf". A folder of that name wins.
-            None: the embedded model.
-        revision: branch, tag or commit on the hub; meaningless for a folder.
-        allow_patterns: names of files to download. By default config, tokenizer and one form of the weights.
+        path_or_id: a folder, or a hub id such as "AntonV/mamba2-130m-hf"; an existing folder of that name
+            takes precedence. None: the embedded model.
+        revision: branch, tag or commit on the hub; ignored for a folder.
+        allow_patterns: glob patterns of the files to download. None: config, tokenizer and one form of the
+            weights.
 
     Returns:
         The folder.
 
     Raises:
-        FileNotFoundError: no such folder, or the hub does not have it or cannot be reached.
-        NotADirectoryError: it is a file.
+        FileNotFoundError: no such folder, no such repository on the hub, or the hub cannot be reached.
+        NotADirectoryError: `path_or_id` is a file.
     """
     if path_or_id is None:
         return EMBEDDED_MODEL
@@ -60,8 +56,9 @@ def resolve_folder(
     if allow_patterns is not None:
         return _download(path_or_id, revision, list(allow_patterns))
     folder = _download(path_or_id, revision, _SMALL_FILES)
-    for patterns in _WEIGHT_FILES:
-        # the commit, not the branch: a push between two downloads must not mix two versions
+    # One kind of weight files is enough: Codestral ships its 14.6 GB twice.
+    for patterns in (list(files.patterns) for files in WEIGHT_FILES):
+        # pin the commit, not the branch: a push between two downloads must not mix two versions
         folder = _download(
             path_or_id, folder.name if folder.parent.name == "snapshots" else revision, patterns
         )
@@ -73,14 +70,14 @@ def resolve_folder(
 def upload_folder(
     folder: pathlib.Path, repository: str, *, private: bool, revision: str | None, message: str
 ) -> str:
-    """Push a folder to the Hugging Face hub, making the repository if there is none.
+    """Upload a folder to the Hugging Face hub, creating the repository and the branch if needed.
 
     Returns:
-        Where the commit can be seen.
+        The URL of the commit.
 
     Raises:
-        ConnectionError: the hub refuses it or cannot be reached.
-        ValueError: not a hub id.
+        ConnectionError: the hub refuses the upload or cannot be reached.
+        ValueError: `repository` is not a hub id.
     """
     import huggingface_hub
     from huggingface_hub import errors
@@ -98,10 +95,9 @@ def upload_folder(
         )
         return commit.commit_url
     except failures as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConnectionError(
-            f"{repository}: the Hugging Face hub did not take it ({type(error).__name__}: {reason}). Run "
-            "`hf auth login` with a token that may write there, and try again"
+            f"{repository}: the Hugging Face hub did not take it ({type(error).__name__}: "
+            f"{first_line(error)}). Run `hf auth login` with a token that may write there, and try again"
         ) from error
 
 
@@ -109,8 +105,8 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> pat
     import huggingface_hub
     from huggingface_hub import errors
 
-    # A connection that breaks halfway raises an error of the HTTP library below huggingface_hub, which one
-    # depends on its version: it is a base of HfHubHTTPError. All else is OSError or ValueError.
+    # A broken connection raises an error of the HTTP library below huggingface_hub. Which library that is
+    # depends on the version, but its error is a base of HfHubHTTPError. All else is OSError or ValueError.
     failures = cast("tuple[type[Exception], ...]", (ValueError, *errors.HfHubHTTPError.__bases__))
     try:
         return pathlib.Path(
@@ -121,10 +117,9 @@ def _download(repository: str, revision: str | None, patterns: list[str]) -> pat
             f"{repository}: the hub has no revision {revision!r} of it; pass a branch, a tag or a commit"
         ) from error
     except failures as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FileNotFoundError(
             f"{repository}: no folder of that name here, and the Hugging Face hub did not give it "
-            f"({type(error).__name__}: {reason}). Check the spelling; without a network pass a downloaded "
-            "folder, or set HF_HUB_OFFLINE=1 if the model is in the hub's cache; for a private or gated "
-            "model run `hf auth login`"
+            f"({type(error).__name__}: {first_line(error)}). Check the spelling; without a network pass a "
+            "downloaded folder, or set HF_HUB_OFFLINE=1 if the model is in the hub's cache; for a private or "
+            "gated model run `hf auth login`"
         ) from error

@@ -1,4 +1,4 @@
-"""The axes of a mesh of devices, and the checks that every user of a mesh needs."""
+"""Device meshes: axis names, construction, and the checks that every op on a mesh shares."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,11 @@ import jax
 from jax.sharding import AxisType, Mesh
 
 AXES: tuple[str, ...] = ("data", "fsdp", "sequence", "tensor")
-"""Mesh axes, the farthest apart first: devices that differ in the last axis only are neighbours."""
+"""Mesh axes, outermost first: devices that differ only in the last axis are neighbours."""
 
 
 BATCH = ("data", "fsdp")
-"""The mesh axes that split rows of a batch."""
+"""The mesh axes that shard batch rows."""
 
 
 SEQUENCE = "sequence"
@@ -27,20 +27,20 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[Any] | None = None,
 ) -> Mesh:
-    """Arrange devices in a mesh of the four axes.
+    """Build a device mesh with the axes `data`, `fsdp`, `sequence` and `tensor`.
 
     Args:
-        data: devices along the axis; -1, for at most one axis, is all that the others leave.
+        data: number of devices along this axis; -1, allowed for one axis, takes all remaining devices.
         fsdp: see `data`.
         sequence: see `data`.
         tensor: see `data`.
-        devices: None: all devices of all processes.
+        devices: the devices to use; None: all devices of all processes.
 
     Returns:
-        A mesh with the axes `AXES`, those of size 1 too.
+        A mesh with all axes of `AXES`, including those of size 1.
 
     Raises:
-        ValueError: sizes that do not multiply to the number of devices; says what would fit.
+        ValueError: the product of the sizes is not the number of devices; the message lists sizes that fit.
     """
     sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, sequence, tensor), strict=True))
     devices = jax.devices() if devices is None else list(devices)
@@ -65,12 +65,12 @@ def make_mesh(
 
 
 def axis_size(mesh: Mesh, *axes: str) -> int:
-    """Count the devices along the axes together; an axis that the mesh does not have counts 1."""
+    """Return the product of the sizes of the mesh axes; an axis missing from the mesh counts 1."""
     return math.prod(mesh.shape.get(axis, 1) for axis in axes)
 
 
 def check_mesh(op: str, mesh: Mesh) -> None:
-    """Raise ValueError unless the mesh has the four axes; others may be there too, and split nothing."""
+    """Raise ValueError unless the mesh has all of `AXES` and only Auto axes; further axes shard nothing."""
     missing = [axis for axis in (*BATCH, SEQUENCE, TENSOR) if axis not in mesh.shape]
     if missing:
         raise ValueError(
@@ -84,7 +84,7 @@ def check_mesh(op: str, mesh: Mesh) -> None:
 
 
 def check_divides(op: str, mesh: Mesh, name: str, size: int, *axes: str) -> None:
-    """Raise ValueError unless `size`, called `name`, splits evenly over the axes."""
+    """Raise ValueError unless the mesh axes divide `size`; `name` stands for it in the message."""
     devices = axis_size(mesh, *axes)
     if size % devices:
         raise ValueError(

@@ -1,7 +1,8 @@
-"""Several processes that train as one: how they find each other, and what goes between them.
+"""Multi-process JAX: start-up, barriers, coordinated stopping, and global arrays.
 
-Every process runs the same program and sees the devices of all. An array on a mesh of these devices lies in
-pieces in several processes; what looks at a whole one, or waits, must be called by all of them.
+Every process runs the same program and sees the devices of all processes. An array on a mesh of these
+devices is sharded over several processes. `meet`, `stop_together` and `fetch` are collective: every process
+must call them.
 """
 
 import jax
@@ -15,18 +16,18 @@ AUTO = "auto"
 def start_processes(
     coordinator: str = AUTO, count: int | None = None, index: int | None = None, *, timeout: int = 100
 ) -> None:
-    """Join the other processes; call it before anything else of JAX.
+    """Connect this process to the others (`jax.distributed`); must precede any other use of JAX.
 
     Args:
-        coordinator: `host:port` of the first process, the same for all; "auto": as the launcher says, SLURM
-            or Open MPI with a process for each GPU, or Kubernetes' indexed jobs (needs `jax[k8s]`).
-        count: how many there are; not needed with "auto".
-        index: which one this is, from 0; not needed with "auto".
-        timeout: seconds without a sign of life after which a process counts as dead, and all others end
-            with an error.
+        coordinator: `host:port` of process 0, the same in every process; "auto": detected from the launcher,
+            SLURM or Open MPI with one process per GPU, or a Kubernetes indexed job (needs `jax[k8s]`).
+        count: number of processes; not needed with "auto".
+        index: index of this process, from 0; not needed with "auto".
+        timeout: seconds without a heartbeat after which a process counts as dead and all others end with an
+            error.
 
     Raises:
-        ValueError: arguments that do not say enough, or no launcher that is known.
+        ValueError: missing or inconsistent arguments, or "auto" without a known launcher.
     """
     if coordinator != AUTO and (count is None or index is None or not 0 <= index < count):
         raise ValueError(
@@ -45,28 +46,28 @@ def start_processes(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files and talks to the user."""
+    """Return whether this is process 0, the only one that writes files and prints messages."""
     return jax.process_index() == 0
 
 
 def meet(where: str) -> None:
-    """Wait until all processes are here."""
+    """Wait at the barrier named `where` until every process reaches it."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
 
 
 def stop_together(step: int) -> bool:
-    """Whether a process got SIGTERM, and this is the step after which all stop. Call it at every step."""
+    """Return whether all processes stop after `step`, because one got SIGTERM. Call it at every step."""
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 def fetch(array: jax.Array | np.ndarray) -> np.ndarray:
-    """Copy a whole array to the host; one that lies in several processes, to the hosts of all."""
+    """Copy a whole array to host memory; all-gather an array that is sharded over processes."""
     if isinstance(array, np.ndarray) or array.is_fully_addressable or array.is_fully_replicated:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
 def place(array: np.ndarray, sharding: Sharding) -> jax.Array:
-    """Put an array that every process has on the devices of all; each takes its own part."""
+    """Shard a host array, equal in every process, over the devices of all processes."""
     return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)

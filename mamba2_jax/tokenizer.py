@@ -1,4 +1,4 @@
-"""Tokenizers of checkpoints, and the special ids that generation goes by.
+"""Load the tokenizer of a checkpoint and choose the special token ids for generation.
 
 >>> tokenizer = load_tokenizer()  # the embedded model's
 >>> tokenizer.decode(tokenizer("def add(a, b):")["input_ids"])
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -18,21 +19,17 @@ if TYPE_CHECKING:
 
 __all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids"]
 
-_TOKENIZER_FILES = [
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.json", "merges.txt", "config.json"),
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class SpecialTokenIds:
-    """The ids that start, end and fill up a row.
+    """Special token ids of a model: beginning of text, end of text and padding.
 
     Args:
         bos: beginning of a text, or None.
-        eos: every id that ends a text, possibly none.
-        pad: what fills a row up; always an id, of the end of text when there is no padding token.
-        notes: sentences about ids of the config that were overruled, to be shown to the user.
+        eos: every id that ends a text; may be empty.
+        pad: padding id, never None: the first `eos` id when the tokenizer has no padding token, and 0 when
+            nothing defines one.
+        notes: messages for the user, one for each config id that the tokenizer overrides.
     """
 
     bos: int | None
@@ -44,10 +41,10 @@ class SpecialTokenIds:
 def load_tokenizer(
     path: str | pathlib.Path | None = None, revision: str | None = None
 ) -> "PreTrainedTokenizerBase":
-    """Load the tokenizer in a checkpoint's folder through transformers.
+    """Load a checkpoint's tokenizer as a transformers tokenizer.
 
-    Reads `tokenizer.json` (GPT-NeoX's, the embedded one, Codestral's) and the sentencepiece models
-    `tokenizer.model` and `tokenizer.model.v*`.
+    Reads `tokenizer.json` (GPT-NeoX, the embedded model, Codestral), else `vocab.json` with `merges.txt`,
+    else a sentencepiece model (`tokenizer.model`, `tokenizer.model.v*`).
 
     Args:
         path: a folder or a hub id; None: the embedded model.
@@ -58,9 +55,9 @@ def load_tokenizer(
 
     Raises:
         FileNotFoundError: no such folder, or no tokenizer in it.
-        ValueError: the tokenizer's files are broken; the message names the folder.
+        ValueError: the tokenizer files are broken; the message names the folder.
     """
-    folder = hub.resolve_folder(path, revision, allow_patterns=_TOKENIZER_FILES)
+    folder = hub.resolve_folder(path, revision, allow_patterns=(*TOKENIZER_FILES, "config.json"))
     sentencepiece_models = sorted(folder.glob("tokenizer.model*"))
     has_json = (folder / "tokenizer.json").is_file()
     has_vocabulary = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
@@ -85,8 +82,8 @@ def load_tokenizer(
 def _load_from_json(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
     from transformers import PreTrainedTokenizerFast
 
-    # The file as it is. AutoTokenizer (5.23) would go by tokenizer_class or model_type and put the splitting
-    # of that class around the vocabulary: with Codestral's LlamaTokenizer "  x" loses one of its spaces.
+    # Not AutoTokenizer (5.23): it picks a class by tokenizer_class or model_type and puts that class's
+    # pre-tokenizer around the vocabulary: with Codestral's LlamaTokenizer "  x" loses one of its spaces.
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
@@ -97,7 +94,7 @@ def _load_from_vocabulary(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
 
 
 def _load_from_sentencepiece(file: pathlib.Path) -> "PreTrainedTokenizerBase":
-    """Rebuild a sentencepiece BPE model of the Llama and Mistral family; the name `.v3` is Mistral's own."""
+    """Convert a sentencepiece BPE model of the Llama and Mistral family; the suffix `.v3` is Mistral's."""
     import sentencepiece
     from transformers import PreTrainedTokenizerFast
 
@@ -119,7 +116,7 @@ def _load_from_sentencepiece(file: pathlib.Path) -> "PreTrainedTokenizerBase":
 
 
 def _sentencepiece_backend(processor: Any) -> "Tokenizer":
-    """Build the pipeline: a space in front, pairs merged by score, bytes for unknown characters, bos."""
+    """Build the tokenizer: leading space, BPE merges ranked by score, byte fallback, bos token."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 
     pieces = [processor.id_to_piece(index) for index in range(processor.vocab_size())]
@@ -129,7 +126,7 @@ def _sentencepiece_backend(processor: Any) -> "Tokenizer":
         for index, piece in enumerate(pieces)
         if not (processor.is_control(index) or processor.is_unknown(index) or processor.is_byte(index))
     }
-    # sentencepiece merges the pair whose union scores best: all ways to cut the best piece, then of the next
+    # sentencepiece merges the pair whose union scores best: all splits of the best union rank first
     ranked = sorted(plain, key=lambda piece: (-processor.get_score(vocabulary[piece]), vocabulary[piece]))
     merges = [
         (piece[:cut], piece[cut:])
@@ -154,20 +151,20 @@ def _sentencepiece_backend(processor: Any) -> "Tokenizer":
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase", config: Mamba2Config) -> SpecialTokenIds:
-    """Choose the special ids of a tokenizer and a config that belong together.
+    """Merge the special token ids of a tokenizer and a model config.
 
-    The tokenizer's ids win: published configs are known to be wrong about them (Codestral's says 0 for all
-    three, its tokenizer 1 and 2). Several end ids in the config stay when the tokenizer's is among them.
+    The tokenizer's ids override the config's, since published configs are known to be wrong (Codestral's says
+    0 for all three, its tokenizer 1 and 2). A config list of eos ids is kept if it contains the tokenizer's.
 
     Args:
-        tokenizer: of `load_tokenizer`.
-        config: of the model.
+        tokenizer: from `load_tokenizer`.
+        config: the model config.
 
     Returns:
-        The ids, with a note for each id of the config that was overruled.
+        The ids, with a note for each config id that the tokenizer overrides.
 
     Raises:
-        ValueError: the tokenizer knows ids that the model has no embedding for.
+        ValueError: the tokenizer has ids beyond the vocab_size of the model.
     """
     num_tokens = max(tokenizer.get_vocab().values(), default=-1) + 1
     if num_tokens > config.vocab_size:

@@ -1,4 +1,4 @@
-"""The axis legend. One letter, one axis, in every shape of the package.
+"""Shape annotations and their axis legend: a letter names the same axis in every shape of the package.
 
 | letter | axis | letter | axis |
 |---|---|---|---|
@@ -10,7 +10,7 @@
 | `n` | state_dim | `r` | LoRA rank |
 | `c` | chunks | `kv` | key and value heads of attention |
 
-Shapes are written in signatures as `Float[Array, "b l h p"]` (jaxtyping); the tests check them at run time.
+Signatures carry shapes as `Float[Array, "b l h p"]` (jaxtyping), which the tests check at run time.
 """
 
 from jax import Array

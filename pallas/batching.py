@@ -1,4 +1,4 @@
-"""Kernels under JAX's transformations: the rule of `vmap`, and where `shard_map` is refused."""
+"""JAX transformations of kernels: a `vmap` rule, and the check that refuses checked `shard_map`."""
 
 from collections.abc import Callable, Collection
 
@@ -7,14 +7,14 @@ import jax.numpy as jnp
 
 
 def fold_vmap(run: Callable, shared: Collection[int]) -> Callable:
-    """Give a function of arrays a `vmap` rule that folds the mapped axis into its batch axis.
+    """Wrap a batched function with a `vmap` rule that folds the mapped axis into the batch axis.
 
-    The function must treat the rows of the batch apart, so that a call on more rows is the same.
+    The function must treat batch rows independently, so that more rows do not change the result of any row.
 
     Args:
-        run: takes arrays (or None) and returns a tree of arrays whose first axis is the batch.
+        run: takes arrays (or None) and returns a pytree of arrays whose first axis is the batch.
         shared: positions of the arguments that all rows share; the first axis of the others is the batch.
-            Where one of these is mapped, the function runs once per entry instead.
+            If a shared argument is mapped, the function runs once per entry of the mapped axis instead.
     """
     run_with_rule = jax.custom_batching.custom_vmap(run)
 
@@ -44,9 +44,9 @@ def fold_vmap(run: Callable, shared: Collection[int]) -> Callable:
 
 
 def refuse_checked_shard_map(name: str, *arrays: jax.Array | None) -> None:
-    """Raise inside a `jax.shard_map` that checks how its values vary over the mesh.
+    """Raise NotImplementedError inside a `jax.shard_map` with `check_vma=True`.
 
-    Kernels do not tell it that their outputs vary. Unrefused, the values pass and the gradient fails.
+    Kernels do not declare how outputs vary over the mesh: the forward pass would run, the gradient fail.
     """
     if any(array is not None and jax.typeof(array).manual_axis_type.varying for array in arrays):
         raise NotImplementedError(

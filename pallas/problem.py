@@ -1,14 +1,14 @@
-"""What is asked of a kernel, as far as it decides whether the kernel can run. No array, no tracer."""
+"""Static description of a scan call, by which a kernel is chosen: device, dtype and sizes; no arrays."""
 
 from typing import Any, NamedTuple
 
 
 class Problem(NamedTuple):
-    """One call of the scan: where it runs, its dtype and its sizes."""
+    """Device, dtype and sizes of one call of the scan."""
 
     platform: str  # "cpu", "gpu" or "tpu"
     compute_capability: tuple[int, int] | None  # (major, minor) of an NVIDIA GPU, else None
-    dtype: Any  # of x, B and C: a numpy dtype or what names one
+    dtype: Any  # of x, B and C: anything that `jnp.dtype` accepts
     batch: int
     length: int
     num_heads: int

@@ -1,4 +1,4 @@
-"""The command line, in this process where possible; pipes and signals in real ones."""
+"""Command line: run in the test process where possible, in subprocesses for pipes and signals."""
 
 import io
 import json

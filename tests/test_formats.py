@@ -1,4 +1,4 @@
-"""Every published form in and out: state-spaces' pickles, Mistral's files, conversions, the hub."""
+"""Load, convert and upload every published form: state-spaces' pickles, Mistral's files, transformers."""
 
 import json
 import shutil

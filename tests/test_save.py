@@ -1,4 +1,4 @@
-"""Checkpoints on their way out: what transformers reads back, folders that are whole or absent."""
+"""Save checkpoints: transformers reads them back, and folders are written atomically."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Hostile and broken PyTorch files: nothing runs, nothing is allocated at the size they claim."""
+"""Broken and hostile PyTorch files: no pickle code runs, and declared sizes are never allocated."""
 
 import collections
 import io

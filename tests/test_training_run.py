@@ -15,7 +15,7 @@ import pytest
 from training_runs import STEPS, arrays_of, make_trainer, model_folder, texts_file, tiny_model, tokenizer
 
 from mamba2_jax import Mamba2ForCausalLM
-from mamba2_jax.cli.main import main
+from mamba2_jax.cli import main
 from mamba2_jax.training import LoraOptions
 from mamba2_jax.training.metrics import read_metrics
 

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers writes, compared value by value with its own state dict."""
+"""Load checkpoints written by transformers; compare every value with transformers' state dict."""
 
 import json
 import os

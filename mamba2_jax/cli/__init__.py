@@ -1,4 +1,4 @@
-"""The command `mamba2-jax`."""
+"""Command line of the package: the program `mamba2-jax`."""
 
 from mamba2_jax.cli.commands import main
 

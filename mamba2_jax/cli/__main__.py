@@ -1,4 +1,4 @@
-"""`python -m mamba2_jax.cli`: the command where it is not installed as a script."""
+"""Run `mamba2-jax` as `python -m mamba2_jax.cli`, where the script is not installed."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The command line: `mamba2-jax generate` writes text, `info` describes a model, `convert` rewrites one.
+"""Define the commands of `mamba2-jax`: `generate`, `info`, `convert` and `finetune`.
 
-What a command needs is imported when it runs, so that `--help` and a mistyped option answer at once.
+Each command imports its dependencies when it runs, so that `--help` and a mistyped option answer at once.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: text from a checkpoint, what is in one, and one form of it made into another. "
+    "Mamba-2 in JAX: generate text from a checkpoint; describe, convert or fine-tune it. "
     "`mamba2-jax --version` prints the version."
 )
 
@@ -27,41 +27,41 @@ _Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
 
 @dataclasses.dataclass(frozen=True)
 class Generate:
-    """Continue a prompt; the text appears as it is made.
+    """Continue a prompt and stream the text to stdout.
 
-    Options that are not given come from the checkpoint's generation_config.json, if it has one; without
-    it the likeliest token is taken (greedy). A prompt that begins with a dash goes after `--`.
+    Options that are not given default to the checkpoint's generation_config.json, if it has one, else to
+    greedy decoding. Put a prompt that begins with a dash after `--`.
     """
 
     prompt: Positional[str]
-    """The text to continue; `-` reads it from stdin, as it is."""
+    """Text to continue; `-` reads stdin, unchanged."""
     model: _Path = None
-    """A checkpoint's folder or hub id (None: the small Python-writing model in the package)."""
+    """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
     tokenizer: _Path = None
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     max_new_tokens: _Count = None
-    """How many tokens at most (None: 128)."""
+    """Maximum number of new tokens (None: the checkpoint's, else 128)."""
     temperature: _Number = None
-    """0 is greedy; above 0 draws."""
+    """Sampling temperature; 0 is greedy."""
     top_k: _Count = None
-    """Draw from the k likeliest tokens; 0 is no limit."""
+    """Sample from the k most likely tokens; 0 is no limit."""
     top_p: _Number = None
-    """Draw from the likeliest tokens that together reach this probability."""
+    """Sample from the most likely tokens that together reach this probability."""
     min_p: _Number = None
-    """Draw from tokens with at least this share of the likeliest one's probability."""
+    """Sample from tokens with at least this fraction of the top token's probability."""
     repetition_penalty: _Number = None
-    """Above 1 discourages tokens that are in the text already."""
+    """Above 1 penalizes tokens that the text already contains."""
     seed: int = 0
-    """The same seed gives the same text."""
+    """Random seed; the same seed gives the same text."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """End at this string, which is not printed; may be given several times."""
+    """Stop string: ends the text and is not printed; may be repeated."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is bfloat16 where the weights are stored so."""
+    """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
     echo: bool = False
     """Print the prompt before the text."""
 
     def run(self) -> None:
-        """Stream the text to stdout; all else goes to stderr."""
+        """Stream the text to stdout; notes and timings go to stderr."""
         prompt = _read_prompt(self.prompt)
         if not 0 <= self.seed < 2**32:
             raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
@@ -81,15 +81,15 @@ class Generate:
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """Describe a checkpoint: config, parameters, files, memory. Reads no weights."""
+    """Describe a checkpoint: config, number of parameters, memory and files. Reads no weights."""
 
     path: Positional[_Path] = None
-    """A folder or a hub id (None: the small Python-writing model in the package)."""
+    """Folder or hub id (None: the embedded Python-writing model)."""
     kernels: bool = False
-    """Tell instead which implementation of the scan would run on the devices here, and why."""
+    """Show instead which implementation of the scan runs on the devices of this machine, and why."""
 
     def run(self) -> None:
-        """Print the tables."""
+        """Print the tables to stdout."""
         from mamba2_jax.cli.info import describe
         from mamba2_jax.cli.kernels import describe_kernels
 
@@ -101,30 +101,31 @@ class Info:
 
 @dataclasses.dataclass(frozen=True)
 class Convert:
-    """Write a checkpoint in another form, or with another dtype. Never holds the model in memory.
+    """Convert a checkpoint to another form or dtype, without holding the model in memory.
 
-    Reads transformers', state-spaces' and Mistral's form. The target appears when all is written.
+    Reads the forms of transformers, state-spaces and Mistral. The write is atomic: the target is complete or
+    absent.
     """
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
-    """A folder or a hub id."""
+    """Folder or hub id of the source."""
     target: Annotated[Positional[str], arg(metavar="DST")]
-    """The folder to make."""
+    """Folder to write."""
     to: Literal["transformers", "state-spaces"] = "transformers"
-    """The form to write; state-spaces' needs PyTorch."""
+    """Form to write; state-spaces needs PyTorch."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """What to store; A_log, dt_bias and D are never narrowed."""
+    """Stored dtype; A_log, dt_bias and D are never narrowed."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
-    """Bytes per file of transformers' form."""
+    """Maximum bytes per weight file, for the form transformers."""
     tokenizer: _Path = None
-    """Folder or hub id whose tokenizer goes along (None: the source's, if it has one)."""
+    """Folder or hub id whose tokenizer is copied (None: the source's, if it has one)."""
     allow_non_finite: bool = False
-    """Take weights that hold NaN or infinity."""
+    """Accept weights that hold NaN or infinity."""
     overwrite: bool = False
-    """Replace the checkpoint in a folder that is not empty; other files in it stay."""
+    """Replace the checkpoint in a non-empty folder; its other files are kept."""
 
     def run(self) -> None:
-        """Convert, with a progress bar on stderr."""
+        """Convert the checkpoint, with a progress bar on stderr."""
         from mamba2_jax.weights.convert import convert
 
         options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -138,17 +139,17 @@ class Convert:
 
 @dataclasses.dataclass(frozen=True)
 class Finetune:
-    """Train a model on texts, all its weights or adapters, and save it for transformers."""
+    """Train all weights of a model, or LoRA adapters, on texts, and save it for transformers."""
 
-    # Stands here for the list of commands: the options are in `cli.finetune`, which imports JAX.
+    # A stub for `--help`: the options are defined in `cli.finetune`, which imports JAX.
 
     def run(self) -> None:
-        """Say which options are missing; `main` takes those that are given to where they are known."""
+        """Report the missing options; `main` passes given options to `cli.finetune` directly."""
         _finetune([])
 
 
 class CommandError(Exception):
-    """A mistake of the user's, to be told in one message."""
+    """User error; its message is printed without a traceback."""
 
 
 _MISTAKES = (OSError, ValueError, NotImplementedError, ImportError)
@@ -162,24 +163,24 @@ Command = (
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command.
+    """Parse the command line and run the command.
 
     Args:
-        arguments: without the program's name; None: the process's own.
+        arguments: without the program name; None: `sys.argv[1:]`.
 
     Returns:
-        The exit code: 0; 1 when the output cannot be written; 2 for a mistake in the arguments or the
-        checkpoint; 130 after Ctrl-C; 141 when nobody reads the output any more; 128 and its number when a
-        signal ended training early, after a checkpoint.
+        The exit code: 0; 1 if the output cannot be written; 2 for an error in the arguments or the
+        checkpoint; 130 after Ctrl-C; 141 if the output pipe is closed; 128 plus the signal number if a signal
+        ended training early, after a checkpoint.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character shows a mark
+        sys.stdout.reconfigure(errors="replace")  # characters that the terminal cannot encode become "?"
     try:
         if arguments == ["--version"]:
             print(PROGRAM, importlib.metadata.version("mamba2-jax-flax"), flush=True)
             return 0
-        # without PyTorch beside it, transformers advises to install it at each start
+        # without PyTorch installed, transformers advises at each start to install it
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if arguments[:1] == ["finetune"]:
             return _finetune(arguments[1:])
@@ -190,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except OSError as error:  # of writing: what is read is checked in the commands
+    except OSError as error:  # from writing: the commands turn errors of reading into CommandError
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at exit
         if isinstance(error, BrokenPipeError):
             return 141

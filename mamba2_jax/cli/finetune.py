@@ -1,4 +1,4 @@
-"""`mamba2-jax finetune`: the options of a training run on the command line or in a file."""
+"""Run `mamba2-jax finetune`: training options from the command line and from a file."""
 
 import dataclasses
 import signal
@@ -19,19 +19,19 @@ from mamba2_jax.training.config import MeshOptions, build, read_fields
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Several processes that train as one, on one host or many: the same command in each."""
+    """Multi-process training, on one or several hosts; every process runs the same command."""
 
     coordinator: Annotated[str | None, arg(metavar="HOST:PORT")] = None
-    """Of the first process; auto: as SLURM, Open MPI or Kubernetes say (None: one process)."""
+    """Address of process 0; auto: detected from SLURM, Open MPI or Kubernetes (None: one process)."""
     count: int | None = None
-    """How many; not needed with auto."""
+    """Number of processes; not needed with auto."""
     index: int | None = None
-    """Which one this is, from 0; not needed with auto."""
+    """Index of this process, from 0; not needed with auto."""
     timeout: int = 100
-    """Seconds without a sign of life of one process after which all others end with an error."""
+    """Seconds without a heartbeat of one process after which all others end with an error."""
 
     def start(self) -> None:
-        """Join the others, if there are any."""
+        """Connect to the other processes, if `coordinator` is set."""
         if self.coordinator is not None:
             start_processes(self.coordinator, self.count, self.index, timeout=self.timeout)
         elif self.count is not None or self.index is not None:
@@ -40,29 +40,29 @@ class ProcessOptions:
 
 @dataclass(frozen=True)
 class Finetune:
-    """Train a model on texts, all its weights or adapters (`--lora.rank 8`), and save it for transformers.
+    """Train all weights of a model, or LoRA adapters (`--lora.rank 8`), on texts, and save for transformers.
 
-    A file of `--config`, JSON or YAML, may carry the same options (`lora: {rank: 8}`; `data` is a file, a
-    list of files, or the options of `--data.*` with `files`); what is given on the command line wins.
-    SIGTERM and Ctrl-C leave a checkpoint, and `--resume` goes on from it to the same weights.
+    The file of `--config`, JSON or YAML, may set the same options (`lora: {rank: 8}`; `data` is a file, a
+    list of files, or the options of `--data.*` with `files`); the command line overrides the file. SIGTERM
+    and Ctrl-C save a checkpoint, from which `--resume` continues to the same weights.
     """
 
     data: Annotated[tuple[str, ...], arg(metavar="PATH...")]
-    """Files (JSON lines with text, prompt and completion, or messages; Parquet; all others plain text),
+    """Training files (JSON lines with text, prompt and completion, or messages; Parquet; else plain text),
     folders of them, or the id of a hub dataset."""
     train: Annotated[TrainConfig, arg(name="")]
     model: Annotated[str | None, arg(metavar="PATH")] = None
-    """A checkpoint's folder or hub id (None: the small Python-writing model in the package)."""
+    """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
     eval_data: Annotated[tuple[str, ...], arg(metavar="PATH...")] = ()
-    """Likewise, never trained on (none: the share of `--data.eval-share`)."""
+    """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is bfloat16 where the weights are stored so. What is trained is float32."""
+    """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16. Trained weights are float32."""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     config: Annotated[str | None, arg(metavar="FILE")] = None
-    """Options in JSON or YAML."""
+    """Options file, in JSON or YAML."""
 
     def run(self, tell: Callable[[str], None]) -> TrainResult:
-        """Train; `tell` is given lines for the user."""
+        """Train and return the result; `tell` receives messages for the user, one line each."""
         self.processes.start()
         if self.processes.coordinator is None and self.train.mesh == MeshOptions():
             keep_freed_memory()
@@ -85,23 +85,23 @@ class Finetune:
 
 
 def finetune(arguments: Sequence[str], program: str, tell: Callable[[str], None]) -> int:
-    """Run the command.
+    """Parse the options and run the training.
 
     Args:
-        arguments: behind `finetune`.
-        program: its name in messages.
-        tell: given lines for the user.
+        arguments: the arguments after `finetune`.
+        program: name of the command in messages.
+        tell: receives messages for the user, one line each.
 
     Returns:
-        The exit code: 0; 128 and the signal's number when one ended the run early.
+        The exit code: 0; 128 plus the signal number if a signal ended the run early.
 
     Raises:
-        ValueError, OSError, ImportError, FloatingPointError: what was wrong, to be told.
+        ValueError, OSError, ImportError, FloatingPointError: errors whose message is meant for the user.
     """
     file = _config_file(arguments)
     default = None if file is None else _read_config(file)
     with warnings.catch_warnings():
-        # tyro: a default instance given for options that are not required
+        # tyro warns of a default instance for options that are not required
         warnings.simplefilter("ignore", UserWarning)
         command = cast(Finetune, tyro.cli(Finetune, prog=program, args=list(arguments), default=default))
     result = command.run(tell)
@@ -115,7 +115,7 @@ def finetune(arguments: Sequence[str], program: str, tell: Callable[[str], None]
 
 
 def _say_nothing(line: str) -> None:
-    """In all processes but the first."""
+    """Discard a message, in all processes but the first."""
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
@@ -128,7 +128,7 @@ def _config_file(arguments: Sequence[str]) -> str | None:
 
 
 def _read_config(file: str) -> Finetune:
-    """Build the command from a file; `data` may be files, or the options of `--data.*` with `files`."""
+    """Read the command from an options file; `data` is files, or the options of `--data.*` with `files`."""
     fields: dict[str, Any] = read_fields(file)
     data = fields.pop("data", None)
     if isinstance(data, dict):

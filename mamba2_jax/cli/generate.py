@@ -1,6 +1,5 @@
-"""What `mamba2-jax generate` does: settings from the checkpoint and the user, and the text as it is made."""
+"""Run `mamba2-jax generate`: merge settings of checkpoint and user, stream the text, and time it."""
 
-import json
 import pathlib
 import time
 from collections.abc import Callable
@@ -8,15 +7,16 @@ from typing import Any, TypeAlias
 
 import jax
 
+from mamba2_jax.files import GENERATION_CONFIG, read_json
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.streaming import TextStream, stream
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import load_tokenizer, special_token_ids
 
-Begin: TypeAlias = Callable[[int], TextStream]  # of how many tokens
+Begin: TypeAlias = Callable[[int], TextStream]  # starts a stream of at most so many tokens
 
-MAX_NEW_TOKENS = 128  # when neither the user nor the checkpoint says
+MAX_NEW_TOKENS = 128  # default if neither the user nor the checkpoint sets it
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _FILTERS = ("top_k", "top_p", "min_p")
 _KINDS = dict.fromkeys(_SAMPLING, (int, float)) | {"top_k": (int,), "max_new_tokens": (int,)}
@@ -24,19 +24,19 @@ _ENDINGS = {"eos": "the model", "stop": "a stop string", "length": "--max-new-to
 
 
 def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[Begin, int]:
-    """Load the model and its tokenizer.
+    """Load the model and its tokenizer, and check the options and the prompt.
 
     Args:
-        options: of the command, as in `cli.Generate`.
+        options: the options of the command, `cli.commands.Generate`.
         prompt: the text to continue.
-        tell: told what the user should know.
+        tell: receives messages for the user.
 
     Returns:
-        What starts a stream, and how many tokens it shall make at most.
+        A function that starts a stream of at most so many tokens, and the maximum number of new tokens.
 
     Raises:
-        OSError: no such checkpoint or tokenizer.
-        ValueError: options or files of the checkpoint that are not valid, named.
+        OSError: the checkpoint or the tokenizer does not exist.
+        ValueError: invalid options, prompt or checkpoint files; the message names them.
     """
     folder = resolve_folder(options.model)
     settings = chosen_settings(options, folder)
@@ -60,13 +60,13 @@ def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[
             **{name: settings[name] for name in _SAMPLING if name in settings},
         )
 
-    begin(1)  # what is wrong with the prompt is said here, before any text
+    begin(1)  # raises the prompt's errors before any text is printed
     return begin, settings["max_new_tokens"]
 
 
 def chosen_settings(options: Any, folder: pathlib.Path) -> dict[str, Any]:
-    """Fold what the user said over what the checkpoint in `folder` says, and check both."""
-    settings = _checkpoint_settings(folder / "generation_config.json")
+    """Merge the options of the user over the settings of the checkpoint in `folder`, and check both."""
+    settings = _checkpoint_settings(folder / GENERATION_CONFIG)
     ours = {name: getattr(options, name) for name in ("max_new_tokens", *_SAMPLING)}
     if ours["temperature"] == 0:
         settings = {name: value for name, value in settings.items() if name not in _FILTERS}
@@ -80,13 +80,10 @@ def chosen_settings(options: Any, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
-    """Read the defaults a checkpoint wants, by the rules of transformers: no `do_sample`, no sampling."""
+    """Read the defaults of a checkpoint by the rules of transformers: greedy unless `do_sample` is set."""
     if not file.is_file():
         return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: cannot be read as JSON ({error})") from error
+    content = read_json(file)
     if not isinstance(content, dict):
         raise ValueError(f"{file}: wants a JSON object")
     found = {name: content[name] for name in _KINDS if content.get(name) is not None}
@@ -107,7 +104,7 @@ def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
 
 
 def write_and_time(begin: Begin, max_new_tokens: int, tell: Callable[[object], None]) -> None:
-    """Print the text as it is made; then tell how fast it was."""
+    """Stream the text to stdout, then report tokens per second and the time to the first token."""
     started = time.perf_counter()
     pieces = begin(max_new_tokens)
     first, tokens_at_first, piece = None, 0, ""
@@ -118,7 +115,7 @@ def write_and_time(begin: Begin, max_new_tokens: int, tell: Callable[[object], N
     ended = time.perf_counter()
     if not piece.endswith("\n"):
         print(flush=True)
-    # The first call waited for the compiler: the same prompt once more tells what the model itself takes.
+    # The first call included compilation; a repeat measures the time to first token without it.
     again = time.perf_counter()
     next(begin(1), None)
     again = time.perf_counter() - again

@@ -1,4 +1,4 @@
-"""What `mamba2-jax info` prints: a checkpoint's config, parameters, files and memory."""
+"""Print `mamba2-jax info`: config, number of parameters, memory and files of a checkpoint."""
 
 import math
 import pathlib
@@ -17,13 +17,13 @@ from mamba2_jax.weights import find_form, open_checkpoint
 
 
 def describe(path: str | None) -> None:
-    """Print the tables of the checkpoint at `path`; None is the model inside the package.
+    """Print the tables of the checkpoint at `path`, a folder or hub id; None: the embedded model.
 
     Raises:
-        OSError: no such folder, or nothing readable in it.
-        ValueError: a config or weights that are broken.
+        OSError: the folder does not exist, or it has no readable config.
+        ValueError: the config or a header of the weights is broken.
     """
-    # of a hub id only the small files are fetched
+    # download only the small files of a hub id
     folder = resolve_folder(path, allow_patterns=["*.json", "tokenizer*"])
     config = Mamba2Config.from_pretrained(folder)
     console = Console(markup=False, emoji=False, highlight=False)
@@ -68,7 +68,7 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
 
 
 def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
-    """What most models do not have."""
+    """List the config options that differ from plain Mamba-2: attention, MLPs, gate and D."""
     rows = []
     if config.attn_layer_idx and (attention := config.attn_cfg) is not None:
         heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
@@ -119,7 +119,7 @@ def _file_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
 
 
 def _size(count: int) -> str:
-    """Write a number of bytes: exact, and with a decimal prefix."""
+    """Format a number of bytes, exact and with a decimal prefix."""
     for prefix, unit in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= unit:
             return f"{count / unit:.1f} {prefix} ({count:,} bytes)"

@@ -1,4 +1,4 @@
-"""What `mamba2-jax info --kernels` prints: what runs the scan on the devices here, and why."""
+"""Print `mamba2-jax info --kernels`: which implementation of the scan runs on each device, and why."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -23,15 +23,15 @@ LENGTH = 2048
 
 
 def describe_kernels(path: str | None, devices: Iterable[Any] | None = None) -> None:
-    """Print a table for each kind of device, for published models and the checkpoint at `path`.
+    """Print tables for each kind of device, for published models and the checkpoint at `path`.
 
     Args:
-        path: a folder or a hub id; None is the model inside the package.
-        devices: None for those that jax sees.
+        path: a folder or a hub id; None: the embedded model.
+        devices: the devices to describe; None: `jax.devices()`.
 
     Raises:
-        OSError: no such folder, or no config in it.
-        ValueError: a config that is broken.
+        OSError: the folder or its config does not exist.
+        ValueError: the config is broken.
     """
     folder = resolve_folder(path, allow_patterns=["*.json"])
     configs = {f"{name}, {dtype}": (Mamba2Config.preset(name), dtype) for name, dtype in TYPICAL}
@@ -49,7 +49,7 @@ def describe_kernels(path: str | None, devices: Iterable[Any] | None = None) -> 
 
 
 def _verdicts(config: Mamba2Config, dtype: str, device: Any) -> tuple[tuple[str, str], ...]:
-    """Name what runs unasked, and of each kernel whether it would run; for one row of `LENGTH` tokens."""
+    """Return the automatic choice, and for each kernel whether it can run, on one row of `LENGTH` tokens."""
     problem = dispatch.describe(
         dtype,
         1,
@@ -75,7 +75,7 @@ def _heading(device: Any) -> str:
 
 
 def _table(names: list[str], verdict: tuple[tuple[str, str], ...]) -> Table:
-    """Lay out a verdict and the problems that share it."""
+    """Build the table of one verdict, titled with the models that share it."""
     table = Table(title="\n".join(names), title_justify="left", show_header=False, box=box.SIMPLE_HEAD)
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")

@@ -10,7 +10,6 @@ True
 """
 
 import dataclasses
-import json
 import math
 import pathlib
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any
 from mamba2_jax import hub
 from mamba2_jax.config import checks, forms
 from mamba2_jax.config.attention import AttentionConfig, attention_config, attention_parameters
+from mamba2_jax.files import CONFIG_FILES, read_json
 
 __all__ = ["Mamba2Config"]
 
@@ -223,14 +223,14 @@ class Mamba2Config:
             ValueError: the file is broken or is not a Mamba-2's; the message names the file.
         """
         folder = hub.resolve_folder(path, revision, allow_patterns=["*.json"])
-        files = [folder / name for name in ("config.json", "params.json")]
+        files = [folder / name for name in CONFIG_FILES]
         file = next((file for file in files if file.is_file()), None)
         if file is None:
             raise FileNotFoundError(
                 f"{folder}: neither config.json nor params.json in it; "
                 "pass the folder of a Mamba-2 checkpoint"
             )
-        content = _read_json(file)
+        content = read_json(file)
         try:
             config = cls.from_dict(content)
         except (ValueError, NotImplementedError) as error:
@@ -287,18 +287,11 @@ _ORIGINAL_ONLY: dict[str, Any] = {
 }
 
 
-def _read_json(file: pathlib.Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # broken JSON, bytes that are not UTF-8, endless nesting
-        raise ValueError(f"{file}: cannot be read as JSON ({error}); download it again") from error
-
-
 def _count_tokens(file: pathlib.Path) -> int | None:
     """Number of ids a `tokenizer.json` knows (its largest id + 1), or None if it does not say."""
     if not file.is_file():
         return None
-    content = _read_json(file)
+    content = read_json(file)
     try:
         vocab = content["model"]["vocab"]
         ids = list(vocab.values()) if isinstance(vocab, Mapping) else list(range(len(vocab)))

@@ -1,4 +1,4 @@
-"""Text from a model: `generate` whole batches inside `jit`, `stream` one text piece by piece."""
+"""Text generation: `generate` continues whole batches inside `jit`, `stream` yields one text in chunks."""
 
 from mamba2_jax.generation.decoding import GenerateOutput, generate
 from mamba2_jax.generation.streaming import stream

@@ -1,7 +1,7 @@
-"""Generation: prefill and one decode loop, compiled together.
+"""Batch generation: prefill and one decode loop, compiled as a single program.
 
-The loop carries a fixed-size state, so its cost per token does not grow. Prompts are padded to a few
-lengths and the token budget is an operand, so that another prompt or budget does not compile again.
+The loop carries a fixed-size state, so the cost per token is constant. Prompts are padded to bucketed
+lengths and the token budget is a traced operand, so a new prompt length or budget rarely recompiles.
 """
 
 from dataclasses import dataclass
@@ -20,27 +20,27 @@ from mamba2_jax.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GenerateOutput:
-    """What `generate` returns."""
+    """Result of `generate`."""
 
     tokens: Int[Array, "b new"]
-    """The new tokens; the pad id after a row's end."""
+    """New tokens only; the pad id after the end of a row."""
     lengths: Int[Array, " b"]
-    """How many of them count, the eos included."""
+    """Number of new tokens per row, the eos included."""
     logprobs: Float[Array, "b new"] | None
-    """On request: natural-log probability of each token, untempered; 0 after the end."""
+    """Natural-log probabilities before temperature and filters; 0 after the end. None unless requested."""
     cache: Mamba2Cache
-    """Has read the prompt and exactly the tokens returned, row by row: go on from it."""
+    """State after the prompt and exactly the returned tokens of each row; pass it on to continue."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DecodeState:
-    """Where decoding stands: what the model remembers, and what it says comes next."""
+    """Carry of the decode loop: the cache and the logits of the next token."""
 
     cache: Mamba2Cache
     logits: Float[Array, "b v"]
     finished: Bool[Array, " b"]
-    seen: Bool[Array, "b v"] | None  # tokens of the row so far, for the repetition penalty
+    seen: Bool[Array, "b v"] | None  # ids that occur in the row so far, for the repetition penalty
     step: Int[Array, ""]
 
 
@@ -62,31 +62,31 @@ def generate(
     cache: Mamba2Cache | None = None,
     return_logprobs: bool = False,
 ) -> GenerateOutput:
-    """Continue each row until it ends or `max_new_tokens` are made. Also works inside your own `jit`.
+    """Continue each prompt up to an eos token or `max_new_tokens`. Also works inside your own `jit`.
 
     Args:
         model: the model.
         input_ids: prompts `(b, l)`.
-        attention_mask: `(b, l)` of 0/1 for prompts of unequal length, padded at the left or the right.
-        max_new_tokens: how many tokens at most.
-        temperature: 0 is greedy; above 0 draws and needs `key`.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
-        min_p: keep tokens with at least this share of the likeliest one's probability, in [0, 1].
-        repetition_penalty: above 1 discourages tokens of this call's prompt and text.
+        attention_mask: `(b, l)` of 0/1 for prompts of unequal length, padded on the left or the right.
+        max_new_tokens: maximum number of new tokens per row.
+        temperature: 0 is greedy; above 0 samples and needs `key`.
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens that together reach this probability, in (0, 1].
+        min_p: keep tokens with at least this fraction of the highest probability, in [0, 1].
+        repetition_penalty: above 1 discourages tokens of this call's prompt and of the new text.
         eos_token_id: one id or several that end a row; None: the config's; `()`: nothing ends a row.
         pad_token_id: fills a row after its end; None: the config's.
-        vocab_size: ids at or above it are padding of the vocabulary and never chosen, e.g.
+        vocab_size: ids from this one on pad the vocabulary and are never chosen, e.g.
             `len(tokenizer)`; None: the config's `unpadded_vocab_size`.
-        key: `jax.random.key(...)`; the same key gives the same text, whatever the rest of the batch.
-        cache: the state to go on from; it stays usable. Its rows are those of `input_ids`.
-        return_logprobs: also return each token's log-probability.
+        key: `jax.random.key(...)`; the same key gives the same text, independent of the other rows.
+        cache: state to continue from, with the same rows as `input_ids`; not donated, so still usable after.
+        return_logprobs: also return the log-probability of each token.
 
     Returns:
         `GenerateOutput(tokens, lengths, logprobs, cache)`.
 
     Raises:
-        ValueError: arguments that do not fit, named.
+        ValueError: an invalid argument; the message names it.
 
     >>> from mamba2_jax import load_tokenizer
     >>> model, tokenizer = Mamba2ForCausalLM.from_pretrained(), load_tokenizer()
@@ -166,9 +166,9 @@ def prefill(
     *,
     capacity: int = 0,
 ) -> DecodeState:
-    """Read the prompts; inside a `jit`. Logits are computed for each row's last token alone.
+    """Run the model over the prompts; call inside `jit`. Logits are computed for each row's last token only.
 
-    `capacity`: tokens that the buffers of attention layers shall hold, prompt and answer together.
+    `capacity`: slots in the key/value buffers of attention layers, for prompt and new tokens together.
     """
     batch, length = input_ids.shape
     cache = None if cache is None else cache.reserve(capacity)
@@ -204,14 +204,14 @@ def decode(
     pad: int,
     return_logprobs: bool = False,
 ) -> tuple[DecodeState, Int[Array, "b size"], Int[Array, " b"], Float[Array, "b size"] | None]:
-    """Make up to `budget` tokens, at most `size`; inside a `jit`. Stops when every row has ended.
+    """Decode up to `budget <= size` tokens per row; call inside `jit`. Stops early once every row has ended.
 
     Returns:
-        The state to go on from; tokens `(b, size)`; how many count per row `(b,)`; their
-        log-probabilities `(b, size)` if asked for.
+        The state to continue from; tokens `(b, size)`; number of new tokens per row `(b,)`; log-probabilities
+        `(b, size)`, or None without `return_logprobs`.
     """
     batch = state.logits.shape[0]
-    freeze_rows = batch > 1 and bool(eos)  # a single row's end is the loop's end
+    freeze_rows = batch > 1 and bool(eos)  # with one row, its end stops the loop
     row_keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
     def unfinished(carry):
@@ -229,7 +229,7 @@ def decode(
             logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0).astype(jnp.float32))
         seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
 
-        mask = alive[:, None] if freeze_rows else None  # an ended row keeps its state
+        mask = alive[:, None] if freeze_rows else None  # an ended row keeps its state unchanged
         out = model.backbone.forward(token[:, None], mask, None, state.cache, None)
         ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros((batch,), bool)
         state = DecodeState(

@@ -1,4 +1,4 @@
-"""What a caller of `generate` or `stream` asks for, checked, its prompts padded to a shared length."""
+"""Validation of the arguments of `generate` and `stream`, and padding of prompts to bucketed lengths."""
 
 import operator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from mamba2_jax.typing import Array, Int
 
 @dataclass(frozen=True)
 class Request:
-    """A checked request: what `generate` and `stream` hand to `prefill` and `decode`."""
+    """Validated arguments that `generate` and `stream` pass to `prefill` and `decode`."""
 
     input_ids: Int[Array, "b l"]
     attention_mask: Int[Array, "b l"] | None
@@ -26,13 +26,13 @@ class Request:
     sampler: Sampler
     key: Array | None
     budget: int
-    """New tokens at most."""
+    """Maximum number of new tokens."""
     capacity: int
-    """Tokens that the buffers of attention layers shall hold; 0 without such layers."""
+    """Slots in the key/value buffers of attention layers; 0 without such layers."""
     eos: tuple[int, ...]
-    """Ids that end a row."""
+    """Token ids that end a row."""
     pad: int
-    """Fills a row after its end."""
+    """Token id that fills a row after its end."""
 
 
 def check_request(
@@ -49,26 +49,26 @@ def check_request(
     key,
     **sampling,
 ) -> Request:
-    """Check everything a caller of `name` asked for, and pad concrete prompts to a shared length.
+    """Check the arguments of the function `name`, and pad concrete prompts to a bucketed length.
 
     Args:
-        name: of the function, for messages.
+        name: name of the calling function, for error messages.
         model: the model.
         input_ids: `(b, l)`.
         attention_mask: `(b, l)` of 0/1, or None.
-        cache: of `b` rows, or None.
-        max_new_tokens: and all further options as in `generate`.
-        eos_token_id: see there.
-        pad_token_id: see there.
-        vocab_size: see there.
-        key: see there.
-        **sampling: see there.
+        cache: with `b` rows, or None.
+        max_new_tokens: see `generate`.
+        eos_token_id: see `generate`.
+        pad_token_id: see `generate`.
+        vocab_size: see `generate`.
+        key: see `generate`.
+        **sampling: temperature and filters, see `generate`.
 
     Returns:
-        The request; prompts known before tracing are padded on the right to `(b, bucket(l))`.
+        The request; concrete prompts are padded on the right to `(b, bucket(l))`.
 
     Raises:
-        ValueError: arguments that do not fit, named.
+        ValueError: an invalid argument; the message names it.
     """
     config = model.config
     input_ids, attention_mask, _, cache, _ = check_inputs(
@@ -95,18 +95,18 @@ def check_request(
 
 
 def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
-    """Tokens that the buffers of attention layers shall hold: all before, the prompt, and the answer."""
+    """Return the key/value slots needed for cached tokens, prompt and new tokens; 0 without attention."""
     if not config.attn_layer_idx:
         return 0
     if cache is None:
         return length + bucket(budget)
     if is_concrete(cache.position):
         return bucket(int(np.max(cache.position)) + length + budget)
-    return (cache.capacity or 0) + length + bucket(budget)  # inside a jit: the most that can be needed
+    return (cache.capacity or 0) + length + bucket(budget)  # position is a tracer: take the upper bound
 
 
 def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[int, ...], int]:
-    """The ids that end a row, and the one that fills it afterwards; the config's where not given."""
+    """Return the eos ids and the pad id; the config's where an argument is None."""
     eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
     eos = _token_ids(name, "eos_token_id", () if eos is None else eos, model.config.vocab_size)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
@@ -128,7 +128,7 @@ def _token_ids(name: str, option: str, ids, vocab_size: int) -> tuple[int, ...]:
 
 
 def _is_key(key) -> bool:
-    """Whether `key` is one random key: a typed one, or the older vector of words."""
+    """Return whether `key` is a single random key, typed or a raw uint32 vector."""
     if not hasattr(key, "dtype"):
         return False
     typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -136,7 +136,7 @@ def _is_key(key) -> bool:
 
 
 def _pad_to_bucket(input_ids, attention_mask, pad: int) -> tuple[Array, Array | None]:
-    """Pad on the right, which is exact, to a length that other prompts share."""
+    """Pad prompts on the right to `(b, bucket(l))`; right padding does not change the results."""
     batch, length = input_ids.shape
     mask = (
         np.ones((batch, length), np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)

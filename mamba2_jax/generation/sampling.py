@@ -1,6 +1,6 @@
-"""From logits to a token: greedy or drawn, with the usual filters in transformers' order.
+"""Choice of the next token from logits: greedy or sampling, with filters in transformers' order.
 
-Repetition penalty, temperature, top-k, top-p, min-p; each filter sees the distribution the one before left.
+Repetition penalty, temperature, top-k, top-p, min-p; each step filters the output of the previous one.
 """
 
 import math
@@ -17,15 +17,15 @@ from mamba2_jax.typing import Array, Bool, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are chosen. Values are traced, so that changing one does not compile again.
+    """Sampling options as a pytree. Floats are leaves, so changing a value does not recompile.
 
     Args:
         temperature: divides the logits; None is greedy.
-        top_k: keep the k likeliest tokens.
-        top_p: keep the likeliest tokens that together reach this probability.
-        min_p: keep tokens at least this share of the likeliest one's probability.
-        repetition_penalty: divide positive, multiply negative logits of tokens already in the row.
-        vocab_size: ids at or above it are padding and never chosen; None: every id is a token.
+        top_k: keep the k most likely tokens.
+        top_p: keep the most likely tokens that together reach this probability.
+        min_p: keep tokens with at least this fraction of the highest probability.
+        repetition_penalty: divides positive and multiplies negative logits of tokens already in the row.
+        vocab_size: ids from this one on are padding and never chosen; None: every id is a token.
     """
 
     temperature: Float[Array, ""] | None = None
@@ -46,10 +46,10 @@ def make_sampler(
     repetition_penalty: float | None = None,
     vocab_size: int | None = None,
 ) -> Sampler:
-    """Check the options of `name`'s caller and fold them; an option that changes nothing is dropped.
+    """Check the sampling options of the function `name`; options without effect become None.
 
     Raises:
-        ValueError: an option outside its range, or a filter without sampling; it is named.
+        ValueError: an option out of range, or a filter with greedy decoding; the message names it.
     """
     _check_range(name, "temperature", temperature, lambda t: 0 <= t < math.inf, "at least 0 (0 is greedy)")
     _check_range(name, "top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
@@ -84,13 +84,13 @@ def make_sampler(
 def choose_token(
     logits: Float[Array, "b v"], sampler: Sampler, seen: Bool[Array, "b v"] | None, keys: Array | None
 ) -> Int[Array, " b"]:
-    """Choose one token a row.
+    """Choose the next token of each row.
 
     Args:
         logits: `(b, v)` float32.
-        sampler: how to choose.
-        seen: `(b, v)`, the tokens already in the row; only for the repetition penalty.
-        keys: `(b,)` random keys, one a row, so that a row's text does not depend on its neighbours.
+        sampler: sampling options.
+        seen: `(b, v)`, true for ids already in the row; used by the repetition penalty only.
+        keys: `(b,)` random keys, one per row, so that a row's text does not depend on the other rows.
 
     Returns:
         `(b,)` int32 token ids.
@@ -109,7 +109,7 @@ def choose_token(
 
 
 def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array, "b v"]:
-    """Set what top-k, top-p and min-p exclude to -inf, in that order; at least one token stays."""
+    """Set logits excluded by top-k, top-p and min-p, in that order, to -inf; at least one token stays."""
     if sampler.top_k is not None:
         k = min(sampler.top_k, logits.shape[-1])
         kth = jax.lax.top_k(logits, k)[0][:, -1:]
@@ -117,7 +117,7 @@ def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array,
     if sampler.top_p is not None:
         probabilities = jax.nn.softmax(logits, axis=-1)
         ordered = jnp.sort(probabilities, axis=-1, descending=True)
-        before = jnp.cumsum(ordered, axis=-1) - ordered  # probability of everything likelier
+        before = jnp.cumsum(ordered, axis=-1) - ordered  # total probability of the more likely tokens
         least = jnp.min(jnp.where(before < sampler.top_p, ordered, jnp.inf), axis=-1, keepdims=True)
         logits = jnp.where(probabilities < least, -jnp.inf, logits)
     if sampler.min_p is not None:
@@ -128,10 +128,10 @@ def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array,
 
 
 def positive_integer(name: str, option: str, value) -> int:
-    """Return `value` as an int.
+    """Return `value` as an int of at least 1.
 
     Raises:
-        ValueError: no integer, one of a trace, or below 1; `option` is named.
+        ValueError: not an integer, a tracer, or below 1; the message names `option`.
     """
     try:
         number = operator.index(value)

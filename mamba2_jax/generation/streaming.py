@@ -1,4 +1,4 @@
-"""Text as it is written: tokens to pieces of text that never split a character."""
+"""Streaming generation: text is yielded during decoding, in chunks of whole characters."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,8 +13,8 @@ from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import special_token_ids
 from mamba2_jax.typing import Array
 
-TOKENS_PER_CALL = 4  # one call costs about a millisecond beside its tokens
-REPLACEMENT = "\ufffd"  # what an unfinished character decodes to
+TOKENS_PER_CALL = 4  # a call has about a millisecond of overhead
+REPLACEMENT = "\ufffd"  # decoded from an incomplete character
 
 
 def stream(
@@ -33,28 +33,28 @@ def stream(
     key: Array | None = None,
     cache: Mamba2Cache | None = None,
 ) -> "TextStream":
-    """Continue a prompt and hand out the text piece by piece.
+    """Continue a prompt and yield the new text in chunks while decoding.
 
     Args:
         model: the model.
         tokenizer: as `load_tokenizer` returns it.
         prompt: the text to continue.
-        max_new_tokens: how many tokens at most.
-        stop: strings that end the text; they are not part of it.
-        temperature: and all further options as in `generate`.
+        max_new_tokens: maximum number of new tokens.
+        stop: stop strings; the text ends before the first of them.
+        temperature: see `generate`.
         top_k: see `generate`.
         top_p: see `generate`.
         min_p: see `generate`.
         repetition_penalty: see `generate`.
-        eos_token_id: None: as `special_token_ids` chooses between the tokenizer and the config.
+        eos_token_id: see `generate`; None: taken from the tokenizer or the config by `special_token_ids`.
         key: see `generate`.
         cache: see `generate`.
 
     Returns:
-        An iterator over pieces of text; it also counts tokens and says why it ended.
+        An iterator over chunks of text, with attributes `num_tokens` and `finish_reason`.
 
     Raises:
-        ValueError: arguments that do not fit, named; raised here, before the first piece.
+        ValueError: an invalid argument, named in the message; raised by this call, not by the iterator.
 
     >>> from mamba2_jax import load_tokenizer
     >>> model, tokenizer = Mamba2ForCausalLM.from_pretrained(), load_tokenizer()
@@ -93,7 +93,7 @@ def stream(
 
 
 def _blocks(model: Mamba2ForCausalLM, request: Request) -> Iterator[list[int]]:
-    """Decode a few tokens a call: the first alone, so that it is seen early."""
+    """Yield blocks of up to `TOKENS_PER_CALL` tokens; the first token alone, to show text early."""
     state = _prefill(
         model,
         request.input_ids,
@@ -131,16 +131,16 @@ def _decode(model, state: DecodeState, sampler, key, budget, *, size, eos, pad):
 
 
 class TextStream(Iterator[str]):
-    """An iterator over pieces of text. `num_tokens` and `finish_reason` are right once it has ended.
+    """Iterator over chunks of text; `num_tokens` and `finish_reason` are final once it is exhausted.
 
-    Pieces hold whole characters: bytes that do not form one yet wait for the next token, and text that
-    may be the beginning of a stop string waits until it is decided.
+    Chunks hold whole characters: bytes of an incomplete character are held back until the next token, and
+    text that may begin a stop string is held back until the following text decides.
     """
 
     num_tokens: int
-    """Tokens made so far, the end-of-text token included."""
+    """Number of tokens decoded so far, the eos included."""
     finish_reason: str | None
-    """None while it runs; then `"eos"`, `"stop"` or `"length"`."""
+    """None until the text ends; then `"eos"`, `"stop"` or `"length"`."""
 
     def __init__(
         self,
@@ -157,7 +157,7 @@ class TextStream(Iterator[str]):
         self._pieces = self._run(blocks, IncrementalDecoder(tokenizer, prompt_ids))
 
     def __next__(self) -> str:
-        """Return the next piece of text, never an empty one."""
+        """Return the next chunk of text, never empty."""
         return next(self._pieces)
 
     def _run(self, blocks: Iterator[list[int]], decoder: "IncrementalDecoder") -> Iterator[str]:
@@ -189,31 +189,31 @@ class TextStream(Iterator[str]):
 
 
 class IncrementalDecoder:
-    """Tokens in, text out.
+    """Incremental detokenizer: takes one token at a time, returns text in whole characters.
 
-    Decodes the tokens of the last piece again with the new ones: tokenizers treat a first token
-    differently, and bytes mean nothing unless decoded from where a character begins.
+    Decodes the tokens of the last returned text again together with the new ones: tokenizers treat the first
+    token of a text differently, and bytes decode only from the start of a character.
 
     Args:
         tokenizer: with `decode`.
-        prompt_ids: the tokens before, of a whole text; they give the first new token its context.
+        prompt_ids: tokens of the prompt, as context of the first new token.
     """
 
     def __init__(self, tokenizer, prompt_ids: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._told: list[int] = []  # tokens of the last piece
-        self._new: list[int] = list(prompt_ids)  # tokens whose text is not handed out yet
+        self._told: list[int] = []  # tokens of the last returned text
+        self._new: list[int] = list(prompt_ids)  # tokens whose text is not returned yet
         self.flush()
 
     def push(self, token: int) -> str:
-        """Add a token; returns the text it completes, perhaps none."""
+        """Add a token; return the text that is complete now, possibly empty."""
         self._new.append(token)
         if self._decode(self._told + self._new).endswith(REPLACEMENT):
-            return ""  # an unfinished character, or one that never will be
+            return ""  # an incomplete character, or invalid bytes
         return self.flush()
 
     def flush(self) -> str:
-        """Return what is left at the end of the text, whole characters or not."""
+        """Return all text that is still held back, complete characters or not."""
         piece = self._decode(self._told + self._new)[len(self._decode(self._told)) :]
         if piece:
             self._told, self._new = self._new, []
@@ -224,13 +224,13 @@ class IncrementalDecoder:
 
 
 def _first_stop(text: str, stop: tuple[str, ...]) -> int | None:
-    """Where the stop string begins that is complete first, wherever tokens begin and end."""
+    """Return the start index of the stop string that ends first in `text`; None without any."""
     places = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
     return min(places)[1] if places else None
 
 
 def _possible_stop(text: str, stop: tuple[str, ...]) -> int:
-    """How many of the last characters may be the beginning of a stop string."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of a stop string."""
     longest = 0
     for s in stop:
         for size in range(min(len(s) - 1, len(text)), longest, -1):

@@ -1,8 +1,8 @@
-"""What a module with adapters does: the hook in every projection, and the adapter itself.
+"""Low-rank adapters (LoRA) inside layers: the adapter module and the base class of layers that accept it.
 
-`A` takes the weight's input axis to the rank, `(in, r)`. `B` is the weight with its input axis replaced by
-the rank, so `(d, 2, e)` becomes `(r, 2, e)`: what splits heads and groups of a weight over devices splits its
-`B` alike. A projection with several leaves (z with x, B with C, dt) has one `A`, and a `B` for each.
+`A` maps the input axis of the weight to the rank, `(in, r)`. `B` has the weight's shape with the input axis
+replaced by the rank, so `(d, 2, e)` becomes `(r, 2, e)`: a sharding of the weight's heads and groups applies
+to `B` unchanged. A projection with several leaves (z with x, B with C, dt) has one `A` and a `B` per leaf.
 """
 
 import math
@@ -16,22 +16,22 @@ from mamba2_jax.typing import Array, DTypeLike, Float
 
 
 class BaseWeight(nnx.Variable):
-    """A weight as it was before adapters were merged into it."""
+    """Copy of a weight from before adapters were merged into it."""
 
 
 class DropoutKey(nnx.Variable):
-    """The random key of an adapter's dropout, for one training step."""
+    """Random key of an adapter's dropout, for one training step."""
 
 
 class Adapter(nnx.Module):
-    """One low-rank change of one module's weights.
+    """Low-rank update of one module's weights.
 
     Args:
         A: `(in, r)`.
-        B: by the name of the weight: its shape with the input axis replaced by `r`.
+        B: one array per weight name, of the weight's shape with the input axis replaced by `r`.
         alpha: numerator of the scale.
         use_rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
-        dropout: share of the inputs dropped in training.
+        dropout: dropout rate on the inputs, in training only.
     """
 
     dropout_key: DropoutKey | None = None
@@ -40,27 +40,27 @@ class Adapter(nnx.Module):
         self.A = nnx.LoRAParam(A)
         self.B = nnx.Dict({name: nnx.LoRAParam(value) for name, value in B.items()})
         self.alpha, self.use_rslora, self.dropout = float(alpha), use_rslora, float(dropout)
-        self.share = 0.0  # how much of it counts; 0: not in use
+        self.share = 0.0  # factor on the update; 0: not in use
 
     @property
     def rank(self) -> int:
-        """The inner size of the product."""
+        """Inner dimension `r` of `A B`."""
         return self.A.shape[1]
 
     @property
     def scale(self) -> float:
-        """What multiplies `A B`, the adapter's share included."""
+        """Factor on `A B`: share times `alpha / r` or `alpha / sqrt(r)`."""
         return self.share * self.alpha / (math.sqrt(self.rank) if self.use_rslora else self.rank)
 
     def shrink(self, x: Float[Array, "*b d"], *, dtype: DTypeLike) -> Float[Array, "*b r"]:
-        """`scale * dropout(x) @ A`, float32."""
+        """Compute `scale * dropout(x) @ A` in float32."""
         if self.dropout_key is not None and self.dropout:
             kept = jax.random.bernoulli(self.dropout_key[...], 1 - self.dropout, x.shape)
             x = jnp.where(kept, x / (1 - self.dropout), 0)
         return self.scale * linear(x, self.A[...], dtype=dtype)
 
     def delta(self, name: str, input_axis: int = 0) -> Array:
-        """`scale * A B` in the layout of the weight `name`, float32."""
+        """Compute `scale * A B` in float32, in the shape of the weight `name`."""
         full = jnp.promote_types(self.A.dtype, jnp.float32)
         A, B = self.A[...].astype(full), self.B[name][...].astype(full)
         pair = (A, B) if input_axis == 0 else (B, A.T)
@@ -68,25 +68,25 @@ class Adapter(nnx.Module):
 
 
 class Adaptable(nnx.Module):
-    """A module whose weights can have adapters; without any, its numbers are those of the weights alone."""
+    """Base class of modules whose weights accept adapters; without adapters the weights apply alone."""
 
     dtype: DTypeLike
-    """The compute dtype of `project`."""
+    """Compute dtype of `project`."""
     lora: "nnx.Dict[Adapter] | None" = None
-    """The adapters by name."""
+    """Adapters by name."""
     unmerged: "nnx.Dict[BaseWeight] | None" = None
-    """While adapters are merged: the weights without them."""
+    """Original weights while adapters are merged, else None."""
 
     def adapters_in_use(self) -> list[Adapter]:
-        """Those that count and are not merged into the weights."""
+        """Return the adapters with a non-zero share, or none while adapters are merged into the weights."""
         if self.lora is None or self.unmerged is not None:
             return []
         return [adapter for adapter in self.lora.values() if adapter.share]
 
     def project(self, x: Float[Array, "*b d"], part: str = "") -> Array:
-        """`x @ weight + bias` with the adapters, float32, operands in `self.dtype`.
+        """Compute `x @ weight + bias` plus adapters in float32, with operands in `self.dtype`.
 
-        `part` is the end of the leaves' names: `_zx` of `weight_zx` and `bias_zx`.
+        `part` is the suffix of the leaf names, e.g. `_zx` for `weight_zx` and `bias_zx`.
         """
         name, bias = f"weight{part}", getattr(self, f"bias{part}")
         y = linear(x, getattr(self, name)[...], None if bias is None else bias[...], dtype=self.dtype)
@@ -95,7 +95,7 @@ class Adaptable(nnx.Module):
         return y
 
     def taps(self, name: str = "weight") -> Float[Array, "k *c"]:
-        """A convolution's weight with the adapters: so few numbers that they are added up each time."""
+        """Return convolution taps `(k, ...)` plus adapters, added at each call because the taps are small."""
         weight = getattr(self, name)[...]
         for adapter in self.adapters_in_use():
             weight = weight + adapter.delta(name)
@@ -103,15 +103,15 @@ class Adaptable(nnx.Module):
 
 
 class Head(Adaptable):
-    """Scores of the vocabulary by a matrix that may also be the embedding's; holds the head's adapters."""
+    """Output head; takes its weight, which may be the tied embedding, per call and holds its adapters."""
 
     untied_by_merge: bool = False
-    """Whether `merge_lora` gave the model a matrix of its own for the head."""
+    """Whether `merge_lora` untied the head from the embedding."""
 
     def __call__(
         self, hidden: Float[Array, "*b d"], weight: Float[Array, "v d"], *, dtype: DTypeLike
     ) -> Float[Array, "*b v"]:
-        """`hidden @ weight.T`, float32."""
+        """Compute logits `hidden @ weight.T` plus adapters in float32."""
         logits = vocabulary_logits(hidden, weight, dtype=dtype)
         for adapter in self.adapters_in_use():
             low = adapter.shrink(hidden, dtype=dtype)

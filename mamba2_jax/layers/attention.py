@@ -1,11 +1,11 @@
-"""The attention layer of the hybrid checkpoints as a Flax NNX module.
+"""Attention layer of the hybrid checkpoints as a Flax NNX module.
 
-    hidden -> in_proj -> q, k, v           (and value, gate of an MLP beside the heads)
+    hidden -> in_proj -> q, k, v           (and value, gate of an MLP parallel to the heads)
               q, k, v -> causal conv, no activation
-              q, k rotated by their place in the document
+              q, k -> rotary embedding by position in the document
               attention(q, k, v) -> out_proj
 
-q, k and v are leaves of their own, so that heads can be split over devices.
+q, k and v are separate leaves, so that heads can be sharded over devices.
 """
 
 import math
@@ -31,9 +31,9 @@ from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class QKVProjection(Adaptable):
-    """`d -> q, k, v`: matrices `(d, h*p)`, `(d, kv*p)`, `(d, kv*p)`.
+    """Projection `d -> q, k, v`, with weights `(d, h*p)`, `(d, kv*p)`, `(d, kv*p)`.
 
-    Where a gated MLP runs beside the heads, a fourth for its value and gate `(d, 2, m)`.
+    With a gated MLP parallel to the heads, a fourth weight `(d, 2, m)` for its value and gate.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class QKVProjection(Adaptable):
         self.bias_mlp = zeros((2, mlp), param_dtype) if has_bias and mlp else None
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array | None]:
-        """Return q `(b, l, h*p)`, k and v `(b, l, kv*p)`, and the MLP's `(b, l, 2, m)` or None."""
+        """Compute q `(b, l, h*p)`, k and v `(b, l, kv*p)`, and the MLP's `(b, l, 2, m)` or None."""
         q, k, v = (self.project(hidden, part).astype(self.dtype) for part in ("_q", "_k", "_v"))
         mlp = None if self.weight_mlp is None else self.project(hidden, "_mlp").astype(self.dtype)
         return q, k, v, mlp
 
 
 class QKVConv1d(Adaptable):
-    """The depthwise convolution over q, k and v: taps `(k, h*p)` and `(k, kv*p)`, no activation."""
+    """Depthwise causal convolution of q, k and v, with taps `(k, h*p)` and `(k, kv*p)`; no activation."""
 
     def __init__(self, attention: AttentionConfig, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         taps, query, key = attention.d_conv, attention.query_width, attention.key_width
@@ -81,7 +81,7 @@ class QKVConv1d(Adaptable):
     def __call__(
         self, q: Array, k: Array, v: Array, state: AttentionConvState, rows: Rows, one_token: bool
     ) -> tuple[Array, Array, Array, AttentionConvState]:
-        """Convolve q, k and v `(b, l, ...)`; returns them and the state after them."""
+        """Convolve q, k and v `(b, l, ...)`; return the results and the final convolution state."""
 
         def convolve(x, part, bias, before):
             weight = self.taps(f"weight_{part}")
@@ -104,13 +104,13 @@ class QKVConv1d(Adaptable):
 
 
 class AttentionMixer(nnx.Module):
-    """Causal attention in the place of a `Mamba2Mixer`.
+    """Causal attention mixer with the interface of `Mamba2Mixer`.
 
     Args:
         config: with `attn_cfg`.
         dtype: compute dtype of the matrix products.
-        param_dtype: dtype of the parameters made here.
-        rngs: source of the initial values.
+        param_dtype: dtype of new parameters.
+        rngs: random keys of the initial values.
 
     Raises:
         ValueError: the config has no `attn_cfg`.
@@ -126,7 +126,7 @@ class AttentionMixer(nnx.Module):
     ):
         attention = config.attn_cfg
         if attention is None:
-            raise ValueError("AttentionMixer: the config has no attn_cfg; say what the layer looks like")
+            raise ValueError("AttentionMixer: the config has no attn_cfg; set it to an AttentionConfig")
         self.attention = attention
         self.dtype = jnp.dtype(dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs}
@@ -144,11 +144,11 @@ class AttentionMixer(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
-        """Mix a sequence. Arguments and results as for `Mamba2Mixer`; `rows` with `past` and `positions`."""
+        """Mix tokens `(b, l, d)` as `Mamba2Mixer` does; `rows` must have `past` and `positions`."""
         kept, past, positions = state.attention, rows.past, rows.positions
         if kept is None or past is None or positions is None:
             raise ValueError(
-                "AttentionMixer: state or rows lack what attention needs; give those of the model"
+                "AttentionMixer: state.attention, rows.past or rows.positions is None; take the model's"
             )
         batch, length, _ = hidden.shape
         one_token = length == 1 and kept.keys.shape[1] > 0
@@ -177,9 +177,9 @@ class AttentionMixer(nnx.Module):
     def _attend(
         self, q, k, v, kept: KeyValues, rows: Rows, past: Array, positions: Array, one_token: bool
     ) -> tuple[Float[Array, "b l h p"], KeyValues]:
-        """Attend, and keep the keys and values of the row's last document."""
+        """Compute attention, and store the keys and values of each row's last document."""
         scale = self.attention.softmax_scale
-        if kept.keys.shape[1] == 0:  # nothing came before
+        if kept.keys.shape[1] == 0:  # nothing is cached
             y = causal_attention(q, k, v, segment_ids=rows.marks, scale=scale)
             if rows.mask is None:
                 return y, KeyValues(k, v)
@@ -191,22 +191,22 @@ class AttentionMixer(nnx.Module):
         else:
             before = (kept.keys, kept.values, past)
             y = causal_attention(q, k, v, past=before, segment_ids=rows.marks, scale=scale)
-        # Inside a jit no error can be raised: NaN, so that a full buffer is never taken for an answer.
+        # Inside jit no error can be raised: NaN marks rows that overflowed their buffer.
         return jnp.where(full[:, None, None, None], jnp.nan, y), after
 
 
 def _keep(
     kept: KeyValues, k: Float[Array, "b l kv p"], v, rows: Rows, positions: Int[Array, "b l"]
 ) -> tuple[KeyValues, Bool[Array, " b"]]:
-    """Write the tokens of each row's last document into their slots; also say which rows had no room."""
+    """Write keys and values of each row's last document to their slots; also return which rows overflow."""
     capacity = kept.keys.shape[1]
     counts = jnp.ones(positions.shape, bool) if rows.mask is None else rows.mask
     if rows.segment_ids is not None and positions.shape[1] > 1:
         document = document_index(rows.segment_ids)
         last = document[:, -1:]
         counts = counts & (document == last)
-        goes_on = (last == 1)[..., None, None]  # else the document before is forgotten
+        goes_on = (last == 1)[..., None, None]  # a new document drops the cached one
         kept = KeyValues(jnp.where(goes_on, kept.keys, 0), jnp.where(goes_on, kept.values, 0))
     full = jnp.any(counts & (positions >= capacity), axis=1)
-    slots = jnp.where(counts, positions, capacity)  # beyond the buffer: no place
+    slots = jnp.where(counts, positions, capacity)  # out of bounds: dropped
     return KeyValues(write_slots(kept.keys, k, slots), write_slots(kept.values, v, slots)), full

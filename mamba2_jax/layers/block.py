@@ -1,5 +1,6 @@
 """The residual block: norm and mixer, then norm and MLP where the config has one."""
 
+import warnings
 from functools import partial
 
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.attention import AttentionMixer
 from mamba2_jax.layers.mamba2 import Mamba2Mixer
-from mamba2_jax.layers.mamba2_on_mesh import can_mix_on_mesh, mix_on_mesh
+from mamba2_jax.layers.mamba2_on_mesh import left_to_compiler, mix_on_mesh
 from mamba2_jax.layers.parts import GatedMLP, RMSNorm
 from mamba2_jax.layers.state import LayerState, Rows
 from mamba2_jax.typing import Array, DTypeLike, Float
@@ -52,14 +53,22 @@ class Mamba2Block(nnx.Module):
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
         """Add the updates to the residual stream; returns it and the layer's state."""
-        normed = self.norm(hidden).astype(self.dtype)
-        mixer = self.mixer
-        if isinstance(mixer, Mamba2Mixer) and mixer.mesh is not None and can_mix_on_mesh(mixer, mixer.mesh):
-            update, state = mix_on_mesh(mixer, mixer.mesh, normed, state, rows)
-        else:
-            update, state = mixer(normed, state, rows)
+        update, state = self._mix(self.norm(hidden).astype(self.dtype), state, rows)
         stream = jnp.promote_types(self.dtype, jnp.float32) if self.residual_in_fp32 else self.dtype
         hidden = hidden.astype(stream) + update.astype(stream)
         if self.mlp is not None and self.norm2 is not None:
             hidden = hidden + self.mlp(self.norm2(hidden).astype(self.dtype)).astype(stream)
         return hidden, state
+
+    def _mix(self, normed: Array, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
+        """Run the mixer: on a mesh each device its own part, where the sizes allow it."""
+        mixer = self.mixer
+        if isinstance(mixer, Mamba2Mixer) and mixer.mesh is not None:
+            reason = left_to_compiler(mixer, mixer.mesh)
+            if reason is None:
+                return mix_on_mesh(mixer, mixer.mesh, normed, state, rows)
+            warnings.warn(  # while the layer is traced: once, not at each step
+                f"XLA partitions the mixers over the mesh, which may send more than needed: {reason}",
+                stacklevel=2,
+            )
+        return mixer(normed, state, rows)

@@ -28,17 +28,22 @@ from mamba2_jax.sharding import parameter_spec, splits_batch
 from mamba2_jax.typing import Array, DTypeLike
 
 
-def can_mix_on_mesh(mixer: Mamba2Mixer, mesh: Mesh) -> bool:
-    """Whether the mesh gives each device whole heads and groups.
+def left_to_compiler(mixer: Mamba2Mixer, mesh: Mesh) -> str | None:
+    """Tell why a mixer cannot run by hand on a mesh, so that XLA partitions it; None: it can.
 
-    Where not, the compiler splits the work as it can; also with dropout, which is drawn for all rows at once.
+    Each device needs whole heads and groups of its own, and chance that it can draw alone.
     """
     config, tensor = mixer.config, mesh.shape[TENSOR]
-    groups_fit = config.n_groups % tensor == 0 or tensor % config.n_groups == 0
-    mixed = tensor > 1 and config.parallel_mlp_width  # rows of `out_proj` that are no head's
+    if config.num_heads % tensor:
+        return f"num_heads={config.num_heads} is not a multiple of the mesh's tensor={tensor}"
+    if config.n_groups % tensor and tensor % config.n_groups:
+        return f"n_groups={config.n_groups} and the mesh's tensor={tensor} do not divide one another"
+    if tensor > 1 and config.parallel_mlp_width:
+        return "out_proj's input holds the channels of a gated MLP beside those of the heads"
     adapters = [*mixer.in_proj.adapters_in_use(), *mixer.out_proj.adapters_in_use()]
-    dropout = any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters)
-    return config.num_heads % tensor == 0 and groups_fit and not mixed and not dropout
+    if any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters):
+        return "the adapters' dropout is drawn for all rows of the batch at once"
+    return None
 
 
 def mix_on_mesh(

@@ -1,4 +1,4 @@
-"""What the layers are made of: embedding, norm, projection, gated MLP, and what passes between layers."""
+"""Building blocks of the layers: embedding, norm, projection, gated MLP, and initializers."""
 
 import math
 
@@ -14,13 +14,13 @@ from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class Embedding(Adaptable):
-    """A table of `(v, d)`; drawn from a normal of `std`."""
+    """Embedding table `(v, d)`, initialized from a normal distribution of standard deviation `std`."""
 
     def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
         self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
 
     def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
-        """Look tokens up, in `dtype`."""
+        """Look up the embeddings of token ids, in `dtype`."""
         rows = embedding_lookup(self.weight[...], ids)
         for adapter in self.adapters_in_use():
             low = adapter.scale * embedding_lookup(adapter.A[...], ids)
@@ -29,7 +29,7 @@ class Embedding(Adaptable):
 
 
 class RMSNorm(nnx.Module):
-    """Root-mean-square norm with a weight `(d,)`."""
+    """Root-mean-square norm over the last axis with a weight `(d,)`."""
 
     def __init__(self, width: int, eps: float, param_dtype: DTypeLike):
         self.eps = eps
@@ -41,7 +41,7 @@ class RMSNorm(nnx.Module):
 
 
 class Projection(Adaptable):
-    """`x @ weight + bias`: one matrix `(in, *out)`, drawn uniformly from `+-gain / sqrt(in)`."""
+    """Linear projection with one weight `(in, *out)`, initialized uniformly in `+-gain / sqrt(in)`."""
 
     def __init__(
         self,
@@ -59,12 +59,12 @@ class Projection(Adaptable):
         self.bias = zeros(out, param_dtype) if bias else None
 
     def __call__(self, x: Float[Array, "b l in"]) -> Float[Array, "b l *out"]:
-        """Project, in float32."""
+        """Compute `x @ weight + bias` in float32."""
         return self.project(x)
 
 
 class GatedMLP(nnx.Module):
-    """`d -> value, gate -> d`: matrices `(d, 2, m)` and `(m, d)`, without biases."""
+    """Gated MLP without biases: `fc1 (d, 2, m)` to value and gate, then `fc2 (m, d)`."""
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
         options = {"bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
@@ -73,13 +73,13 @@ class GatedMLP(nnx.Module):
         self.fc2 = Projection(width, (config.hidden_size,), gain=residual_gain(config), **options)
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        """Return the float32 update of the residual stream."""
+        """Compute the float32 update of the residual stream."""
         value, gate = split_pair(self.fc1(hidden).astype(hidden.dtype))
         return self.fc2(silu_gate(value, gate))
 
 
 def residual_gain(config: Mamba2Config) -> float:
-    """Factor on what is added to the residual stream: its sum keeps its variance (GPT-2's rule)."""
+    """Return the init gain of residual output projections, which keeps the stream's variance (GPT-2)."""
     if not config.rescale_prenorm_residual:
         return 1.0
     branches = config.num_hidden_layers * (2 if config.d_intermediate else 1)
@@ -87,29 +87,29 @@ def residual_gain(config: Mamba2Config) -> float:
 
 
 def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:
-    """Take the two meanings of a leaf pair apart; by a split, whose gradient is one concatenation."""
+    """Split a leaf pair along its axis of size 2; the gradient of `lax.split` is one concatenation."""
     first, second = jax.lax.split(pair, (1, 1), axis=pair.ndim - 2)
     return first.squeeze(-2), second.squeeze(-2)
 
 
 def uniform(rngs: nnx.Rngs, shape: tuple[int, ...], bound: float, dtype: DTypeLike) -> nnx.Param:
-    """A parameter drawn uniformly from `-bound .. bound`."""
+    """Create a parameter initialized uniformly in `-bound .. bound`."""
     values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
     return nnx.Param(values.astype(dtype))
 
 
 def zeros(shape: tuple[int, ...], dtype: DTypeLike) -> nnx.Param:
-    """A parameter of zeros."""
+    """Create a parameter of zeros."""
     return nnx.Param(jnp.zeros(shape, dtype))
 
 
 def value_of(param: nnx.Param | None) -> Array | None:
-    """The array of a parameter that may be absent."""
+    """Return the array of a parameter, or None for None."""
     return None if param is None else param[...]
 
 
 def keep_rows(mask: Bool[Array, "b 1"] | None, new, old):
-    """Of two states after one token: the new one in the rows whose token counts."""
+    """Select, after a one-token step, the new state in rows where the mask is true, else the old state."""
     if mask is None:
         return new
     return jax.tree.map(lambda n, o: jnp.where(mask.reshape(-1, *(1,) * (n.ndim - 1)), n, o), new, old)

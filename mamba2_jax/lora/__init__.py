@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA) on any projection, the convolution, the embedding and the head.
+"""Low-rank adapters (LoRA) for projections, the convolution, the embedding and the head.
 
     W' = W + scale A B        scale = alpha / rank, or alpha / sqrt(rank) with use_rslora
 
-`A` `(in, r)` and `B` `(r, out)` are small; `W` stays as it is, so one base serves many adapters. Usable
-without an optimizer; for training, `lora_filter` says which leaves change. Files are in PEFT's form.
+`A` `(in, r)` and `B` `(r, out)` are small; `W` is frozen, so one base model serves many adapters. Works
+without an optimizer; for training, `lora_filter` selects the trainable leaves. Files use PEFT's format.
 
 >>> import jax
 >>> import jax.numpy as jnp
@@ -16,8 +16,8 @@ without an optimizer; for training, `lora_filter` says which leaves change. File
 >>> trained = sum(leaf.size for leaf in jax.tree.leaves(lora_parameters(model)))
 >>> trained < 0.05 * model.config.num_parameters()
 True
->>> merge_lora(model)  # now the weights alone say what weights and adapter said
->>> unmerge_lora(model)  # as they were, bit for bit
+>>> merge_lora(model)  # W becomes W'; the adapter is no longer applied separately
+>>> unmerge_lora(model)  # W is restored bit for bit
 
 Source: Hu et al. 2021, arXiv:2106.09685; Kalajdzievski 2023, arXiv:2312.03732 (use_rslora).
 """

@@ -1,4 +1,4 @@
-"""Adapters on a model: add, choose, train, merge, remove. All of them change the model in place."""
+"""Functions that add, select, train, merge and remove a model's adapters, in place."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +19,7 @@ _HEAD_MODULE = HEAD.removesuffix(".weight")
 
 
 class Site(NamedTuple):
-    """A target in a model, and the module there that holds its adapters."""
+    """Adapter target and the module of the model that holds its adapters."""
 
     target: Target
     module: Adaptable
@@ -33,17 +33,17 @@ def add_lora(
     rngs: nnx.Rngs,
     param_dtype: DTypeLike = jnp.float32,
 ) -> None:
-    """Give the model a new adapter, and use it alone. Until it is trained it changes no number.
+    """Add a new adapter and make it the only one in use. Its initial update is zero.
 
     Args:
-        model: Mamba2ForCausalLM or Mamba2Model; its weights stay as they are, at the same paths.
+        model: Mamba2ForCausalLM or Mamba2Model; its weights keep their values and paths.
         config: rank, scale and targets; None: `LoraConfig()`.
-        name: what the adapter is called.
-        rngs: source of the initial values; one factor is random, the other zero.
+        name: name of the adapter.
+        rngs: random keys of the initial values; one factor is random, the other zero.
         param_dtype: dtype of the adapter.
 
     Raises:
-        ValueError: a target that the model does not have (lists what it has), a name that is taken.
+        ValueError: a target that the model lacks (the message lists its targets), or a name in use.
     """
     config = LoraConfig() if config is None else config
     targets = {path: site.target for path, site in sites_of(model).items()}
@@ -59,7 +59,7 @@ def add_lora(
 
 
 def attach(model: nnx.Module, name: str, adapters: Mapping[str, Adapter], op: str) -> None:
-    """Hang adapters, by module path, into the model under one name, and use them alone."""
+    """Attach adapters, given by module path, under one name and make them the only ones in use."""
     sites = sites_of(model)
     if not name.isidentifier():
         raise ValueError(f"{op}: name={name!r} must be letters, digits and _, as it becomes part of paths")
@@ -77,15 +77,15 @@ def attach(model: nnx.Module, name: str, adapters: Mapping[str, Adapter], op: st
 
 
 def use_lora(model: nnx.Module, names: str | Iterable[str] | Mapping[str, float] | None) -> None:
-    """Choose the adapters that count; changing the choice compiles again, once for each.
+    """Select the adapters in use; each new selection compiles once.
 
     Args:
         model: a model with adapters.
-        names: one name, several (their changes add up), names with the share that each counts, or None: the
-            weights alone.
+        names: one name; several, whose updates add up; a mapping from names to factors on their updates;
+            or None for the weights alone.
 
     Raises:
-        ValueError: a name that the model does not have, or adapters that are merged.
+        ValueError: a name that the model lacks, a factor that is not finite, or merged adapters.
     """
     names = [names] if isinstance(names, str) else names or ()
     shares = {name: float(names[name]) if isinstance(names, Mapping) else 1.0 for name in names}
@@ -100,7 +100,7 @@ def use_lora(model: nnx.Module, names: str | Iterable[str] | Mapping[str, float]
 
 
 def remove_lora(model: nnx.Module, names: str | Iterable[str] | None = None) -> None:
-    """Take adapters off the model; None: all of them. Merged ones must be unmerged first."""
+    """Remove adapters from the model; None: all of them. Merged adapters must be unmerged first."""
     names = set([names] if isinstance(names, str) else adapter_names(model) if names is None else names)
     sites = sites_of(model)
     _check_names("remove_lora", model, names)
@@ -113,17 +113,17 @@ def remove_lora(model: nnx.Module, names: str | Iterable[str] | None = None) -> 
 
 
 def merge_lora(model: nnx.Module, *, keep_base: bool = True) -> None:
-    """Write the adapters in use into the weights, in float32 and rounded once to each weight's dtype.
+    """Add the adapters in use to the weights, in float32, rounded once to each weight's dtype.
 
-    A head that is tied to the embedding is untied when an adapter changes either of the two.
+    A head tied to the embedding is untied if an adapter updates either of the two.
 
     Args:
         model: a model with adapters.
-        keep_base: keep the weights as they were (as much memory again as they take), so that `unmerge_lora`
-            gives them back bit for bit. False: drop them and every adapter, for good.
+        keep_base: keep a copy of the changed weights (as much memory as they take), so that `unmerge_lora`
+            restores them bit for bit. False: drop the original weights and all adapters permanently.
 
     Raises:
-        ValueError: no adapter is in use, or they are merged already.
+        ValueError: no adapter is in use, or adapters are already merged.
     """
     sites = sites_of(model)
     _refuse_merged("merge_lora", sites)
@@ -145,7 +145,7 @@ def merge_lora(model: nnx.Module, *, keep_base: bool = True) -> None:
 
 
 def _merge(model: nnx.Module, site: Site, adapters: list[Adapter]) -> dict[str, BaseWeight]:
-    """Add adapters to the weights of one module; returns these as they were."""
+    """Add adapters to the weights of one module; return the original weights by leaf name."""
     base = {}
     for leaf, weight in weights_of(model, site):
         base[leaf.name] = BaseWeight(weight[...])
@@ -156,7 +156,7 @@ def _merge(model: nnx.Module, site: Site, adapters: list[Adapter]) -> dict[str, 
 
 
 def unmerge_lora(model: nnx.Module) -> None:
-    """Give the weights back as they were before `merge_lora`, bit for bit; the adapters count again.
+    """Restore the weights from before `merge_lora` bit for bit, and apply the adapters separately again.
 
     Raises:
         ValueError: no adapter is merged.
@@ -173,11 +173,11 @@ def unmerge_lora(model: nnx.Module) -> None:
 
 
 def lora_filter(names: str | Iterable[str] | None = None) -> Callable[[tuple, object], bool]:
-    """Make the NNX filter of the leaves that train: for `nnx.split`, `nnx.state`, `nnx.Optimizer(wrt=...)`.
+    """Return an NNX filter of trainable leaves, for `nnx.split`, `nnx.state` or `nnx.Optimizer(wrt=...)`.
 
     Args:
-        names: the adapters; None: all. An adapter that is not in use has zero gradients, but weight decay
-            would still shrink it: name the one that you train.
+        names: adapters to train; None: all. An adapter that is not in use has zero gradients, but weight
+            decay still shrinks it, so name the adapter that you train.
     """
     wanted = None if names is None else {names} if isinstance(names, str) else set(names)
 
@@ -189,14 +189,14 @@ def lora_filter(names: str | Iterable[str] | None = None) -> Callable[[tuple, ob
 
 
 def lora_parameters(model: nnx.Module, names: str | Iterable[str] | None = None) -> nnx.State:
-    """The adapters' leaves as an NNX state, to train or to store; `nnx.update` puts them back."""
+    """Return the adapters' leaves as an NNX state, to train or store; `nnx.update` writes them back."""
     return nnx.state(model, lora_filter(names))
 
 
 def set_dropout_key(model: nnx.Module, key: Array | None) -> None:
-    """Switch dropout on for one training step, each module with its own mask; None switches it off.
+    """Enable adapter dropout for one training step, with a separate mask per module; None disables it.
 
-    Call it inside the compiled step, on the model that the step was given: it then stays there.
+    Call it inside the jitted step, on the step's own model, so that the key does not outlive the step.
     """
     for index, (_, module) in enumerate(sites_of(model).values()):
         for adapter in (module.lora or {}).values():
@@ -205,17 +205,17 @@ def set_dropout_key(model: nnx.Module, key: Array | None) -> None:
 
 
 def adapter_names(model: nnx.Module) -> list[str]:
-    """The names of the model's adapters, sorted."""
+    """Return the sorted names of the model's adapters."""
     return sorted({name for _, module in sites_of(model).values() for name in module.lora or ()})
 
 
 def adapters_in_use(model: nnx.Module) -> bool:
-    """Whether the weights alone do not say what the model computes."""
+    """Return whether any unmerged adapter contributes to the model's output."""
     return any(site.module.adapters_in_use() for site in sites_of(model).values())
 
 
 def sites_of(model: nnx.Module) -> dict[str, Site]:
-    """Every module of the model that can hold adapters, by the path of its weight."""
+    """Return the model's modules that accept adapters, by module path in the checkpoint table."""
     return dict(_sites(model))
 
 
@@ -235,7 +235,7 @@ def _module_at(model, path: str):
 
 
 def weights_of(model, site: Site) -> Iterator[tuple[Leaf, nnx.Param]]:
-    """A site's leaves with the parameters that hold them; of a tied head the embedding's."""
+    """Yield each leaf of a site with its parameter; for a tied head, the embedding's parameter."""
     for leaf in site.target.stored.leaves:
         path = EMBEDDING if leaf.path == HEAD and is_tied(model) else leaf.path
         yield leaf, _module_at(model, path if hasattr(model, "backbone") else path.removeprefix("backbone."))
@@ -244,10 +244,10 @@ def weights_of(model, site: Site) -> Iterator[tuple[Leaf, nnx.Param]]:
 def _initial_factors(
     target: Target, rank: int, rngs: nnx.Rngs, dtype: DTypeLike
 ) -> tuple[Array, dict[str, Array]]:
-    """One factor random, one zero, as PEFT draws them: A uniform, but B normal for the embedding."""
+    """Initialize A and B as PEFT does: A uniform and B zero; for the embedding A zero and B normal."""
     shape_of_A = (target.in_size, rank)
     shapes = {leaf.name: target.shape_of_B(leaf, rank) for leaf in target.stored.leaves}
-    if target.is_embedding:  # B random: where A were, every token would move, also those never trained
+    if target.is_embedding:  # were A random, training B would change every token's row, trained or not
         A = jnp.zeros(shape_of_A, dtype)
         return A, {name: jax.random.normal(rngs.params(), shape, dtype) for name, shape in shapes.items()}
     bound = 1 / math.sqrt(target.in_size)
@@ -256,18 +256,18 @@ def _initial_factors(
 
 
 def _adapter_of(path: tuple) -> str | None:
-    """`...in_proj.lora.default.A` -> `default`."""
+    """Return the adapter name in a leaf's path: `...in_proj.lora.default.A` -> `default`."""
     parts = [str(part) for part in path]
     return parts[parts.index("lora") + 1] if "lora" in parts[:-1] else None
 
 
 def is_tied(model) -> bool:
-    """Whether the model has a head that is the embedding's matrix."""
+    """Return whether the model has a head that is tied to the embedding."""
     return hasattr(model, "backbone") and model.lm_head is None
 
 
 def _untie(model) -> None:
-    """Give the head a matrix of its own, equal to the embedding."""
+    """Untie the head: give it a copy of the embedding as its own weight."""
     model.lm_head = nnx.data(nnx.clone(model.backbone.embeddings))
     if model.lm_head.lora is not None:
         del model.lm_head.lora
@@ -276,7 +276,7 @@ def _untie(model) -> None:
 
 
 def _tie_again(model) -> None:
-    """Undo `_untie`, if it was done."""
+    """Tie the head to the embedding again if `_untie` untied it."""
     if hasattr(model, "head") and model.head.untied_by_merge:
         model.lm_head = None
         model.config = model.backbone.config = model.config.replace(tie_word_embeddings=True)

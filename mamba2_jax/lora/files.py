@@ -1,4 +1,4 @@
-"""Adapters on disk: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes them."""
+"""Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
 import json
 import os
@@ -35,7 +35,7 @@ from mamba2_jax.weights.reader import Checkpoint, open_file
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
-PICKLE_NAME = "adapter_model.bin"  # of older versions of PEFT; read only, as plain tensors
+PICKLE_NAME = "adapter_model.bin"  # from older versions of PEFT; never written, read as plain tensors only
 _BASE_KEYS = ("base_layer.weight", "weight")
 _KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", *_BASE_KEYS)
 
@@ -43,18 +43,18 @@ _KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B
 def save_lora(
     model: nnx.Module, folder: str | os.PathLike[str], *, name: str = "default", base_model: str | None = None
 ) -> None:
-    """Write one adapter, nothing of the base, so that `load_lora` and PEFT read it.
+    """Write one adapter without the base weights, in files that `load_lora` and PEFT read.
 
-    Warns when it adapts `out_proj` or `conv1d`: PEFT takes no adapter there on Mamba-2, and will not read it.
+    Warns if the adapter targets `out_proj` or `conv1d`: PEFT refuses adapters of Mamba-2 there.
 
     Args:
         model: a model with adapters.
-        folder: made if it does not exist; an adapter that is there is replaced.
-        name: the adapter.
-        base_model: folder or hub id of the base, noted in the file for PEFT.
+        folder: created if it does not exist; an adapter in it is replaced.
+        name: name of the adapter.
+        base_model: folder or hub id of the base model, recorded in the config for PEFT.
 
     Raises:
-        ValueError: the model has no such adapter, or `folder` is a file.
+        ValueError: the model has no adapter of this name, or `folder` is a file.
     """
     folder = pathlib.Path(folder)
     if name not in adapter_names(model):
@@ -103,22 +103,22 @@ def load_lora(
     param_dtype: DTypeLike | None = None,
     revision: str | None = None,
 ) -> None:
-    """Give the model an adapter that `save_lora` or PEFT wrote, and use it alone.
+    """Load an adapter written by `save_lora` or PEFT, and make it the only one in use.
 
-    Everything is checked against the model before anything of it changes.
+    All files are checked against the model before the model changes.
 
     Args:
         model: Mamba2ForCausalLM or Mamba2Model.
         path: a folder or a hub id.
-        name: what the adapter is called here.
-        param_dtype: dtype of the adapter; None keeps what is stored.
+        name: name for the adapter in this model.
+        param_dtype: dtype of the adapter; None keeps the stored dtype.
         revision: branch, tag or commit of a hub id.
 
     Raises:
         FileNotFoundError: no such folder, or a hub id that cannot be reached.
-        CheckpointError: files that are broken, ask for what is not built (DoRA, trained biases, ...), or do
-            not fit the model; lists every problem.
-        ValueError: a name that is taken.
+        CheckpointError: files that are damaged, need an unsupported feature (DoRA, trained biases, ...), or
+            do not match the model; the message lists every problem.
+        ValueError: a name in use.
     """
     path = path if isinstance(path, str) else pathlib.Path(path)
     folder = resolve_folder(path, revision, [CONFIG_NAME, "adapter_model.*"])
@@ -149,7 +149,7 @@ def load_lora(
 
 
 def _group(checkpoint: Checkpoint, sites: dict[str, Site]) -> tuple[dict[str, dict[str, str]], list[str]]:
-    """Sort the stored names by module: module -> key below it -> stored name; and what belongs to none."""
+    """Group stored tensor names as module -> key below the module -> stored name; also return problems."""
     found: dict[str, dict[str, str]] = {}
     problems = []
     for stored in checkpoint.tensors:
@@ -170,7 +170,7 @@ def _factors(tensors: dict[str, str]) -> set[str]:
 
 
 def _check_shapes(checkpoint: Checkpoint, target: Target, tensors: dict[str, str], rank: int) -> list[str]:
-    """Both factors there, of the rank that the config says and the shapes that the model wants."""
+    """Check that both factors exist, with the config's rank and the model's shapes; return problems."""
     if not _factors(tensors):
         return []
     problems = []
@@ -191,7 +191,7 @@ def _check_shapes(checkpoint: Checkpoint, target: Target, tensors: dict[str, str
 
 
 def _check_base(checkpoint: Checkpoint, model: nnx.Module, site: Site, tensors: dict[str, str]) -> list[str]:
-    """PEFT stores the weights of an adapted embedding or head again: they must be this model's."""
+    """Check that base weights in the file (of an adapted embedding or head) equal this model's."""
     for key in _BASE_KEYS:
         if key not in tensors:
             continue
@@ -204,7 +204,7 @@ def _check_base(checkpoint: Checkpoint, model: nnx.Module, site: Site, tensors: 
             and np.array_equal(checkpoint.read(info.name).astype(weights[0].dtype), weights[0])
         )
         if not same:
-            message = "brings a weight that is not this model's: it has another base, or trained that"
+            message = "is a base weight, but not this model's: the adapter has another base or trained it"
             return [f"tensor {show(info.name)} {message}; merge the adapter with PEFT and load the result"]
     return []
 
@@ -216,7 +216,7 @@ def _read(
     settings: LoraConfig,
     param_dtype: DTypeLike | None,
 ) -> tuple[Adapter, list[str]]:
-    """One module's adapter, and what is wrong with its numbers."""
+    """Read one module's adapter; also return problems such as non-finite values."""
     A, B = (checkpoint.read(tensors[key]) for key in factor_shapes(target, settings.rank_of(target.name)))
     problems = [
         f"{target.name} has NaN or infinite values in its adapter"

@@ -1,12 +1,11 @@
-"""PEFT's form of an adapter: its config, and the layout of its tensors.
+"""PEFT's adapter format: config fields, and conversion of tensors to and from its layout.
 
 A projection's factors are `lora_A.weight (r, in)` and `lora_B.weight (out, r)`, an embedding's
 `lora_embedding_A (r, v)` and `lora_embedding_B (d, r)`. The convolution's are `lora_A.weight (r, 1, k)` and
-`lora_B.weight (channels, r, 1)`, whose product is the stored weight `(channels, 1, k)`: PEFT itself takes no
-adapter on `conv1d` and `out_proj` of Mamba-2.
+`lora_B.weight (channels, r, 1)`, whose product has the shape of the stored weight `(channels, 1, k)`; PEFT
+itself refuses adapters on `conv1d` and `out_proj` of Mamba-2.
 """
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -20,10 +19,7 @@ from mamba2_jax.lora.targets import Target, ends_in
 from mamba2_jax.processes import fetch
 from mamba2_jax.weights.files import (
     CheckpointError,
-    open_regular,
-    parse_json,
-    read_exactly,
-    resolve_inside,
+    read_json_inside,
     show,
 )
 
@@ -35,12 +31,12 @@ _MEANINGLESS_HERE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
 }
-_HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # the base is left as it was
+_HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # base weights stay unchanged
 
 
 def factor_shapes(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
-    """The names below the module's, and the shapes, of its two tensors in PEFT's form."""
-    middle = (1,) * (len(target.stored.shape) - 2)  # a convolution has an axis of length one
+    """Return the shapes of a target's two tensors in PEFT's layout, by key below the module name."""
+    middle = (1,) * (len(target.stored.shape) - 2)  # a convolution has an axis of size 1
     A, B = (rank, *middle, target.in_size), (target.out_size, rank, *middle)
     if target.is_embedding:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
@@ -48,7 +44,7 @@ def factor_shapes(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
-    """An adapter's two tensors in PEFT's form, by their names below the module's."""
+    """Convert an adapter to its two tensors in PEFT's layout, by key below the module name."""
     A = fetch(adapter.A[...]).T
     B = {name: np.ascontiguousarray(fetch(value[...])) for name, value in adapter.B.items()}
     if target.is_embedding:
@@ -61,7 +57,7 @@ def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
 
 
 def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The inverse of `to_peft`: `A (in, r)`, and `B` by the name of the leaf."""
+    """Convert tensors from PEFT's layout to `A (in, r)` and a dict of `B` by leaf name; inverts `to_peft`."""
     rank = A.shape[0]
     A, B = A.reshape(rank, -1).T, B.reshape(-1, rank)
     if target.is_embedding:
@@ -77,7 +73,7 @@ def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray,
 def peft_config(
     adapters: Mapping[str, Adapter], modules: Iterable[str], base_model: str | None, task: str
 ) -> dict:
-    """`adapter_config.json` of adapters by module path; `modules` are all that could have had one."""
+    """Build `adapter_config.json` for adapters by module path; `modules` are all possible targets."""
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
     alphas = {path: adapter.alpha for path, adapter in adapters.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
@@ -105,24 +101,18 @@ def peft_config(
 
 
 def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
-    """Read `adapter_config.json`; whatever would change the numbers and is not built is refused by name.
+    """Read `adapter_config.json`; refuse, by name, unsupported options that would change results.
 
     Returns:
-        The settings, and the regular expression that stands for the targets, if one does.
+        The settings, and `target_modules` if it is one regular expression, else None.
 
     Raises:
-        CheckpointError: not readable, or not what is built here; lists every problem.
+        CheckpointError: unreadable or unsupported; the message lists every problem.
     """
     path = folder / name
-    with open_regular(path, resolve_inside(folder, name)) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > _MAX_BYTES:
-            raise CheckpointError(path, [f"{size} bytes; a config of more than {_MAX_BYTES} is not read"])
-        text = bytearray(size)
-        read_exactly(file, path, 0, text, "the config")
-    fields = parse_json(text, path, "the config")
+    fields = read_json_inside(folder, name, "the config", _MAX_BYTES)
     problems = [
-        f"{show(key)}={show(str(value))} is not built here; merge the adapter with PEFT and load the result"
+        f"{show(key)}={show(str(value))} is not supported; merge the adapter with PEFT and load the result"
         for key, value in fields.items()
         if value and not _understood(key, value)
     ]
@@ -157,7 +147,7 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
 
 
 def is_targeted(path: str, settings: LoraConfig, pattern: str | None) -> bool:
-    """Whether the config asks for an adapter on a module, under its path or a bare model's."""
+    """Return whether the config targets a module, by its path with or without `backbone.`."""
     names = (path, path.removeprefix("backbone."))
     if pattern is not None:
         return any(re.fullmatch(pattern, name) for name in names)

@@ -1,4 +1,4 @@
-"""What an adapter is like: `LoraConfig`, checked when it is made."""
+"""Adapter settings: `LoraConfig`, validated at construction."""
 
 import math
 import re
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Which modules get adapters, and of what kind. Names and meanings are PEFT's where it has them.
+    """Targets, rank and scale of an adapter. Names and meanings follow PEFT where it has the option.
 
     Args:
-        rank: the inner size `r`.
-        alpha: the adapter is multiplied by `alpha / rank`. None: alpha = rank.
-        targets: names of modules: `in_proj`, `out_proj`, `conv1d`, `embeddings`, `lm_head`, or a longer end
+        rank: inner dimension `r`.
+        alpha: the update is scaled by `alpha / rank`. None: alpha = rank.
+        targets: module names: `in_proj`, `out_proj`, `conv1d`, `embeddings`, `lm_head`, or a longer suffix
             of a path, such as `layers.3.mixer.in_proj`.
-        dropout: share of a projection's inputs dropped in training; not for embedding and convolution.
-        use_rslora: multiply by `alpha / sqrt(rank)` instead.
-        rank_pattern: another rank for modules whose path ends like this (a regular expression).
-        alpha_pattern: another alpha, likewise.
+        dropout: dropout rate on a projection's inputs in training; not applied to embedding and convolution.
+        use_rslora: scale by `alpha / sqrt(rank)` instead.
+        rank_pattern: ranks for modules by a regular expression that matches the end of their path.
+        alpha_pattern: alphas for modules, likewise.
 
     Raises:
-        ValueError: a value out of range, named.
+        ValueError: a value out of range; the message names it.
     """
 
     rank: int = 8
@@ -53,16 +53,16 @@ class LoraConfig:
             check_pattern("LoraConfig", pattern)
 
     def rank_of(self, module: str) -> int:
-        """The rank of a module's adapter, `module` being its path."""
+        """Return the adapter rank of the module at path `module`."""
         return _lookup(self.rank_pattern, module, self.rank)
 
     def alpha_of(self, module: str) -> float:
-        """The alpha of a module's adapter; `rank` where none is given."""
+        """Return the adapter alpha of the module at path `module`; `rank` if no alpha is set."""
         return float(_lookup(self.alpha_pattern, module, self.rank if self.alpha is None else self.alpha))
 
 
 def check_pattern(op: str, pattern: str) -> None:
-    """Refuse a regular expression that is none, or that could search for ever (two repetitions can)."""
+    """Raise ValueError for an invalid regular expression, or one that could backtrack exponentially."""
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -78,6 +78,6 @@ def _items(name: str, pattern: Mapping) -> dict[str, object]:
 
 
 def _lookup(pattern: Mapping, module: str, default):
-    """The first pattern that is the end of `module`, from a dot on: PEFT's rule."""
+    """Return the value of the first pattern that matches `module` or its end after a dot, as in PEFT."""
     matching = (value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module))
     return next(matching, default)

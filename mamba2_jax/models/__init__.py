@@ -1,4 +1,4 @@
-"""The models: embeddings, blocks and head, their inputs and cache, loading and saving."""
+"""Mamba-2 models: embeddings, blocks and head; input checks, cache, loading and saving."""
 
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output

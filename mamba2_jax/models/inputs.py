@@ -1,4 +1,4 @@
-"""What a model is given: checked once at the public door, and joined into the marks the layers read."""
+"""Checks of model inputs at the public entry points, and the `Rows` masks that layers read."""
 
 from typing import Any
 
@@ -13,20 +13,20 @@ from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_co
 from mamba2_jax.ops.segments import document_starts
 from mamba2_jax.typing import Array, Int
 
-IGNORED_LABEL = -100  # transformers' mark for "no loss here"
+IGNORED_LABEL = -100  # transformers' label for positions without loss
 
 
 def check_inputs(
     name: str, config: Mamba2Config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
 ) -> tuple:
-    """Check a model's arguments and return them as `forward` takes them.
+    """Check the arguments of a model call and return them as arrays for `forward`.
 
-    Shapes and dtypes are always checked; values (ids in range, masks without holes) only where they are
-    concrete, so that nothing inside a `jit` waits for the device. A mask of ones becomes None. A cache whose
-    attention buffers are too small for the new tokens is enlarged, where its position is concrete.
+    Shapes and dtypes are always checked; values (ids in range, masks without holes) only on concrete arrays,
+    so that nothing inside `jit` syncs the device. A concrete mask of ones becomes None. Attention buffers too
+    small for the new tokens are enlarged if the position of the cache is concrete.
     """
     if (input_ids is None) == (inputs_embeds is None):
-        raise ValueError(f"{name}: give either input_ids or inputs_embeds, not both and not neither")
+        raise ValueError(f"{name}: give either input_ids or inputs_embeds, exactly one of them")
     if input_ids is not None:
         input_ids = as_array(input_ids)
         check_shape(name, "input_ids", input_ids, "b l")
@@ -51,7 +51,7 @@ def check_inputs(
 def check_mask(
     name: str, attention_mask: Array | np.ndarray, batch: int, length: int
 ) -> Array | np.ndarray | None:
-    """Check a mask of 0/1 over `(batch, length)` new tokens; None when all of them count."""
+    """Check a 0/1 mask `(batch, length)` over the new tokens; return None if it is concrete and all ones."""
     attention_mask = as_array(attention_mask)
     check_integer(name, attention_mask=attention_mask)
     shape = tuple(attention_mask.shape)
@@ -70,14 +70,14 @@ def check_mask(
     holes = np.flatnonzero(starts.sum(axis=1) > 1)
     if holes.size:
         raise ValueError(
-            f"{name}: attention_mask has a hole in row {holes[0]}: ones must stand together, padding at the "
+            f"{name}: attention_mask has a hole in row {holes[0]}: ones must be contiguous, padding at the "
             "left or right end; use segment_ids for several documents in a row"
         )
     return None if values.all() else attention_mask
 
 
 def check_labels(name: str, config: Mamba2Config, labels, batch: int, length: int) -> Array:
-    """Check labels over `(batch, length)` tokens; `IGNORED_LABEL` is welcome."""
+    """Check labels `(batch, length)`: token ids or `IGNORED_LABEL`; return them as an array."""
     labels = as_array(labels)
     check_shape(name, "labels", labels, "b l", b=batch, l=length)
     check_integer(name, labels=labels)
@@ -114,7 +114,7 @@ def _check_cache(name: str, config: Mamba2Config, cache: Mamba2Cache, batch: int
 
 
 def _with_room(cache: Mamba2Cache, length: int) -> Mamba2Cache:
-    """Give the buffers of attention layers room for `length` more tokens."""
+    """Enlarge the key/value buffers of a concrete cache to hold `length` more tokens."""
     if cache.capacity is None or not is_concrete(cache.position):
         return cache
     needed = int(np.max(cache.position)) + length
@@ -122,18 +122,18 @@ def _with_room(cache: Mamba2Cache, length: int) -> Mamba2Cache:
 
 
 def batch_and_length(input_ids, inputs_embeds) -> tuple[int, int]:
-    """Rows and tokens of whichever of the two was given."""
+    """Return `(b, l)` of `input_ids` or `inputs_embeds`, whichever is given."""
     shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
     return shape[0], shape[1]
 
 
 def as_array(array) -> Any:
-    """Lists and numpy arrays are welcome; tracers and jax arrays pass untouched."""
+    """Convert a list or numpy array to numpy; return jax arrays and tracers unchanged."""
     return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def join_rows(attention_mask: Array | None, segment_ids: Array | None) -> Rows:
-    """Join both kinds of marks: a token counts when both say so."""
+    """Combine attention mask and segment ids: a token counts only if valid in both."""
     mask = None if attention_mask is None else attention_mask.astype(bool)
     if segment_ids is None:
         return Rows(mask)
@@ -144,9 +144,9 @@ def join_rows(attention_mask: Array | None, segment_ids: Array | None) -> Rows:
 
 
 def next_token_targets(labels: Int[Array, "b l"], rows: Rows) -> Int[Array, "b l"]:
-    """Say which token each position is scored on: the label of the next, `IGNORED_LABEL` for none.
+    """Shift labels left by one, so that position t holds the label of token t + 1, or `IGNORED_LABEL`.
 
-    Padding, the first token of a document, and nothing behind a row's end are never a target.
+    Padding and the first token of a document are never targets; the last position of a row has none.
     """
     targets = labels[:, 1:]
     counts = targets != IGNORED_LABEL

@@ -1,4 +1,4 @@
-"""What every model can do with a checkpoint: come from one, and become one."""
+"""Base class of the models: `from_pretrained`, `save_pretrained`, `push_to_hub` and `to_mesh`."""
 
 import tempfile
 from collections.abc import Callable
@@ -13,12 +13,13 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.mesh import check_mesh
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights import TOKENIZER_FILES, LoadReport, checkpoint_table, load_weights, outgoing_weights
+from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
 from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 
 _M = TypeVar("_M", bound="PretrainedModel")
@@ -26,11 +27,11 @@ _M = TypeVar("_M", bound="PretrainedModel")
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model's weights came from; saving goes by it.
+    """Source checkpoint of a model's weights; `save_pretrained` takes dtypes and extra files from it.
 
     Args:
-        folder: of the checkpoint; its tokenizer and generation config go along when the model is saved.
-        stored_dtypes: type of each stored tensor there, by its canonical name.
+        folder: checkpoint folder; its tokenizer and generation config are copied when the model is saved.
+        stored_dtypes: pairs of a tensor's canonical name and its stored dtype.
     """
 
     folder: Path
@@ -38,7 +39,7 @@ class Origin:
 
 
 class PretrainedModel(nnx.Module):
-    """Loading and saving, shared by the models."""
+    """Module with checkpoint loading, saving and device placement."""
 
     config: Mamba2Config
     origin: Origin | None = None
@@ -58,23 +59,23 @@ class PretrainedModel(nnx.Module):
         allow_non_finite: bool = False,
         report: Callable[[LoadReport], None] | None = None,
     ) -> _M:
-        """Load a checkpoint of any published form: transformers', state-spaces' or Mistral's.
+        """Load a checkpoint in any published form: transformers, state-spaces or mistral.
 
         Args:
-            path: a folder or a hub id. None: the small Python-writing model inside the package.
-            dtype: compute dtype. None: bfloat16 when the weights are stored so, else float32.
+            path: a folder or a hub id. None: the small Python-code model embedded in the package.
+            dtype: compute dtype. None: bfloat16 if the embedding is stored in bfloat16, else float32.
             param_dtype: dtype of the parameters. None keeps each tensor as stored.
             ssd_implementation: passed to `ops.ssd`.
-            sharding: where the parameters go: a mesh (`to_mesh`, without a whole model on any device before),
-                a sharding for all, or a function of the parameter's path.
+            sharding: device placement of the parameters: a mesh (as `to_mesh`, but no device ever holds the
+                whole model), one sharding for all, or a function from a parameter's path to its sharding.
             revision: branch, tag or commit of a hub id.
-            allow_non_finite: take weights that hold NaN or infinity.
-            report: called with the load report; `print` prints it.
+            allow_non_finite: accept weights that hold NaN or infinity.
+            report: called with the `LoadReport`, e.g. `print`.
 
         Raises:
             FileNotFoundError: no such folder, or a hub id that cannot be reached.
-            ImportError: the weights are a PyTorch `.bin` file, and there is no PyTorch to read it.
-            ValueError: a checkpoint that does not fit its config: every problem is listed.
+            ImportError: the weights are a PyTorch `.bin` file, and PyTorch is not installed.
+            ValueError: a checkpoint that does not match its config; the message lists every problem.
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
         config = Mamba2Config.from_pretrained(folder)
@@ -105,16 +106,16 @@ class PretrainedModel(nnx.Module):
         return model
 
     def to_mesh(self, mesh: Mesh) -> None:
-        """Move the model onto a mesh: parameters as `mamba2_jax.sharding` says, and with them all work.
+        """Shard the parameters over a mesh in place, by the rules of `mamba2_jax.sharding`.
 
-        Mixers run on each device's own rows, tokens and heads; the compiler splits the rest.
-        Inputs need not be placed. Rows of a batch that the mesh does not divide are not split.
+        Mixers then compute each device's own rows, tokens and heads; XLA partitions all other operations.
+        Inputs may be unsharded. A batch that the mesh's row axes do not divide stays unsharded.
 
         Args:
-            mesh: of `mamba2_jax.sharding.make_mesh`.
+            mesh: from `mamba2_jax.sharding.make_mesh`.
 
         Raises:
-            ValueError: a mesh of other axes, named.
+            ValueError: a mesh with other axes; the message names them.
         """
         check_mesh(f"{type(self).__name__}.to_mesh", mesh)
         parameters = nnx.state(self, nnx.Param)
@@ -140,27 +141,27 @@ class PretrainedModel(nnx.Module):
         tokenizer: str | Path | None = None,
         show_progress: bool = False,
     ) -> None:
-        """Write a checkpoint that transformers or mamba_ssm loads as it is: weights, configs, tokenizer.
+        """Write a checkpoint folder for transformers or mamba_ssm: weights, configs, tokenizer.
 
-        The folder appears when all is written, or not at all. One that exists is replaced at that moment;
-        files in it that belong to no checkpoint are kept.
+        The write is atomic: the folder appears, or replaces an existing one, once all files are written.
+        Files in an existing folder that belong to no checkpoint are kept.
 
         Args:
-            folder: where to; its parents are made.
+            folder: destination; parent folders are created.
             format: "transformers", or "state-spaces" (mamba_ssm's; needs PyTorch).
-            dtype: float type to store. None: each tensor's type in the checkpoint that the model came from,
-                or that of its parameter. A_log, dt_bias and D are never narrowed by it.
-            max_shard_size: bytes per file, or text such as "5GB"; more than one file get an index.
-            tokenizer: folder or hub id whose tokenizer goes along. None: that of the checkpoint that the
-                model came from, if it had one.
+            dtype: float dtype to store. None: each tensor's dtype in the source checkpoint, else that of its
+                parameter. A_log, dt_bias and D are never narrowed.
+            max_shard_size: bytes per shard file, or text such as "5GB"; several shards get an index file.
+            tokenizer: folder or hub id of the tokenizer to copy. None: that of the source checkpoint, if it
+                has one.
             show_progress: draw a progress bar on stderr.
 
         Raises:
             ImportError: the format "state-spaces" without PyTorch.
-            NotImplementedError: the format has no words for something in this model; the message names the
-                format that has.
-            ValueError: adapters in use, parameters that have no place in a checkpoint, a value too large
-                for its type, or a folder that cannot be replaced as a whole.
+            NotImplementedError: the format cannot express a feature of this model; the message names the
+                format that can.
+            ValueError: adapters in use, parameters that no checkpoint tensor holds, a value too large
+                for its dtype, or a folder that cannot be replaced as a whole.
 
         >>> import tempfile
         >>> from mamba2_jax import Mamba2ForCausalLM
@@ -175,8 +176,8 @@ class PretrainedModel(nnx.Module):
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):
             raise ValueError(
-                "save_pretrained: adapters are in use, which have no place in a checkpoint; merge_lora writes"
-                " them into the weights, save_lora saves them alone, use_lora(model, None) sets them aside"
+                "save_pretrained: adapters are in use, which a checkpoint cannot hold; merge_lora adds them"
+                " to the weights, save_lora saves them alone, use_lora(model, None) switches them off"
             )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:
@@ -210,20 +211,20 @@ class PretrainedModel(nnx.Module):
         message: str = "Upload Mamba-2",
         **options: Any,
     ) -> str:
-        """Save to a temporary folder and push that to the Hugging Face hub.
+        """Save the model to a temporary folder and upload the folder to the Hugging Face hub.
 
         Args:
-            repository: a hub id, "name" or "org/name"; made if there is none.
+            repository: a hub id, "name" or "org/name"; created if it does not exist.
             private: whether a new repository is private.
-            revision: branch; made if there is none. None: the main one.
-            message: of the commit.
-            **options: of `save_pretrained`.
+            revision: branch; created if it does not exist. None: the default branch.
+            message: commit message.
+            **options: options of `save_pretrained`.
 
         Returns:
-            Where the commit can be seen.
+            URL of the commit.
 
         Raises:
-            ConnectionError: the hub refuses it or cannot be reached.
+            ConnectionError: the hub refuses the upload or cannot be reached.
         """
         with tempfile.TemporaryDirectory(prefix="mamba2-jax-") as folder:
             self.save_pretrained(Path(folder) / "model", **options)
@@ -233,8 +234,8 @@ class PretrainedModel(nnx.Module):
 
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
-        """Build the module tree without drawing its parameters, and hang the arrays into it."""
-        # Nothing is drawn, so one key does for all: traced, nnx.Rngs takes 3 s to count them at 64 layers.
+        """Build the module tree without initializing parameters, and set them to `arrays`."""
+        # Nothing is sampled, so one key serves all: tracing nnx.Rngs' counters takes 3 s at 64 layers.
         same = SimpleNamespace(params=lambda: jax.random.key(0))
         model = nnx.eval_shape(lambda: cls(config, rngs=same, **options))  # pyright: ignore[reportCallIssue]
         parameters = nnx.state(model, nnx.Param)
@@ -244,7 +245,7 @@ class PretrainedModel(nnx.Module):
         return model
 
     def _arrays(self) -> dict[str, Array]:
-        """Return the parameters by their path in a checkpoint's table."""
+        """Return the parameters, adapters excluded, by their path in the checkpoint table."""
         parameters = nnx.to_flat_state(nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
         return {self._path(path): leaf[...] for path, leaf in parameters}
 

@@ -1,10 +1,9 @@
-r"""Causal attention for the hybrids: whole sequences, one token at a time, and the buffer in between.
+r"""Causal attention of hybrid models: prefill, one-token decode, and writes to the key/value buffer.
 
     y_t = sum over s <= t, same document, of  softmax_s(scale * q_t . k_s) v_s
 
-Keys are rotated before they are kept, each by its place in its document. A row's buffer holds the document
-that the row is in, its token number `i` in slot `i`: padding takes no slot, and a row of a batch keeps what
-it would keep alone.
+Keys are rotated by their position in the document before they are cached. A row's buffer holds the row's
+current document, token `i` in slot `i`: padding takes no slot, so the buffer does not depend on the padding.
 
 >>> import jax, jax.numpy as jnp
 >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 5, 2, 8))
@@ -23,7 +22,7 @@ from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
-_QUERIES_AT_ONCE = 512  # bounds the scores in memory to b * h * 512 * (s + l) numbers, also backwards
+_QUERIES_AT_ONCE = 512  # limits the scores in memory to b * h * 512 * (s + l), also in the backward pass
 
 
 def rotary_embedding(
@@ -34,23 +33,23 @@ def rotary_embedding(
     base: float = 10000.0,
     interleaved: bool = False,
 ) -> Float[Array, "b l h p"]:
-    r"""Rotate pairs of channels by angles that grow with the position.
+    r"""Apply rotary position embedding to queries or keys `(b, l, h, p)`.
 
-    Pair $i$ of the first `rotary_dim` channels turns by $t\, \mathrm{base}^{-2i / \mathrm{rotary\_dim}}$ at
-    position $t$; the other channels stay as they are.
+    Pair $i$ of the first `rotary_dim` channels is rotated by the angle
+    $t\, \mathrm{base}^{-2i / \mathrm{rotary\_dim}}$ at position $t$; the other channels are unchanged.
 
     Args:
         x: queries or keys `(b, l, h, p)`.
-        positions: place of each token in its document `(b, l)`, from 0.
-        rotary_dim: how many channels turn; even, at most `p`; 0 leaves `x` alone.
-        base: of the frequencies.
+        positions: position of each token in its document `(b, l)`, from 0.
+        rotary_dim: number of rotated channels; even, at most `p`; 0 returns `x` unchanged.
+        base: base of the frequencies.
         interleaved: pair `i` is channels `2i, 2i + 1`; otherwise `i, i + rotary_dim / 2`.
 
     Returns:
         `(b, l, h, p)` in the dtype of `x`; computed in float32 (float64 when `x` is).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
 
     Source: Su et al. 2021, arXiv:2104.09864, section 3.2.
     """
@@ -90,23 +89,23 @@ def causal_attention(
     segment_ids: Int[Array, "b l"] | None = None,
     scale: float | None = None,
 ) -> Float[Array, "b l h p"]:
-    """Attend to the tokens of the same document up to one's own.
+    """Compute causal attention within documents, over cached and new tokens.
 
     Args:
         q: queries `(b, l, h, p)`.
         k: keys `(b, l, kv, p)`; `kv` divides `h`, head `i` uses key head `i // (h // kv)`.
         v: values `(b, l, kv, p)`.
-        past: keys and values `(b, s, kv, p)` of the tokens before, and how many of them count per row
-            `(b,)`. They belong to the row's first document.
-        segment_ids: `(b, l)`, 0 is padding, any change starts a document. At padding the
-            result means nothing.
-        scale: of the scores; `1 / sqrt(p)` when absent.
+        past: cached keys and values `(b, s, kv, p)`, and the number of valid slots per row `(b,)`. They
+            belong to the row's first document.
+        segment_ids: `(b, l)`, 0 is padding, any change starts a document. Results at padding are
+            undefined.
+        scale: factor on the scores; `1 / sqrt(p)` when absent.
 
     Returns:
-        `(b, l, h, p)` in the dtype of `q`; the softmax in float32.
+        `(b, l, h, p)` in the dtype of `q`; the softmax is computed in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
     """
     _check("causal_attention", q, k, v)
     batch, length = q.shape[:2]
@@ -140,13 +139,13 @@ def causal_attention(
     padding = num_blocks * _QUERIES_AT_ONCE - length
 
     def blocks(array):
-        """(b, l, ...) -> (blocks, b, t, ...)."""
+        """Reshape `(b, l, ...)` to `(blocks, b, t, ...)`."""
         array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2))
         return jnp.moveaxis(array.reshape(batch, num_blocks, -1, *array.shape[2:]), 1, 0)
 
     places = jnp.arange(num_blocks * _QUERIES_AT_ONCE).reshape(num_blocks, -1)
     documents = None if document is None else blocks(document)
-    # Scores are computed again in the backward pass instead of kept.
+    # Remat: the backward pass recomputes the scores.
     y = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), (blocks(q), places, documents))
     return jnp.moveaxis(y, 0, 1).reshape(batch, -1, *q.shape[2:])[:, :length]
 
@@ -159,20 +158,20 @@ def attention_step(
     *,
     scale: float | None = None,
 ) -> Float[Array, "b h p"]:
-    """`causal_attention` for one token, whose own key and value are in the buffer already.
+    """Compute causal attention of one token, whose own key and value are already in the buffer.
 
     Args:
         q: queries `(b, h, p)`.
         keys: `(b, s, kv, p)`.
         values: `(b, s, kv, p)`.
-        count: how many slots count per row `(b,)`.
-        scale: of the scores; `1 / sqrt(p)` when absent.
+        count: number of valid slots per row `(b,)`.
+        scale: factor on the scores; `1 / sqrt(p)` when absent.
 
     Returns:
         `(b, h, p)` in the dtype of `q`.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
     """
     q = q[:, None]
     _check("attention_step", q, keys, values, length="s")
@@ -186,7 +185,7 @@ def attention_step(
 def write_slots(
     buffer: Float[Array, "b s kv p"], new: Float[Array, "b l kv p"], slots: Int[Array, "b l"]
 ) -> Float[Array, "b s kv p"]:
-    """Put the tokens of `new` into their slots, in the dtype of `buffer`; a slot beyond it is no place."""
+    """Scatter `new` into `buffer` at `slots`, in the dtype of `buffer`; out-of-range slots are dropped."""
     rows = jnp.arange(buffer.shape[0])[:, None]
     return buffer.at[rows, slots].set(new.astype(buffer.dtype), mode="drop")
 

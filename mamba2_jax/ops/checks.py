@@ -1,4 +1,4 @@
-"""Argument checks shared by the operators: static ones always, values only where they are concrete."""
+"""Argument checks of the operators: static properties always, values only on concrete arrays."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,7 @@ from mamba2_jax.typing import Array
 
 
 def check_shape(op: str, name: str, array: Array | np.ndarray, axes: str, **sizes: int) -> None:
-    """Raise ValueError unless `array` has the axes `axes` ("b l h"), of the given sizes, none empty."""
+    """Raise ValueError unless `array` has the axes `axes` ("b l h") of the given `sizes`, none empty."""
     letters = axes.split()
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         raise ValueError(f"{op}: {name} must be an array ({', '.join(letters)}), got {type(array).__name__}")
@@ -29,7 +29,7 @@ def check_shape(op: str, name: str, array: Array | np.ndarray, axes: str, **size
 
 
 def check_dtype(op: str, **arrays: Array | np.ndarray | None) -> None:
-    """Raise ValueError unless every given array is of a floating-point dtype."""
+    """Raise ValueError unless every given array has a floating-point dtype."""
     for name, array in arrays.items():
         if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
@@ -38,7 +38,7 @@ def check_dtype(op: str, **arrays: Array | np.ndarray | None) -> None:
 
 
 def check_integer(op: str, **arrays: Array | np.ndarray | None) -> None:
-    """Raise ValueError unless every given array is of an integer (or boolean) dtype."""
+    """Raise ValueError unless every given array has an integer or boolean dtype."""
     for name, array in arrays.items():
         if array is None:
             continue
@@ -49,7 +49,7 @@ def check_integer(op: str, **arrays: Array | np.ndarray | None) -> None:
 
 
 def check_groups(op: str, num_heads: int, num_groups: int) -> None:
-    """Raise ValueError unless the groups of B and C divide the heads."""
+    """Raise ValueError unless `num_heads` is a multiple of `num_groups`."""
     if num_heads % num_groups:
         raise ValueError(
             f"{op}: num_heads={num_heads} is not a multiple of num_groups={num_groups}; "
@@ -65,5 +65,5 @@ def check_choice(op: str, name: str, value: object, choices: Iterable[object]) -
 
 
 def is_concrete(array: object) -> bool:
-    """Whether the values of `array` can be looked at without tracing or breaking a jit."""
+    """Return whether `array` is concrete, not a tracer, so that its values can be read."""
     return not isinstance(array, Tracer)

@@ -1,4 +1,4 @@
-"""The gate of every MLP here, and of a block without the gated norm."""
+"""SiLU gate of gated MLPs, and of Mamba-2 blocks without the gated norm."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from mamba2_jax.typing import Array, Float
 
 
 def silu_gate(value: Float[Array, "*b e"], gate: Float[Array, "*b e"]) -> Float[Array, "*b e"]:
-    r"""$\mathrm{value} \cdot \mathrm{silu}(\mathrm{gate})$, entry by entry.
+    r"""Compute $\mathrm{value} \cdot \mathrm{silu}(\mathrm{gate})$ elementwise.
 
     Args:
         value: `(..., e)`.
@@ -18,7 +18,7 @@ def silu_gate(value: Float[Array, "*b e"], gate: Float[Array, "*b e"]) -> Float[
         `(..., e)` in the dtype of `value`; computed in float32 (float64 when `value` is).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
 
     Source: Shazeer 2020, arXiv:2002.05202, section 2 (SwiGLU).
     """

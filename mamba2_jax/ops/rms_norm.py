@@ -1,4 +1,4 @@
-"""RMSNorm, plain and gated by groups. float32 inside."""
+"""RMSNorm, and gated RMSNorm over channel groups, computed in float32."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +15,7 @@ from mamba2_jax.typing import Array, Float
 def rms_norm(
     x: Float[Array, "*b d"], weight: Float[Array, " d"], *, eps: float = 1e-5
 ) -> Float[Array, "*b d"]:
-    r"""$x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w$ over the last axis.
+    r"""Compute $x / \sqrt{\mathrm{mean}(x^2) + \epsilon} \cdot w$ over the last axis.
 
     Args:
         x: `(..., d)`.
@@ -26,7 +26,7 @@ def rms_norm(
         `(..., d)` in the dtype of `x`; computed in float32 (float64 when `x` is).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
 
     Source: Zhang & Sennrich 2019, arXiv:1910.07467.
     """
@@ -45,23 +45,23 @@ def gated_rms_norm(
     norm_before_gate: bool = False,
     combine: Callable[[Array], Array] = lambda mean_square: mean_square,
 ) -> Float[Array, "*b e"]:
-    r"""RMSNorm of `y * silu(z)`, each of `num_groups` equal groups of channels by itself.
+    r"""Compute the RMSNorm of `y * silu(z)` separately for each of `num_groups` equal channel groups.
 
     Args:
-        y: what the scan returned, heads folded, `(..., e)`.
-        z: the gate `(..., e)`.
+        y: output of the scan with heads flattened `(..., e)`.
+        z: gate `(..., e)`.
         weight: `(e,)`.
         eps: added to the mean square of each group.
-        num_groups: groups of `e / num_groups` neighbouring channels; the model's `n_groups`.
-        norm_before_gate: norm `y` first and gate the result. False in every published model.
-        combine: applied to the mean squares `(..., num_groups, 1)`, axes of size 1 but the last left out:
-            inside `shard_map`, where a group's channels lie on several devices, it averages over them.
+        num_groups: number of groups of `e / num_groups` adjacent channels; the model's `n_groups`.
+        norm_before_gate: normalise `y` first, then gate the result. False in every published model.
+        combine: function on the mean squares `(..., num_groups, 1)` without size-1 axes before the last.
+            Inside `shard_map`, where a group's channels lie on several devices, it averages over them.
 
     Returns:
         `(..., e)` in the dtype of `y`; computed in float32 (float64 when `y` is).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape or dtype; the message names the argument.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
     """
@@ -75,7 +75,7 @@ def gated_rms_norm(
         )
     full = jnp.promote_types(y.dtype, jnp.float32)
 
-    # Keep y and z for the backward pass, not four float32 arrays of their size; and what devices combined.
+    # Remat: save y and z instead of four float32 arrays of their size; and the result of the collective.
     @partial(jax.checkpoint, policy=jax.checkpoint_policies.save_only_these_names("mean_square"))
     def run(y, z, weight):
         gate, weight, value = jax.nn.silu(z.astype(full)), weight.astype(full), y.astype(full)
@@ -95,7 +95,7 @@ def _normalize(
     num_groups: int,
     combine: Callable[[Array], Array] = lambda mean_square: mean_square,
 ) -> Array:
-    # XLA on CPU takes the sums of the gradient five times as slowly beside an axis of size 1.
+    # XLA on CPU computes the gradient's sums five times slower next to an axis of size 1.
     grouped = x.reshape(*(size for size in (*x.shape[:-1], num_groups) if size > 1), -1)
     mean_square = combine(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True))
     mean_square = checkpoint_name(mean_square, "mean_square")

@@ -1,4 +1,4 @@
-"""Fine-tuning: texts in, a model out; and the pieces of it for a loop of your own.
+"""Fine-tuning: `Trainer` runs a whole training, and its building blocks serve custom training loops.
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.training import TrainConfig, Trainer
@@ -59,7 +59,7 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:
-    # fetched when first used, so that the options can be looked at without waiting for JAX
+    # imported lazily, so that the option classes can be inspected without importing JAX
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,7 +1,7 @@
-"""Checkpoints of a run: written in the background, whole or not at all, and checked when they are read.
+"""Training checkpoints: written asynchronously and atomically, and verified by checksums when read.
 
-Orbax writes them, and renames a folder into place once all of it is on the disk. It does not notice bytes
-that change later; so every array's checksum is stored beside it, and what does not match is not taken.
+Orbax writes each checkpoint to a temporary folder and renames it once all files are on disk. It does not
+detect bytes that change later, so a checksum of every array is stored too and compared on restore.
 """
 
 import hashlib
@@ -17,29 +17,30 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from mamba2_jax.files import first_line
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; the ones before are untouched."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When checkpoints are written, and which are kept.
+    """Options for how often checkpoints are written, and which are kept.
 
     Raises:
-        ValueError: a value that makes no sense, named.
+        ValueError: an invalid value; the message names it.
     """
 
     every: int = 500
-    """Steps between two; one more is written at the end."""
+    """Steps between checkpoints; one more is written at the end."""
     keep: int = 2
-    """How many of the newest stay."""
+    """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """With evaluation data, also the one with the lowest loss on it."""
+    """With evaluation data, also keep the checkpoint of the lowest evaluation loss."""
 
     def __post_init__(self):
         for name in ("every", "keep"):
@@ -48,12 +49,12 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoints in a folder.
+    """Manager of the checkpoints in a folder.
 
     Args:
-        folder: made when it does not exist.
-        config: the options.
-        warn: told what was found damaged.
+        folder: created if it does not exist.
+        config: checkpoint options.
+        warn: called with a message about each damaged checkpoint.
     """
 
     def __init__(
@@ -82,19 +83,19 @@ class Checkpoints:
         )
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints here, whole or damaged, oldest first."""
+        """Return the steps of all checkpoints in the folder, intact or damaged, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def save(self, state: TrainState, extra: dict[str, Any], eval_loss: float | None = None) -> None:
-        """Begin to write a checkpoint of `state`; the arrays are copied before this returns.
+        """Start writing a checkpoint of `state` in the background; the arrays are copied before returning.
 
         Args:
-            state: may be donated to the next step at once.
-            extra: what else a run needs to go on; JSON.
-            eval_loss: by which the best one is kept.
+            state: training state; may be donated to the next step right after this call.
+            extra: other JSON values needed to resume.
+            eval_loss: evaluation loss, by which the best checkpoint is kept.
 
         Raises:
-            SaveError: this or the one before could not be written.
+            SaveError: this or the previous checkpoint could not be written.
         """
         arrays, step = _flatten(state), int(state.step)
         content = {
@@ -109,32 +110,32 @@ class Checkpoints:
         metrics = None if eval_loss is None else {"eval_loss": eval_loss}
         try:
             if not self._manager.save(step, args=args, metrics=metrics, force=True):
-                raise SaveError(f"{self._folder}: a checkpoint of step {step} is there already")
+                raise SaveError(f"{self._folder}: a checkpoint of step {step} already exists")
         except SaveError:
             raise
-        except Exception as error:  # of whatever kind the layers below raise
+        except Exception as error:  # Orbax and the file system raise many types
             raise self._failed(step, error) from error
 
     def wait(self) -> None:
-        """Return once everything is on the disk.
+        """Wait until all checkpoints are on disk.
 
         Raises:
-            SaveError: it could not be written.
+            SaveError: a checkpoint could not be written.
         """
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # of whatever kind the layers below raise
+        except Exception as error:  # Orbax and the file system raise many types
             raise self._failed(None, error) from error
 
     def close(self) -> None:
-        """Wait, and let go of threads.
+        """Wait for pending writes and stop the writer threads.
 
         Raises:
             SaveError: as `wait`.
         """
         try:
             self._manager.close()
-        except Exception as error:  # of whatever kind the layers below raise
+        except Exception as error:  # Orbax and the file system raise many types
             raise self._failed(None, error) from error
 
     def _failed(self, step: int | None, error: Exception) -> SaveError:
@@ -143,21 +144,21 @@ class Checkpoints:
         name = "the last checkpoint" if step is None else f"the checkpoint of step {step}, or the one before,"
         last = f"the last good one is of step {good[-1]}" if good else "there is none before it"
         return SaveError(
-            f"{self._folder}: {name} could not be written ({_first_line(error)}); {last}. "
-            "Make room on the disk, then go on from there with resume"
+            f"{self._folder}: {name} could not be written ({first_line(error)}); {last}. "
+            "Free disk space, then continue from there with resume"
         )
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
-        """Read the newest checkpoint that is whole. Newer, damaged ones are put aside.
+        """Read the newest intact checkpoint; newer, damaged ones are moved to the folder `<name>-damaged`.
 
         Args:
-            like: a state of the same run; the arrays take its dtypes, shapes and shardings.
+            like: a state of the same run; the restored arrays get its dtypes, shapes and shardings.
 
         Returns:
-            The state and `extra`, or None when there is no checkpoint at all.
+            The state and `extra`, or None if there is no checkpoint.
 
         Raises:
-            ValueError: it belongs to another model or other options; or none of them is whole.
+            ValueError: the checkpoint is of another model or other options, or all checkpoints are damaged.
         """
         damaged = []
         for step in reversed(self.steps()):
@@ -167,9 +168,9 @@ class Checkpoints:
                 arrays = self._read_arrays(step, content, like)
             except _OtherRunError as error:
                 raise ValueError(str(error)) from None
-            except Exception as error:  # a damaged file raises anything
+            except Exception as error:  # damaged files can raise anything
                 damaged.append(step)
-                self._warn(f"checkpoint of step {step}: damaged, not used ({_first_line(error)})")
+                self._warn(f"checkpoint of step {step}: damaged, not used ({first_line(error)})")
                 continue
             for bad in damaged:
                 self._put_aside(bad)
@@ -184,10 +185,10 @@ class Checkpoints:
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
-            raise ValueError("its description does not match its checksum")
+            raise ValueError("its metadata does not match its checksum")
         content = json.loads(meta["content"])
         if content["step"] != step:
-            raise ValueError(f"it was written as step {content['step']}")
+            raise ValueError(f"its metadata is of step {content['step']}")
         return content
 
     def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:
@@ -229,7 +230,7 @@ _PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
 
 
 def _flatten(state: TrainState) -> dict[str, Array]:
-    """A flat dict by dotted path; the key as plain integers."""
+    """Flatten a state to a dict by dotted path, with the random key as raw uint32 data."""
     leaves, _ = jax.tree.flatten_with_path(_plain(state))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
@@ -246,9 +247,9 @@ def _plain(state: TrainState) -> dict[str, Any]:
 
 @jax.jit
 def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
-    """A 32-bit sum per array, the same for every sharding: each word times an odd number of its place.
+    """Compute a uint32 checksum per array, independent of sharding: the sum of words times odd weights.
 
-    A single word that changes always changes the sum, because odd numbers are invertible modulo 2^32.
+    A change of a single word always changes the sum, because odd numbers are invertible modulo 2^32.
     """
 
     def one(array: Array) -> Array:
@@ -261,7 +262,3 @@ def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
         return jnp.sum(words * (place * np.uint32(0x9E3779B2) + np.uint32(1)), dtype=jnp.uint32)
 
     return {name: one(array) for name, array in arrays.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

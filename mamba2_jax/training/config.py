@@ -1,4 +1,4 @@
-"""All options of a training run, as one frozen dataclass; a JSON or YAML file may carry them."""
+"""Options of a training run as frozen dataclasses, and reading them from a JSON or YAML file."""
 
 import dataclasses
 import pathlib
@@ -23,29 +23,29 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """Adapters to train instead of the weights; none without a rank. The names are those of `LoraConfig`.
+    """Options of LoRA training, named as in `LoraConfig`; without a rank, all weights are trained.
 
     Raises:
-        ValueError: a value that makes no sense, named.
+        ValueError: an invalid value; the message names it.
     """
 
     rank: int | None = None
-    """Inner size of the adapters (None: train all weights)."""
+    """Rank of the adapters (None: train all weights)."""
     alpha: float | None = None
-    """They are multiplied by alpha / rank (None: alpha = rank)."""
+    """The adapters are scaled by alpha / rank (None: alpha = rank)."""
     targets: tuple[str, ...] = ("in_proj", "out_proj")
-    """Of embeddings, in_proj, conv1d, out_proj, lm_head, or longer ends of paths."""
+    """Modules to adapt: embeddings, in_proj, conv1d, out_proj, lm_head, or longer path suffixes."""
     dropout: float = 0.0
     use_rslora: bool = False
-    """Multiply by alpha / sqrt(rank) instead."""
+    """Scale by alpha / sqrt(rank) instead."""
     merge: bool = False
-    """Beside the adapter, also save the model with the adapter merged into it."""
+    """Also save the model with the adapter merged into its weights."""
 
     def __post_init__(self):
         self.config()
 
     def config(self) -> LoraConfig | None:
-        """What `add_lora` takes."""
+        """Return the settings for `add_lora`, or None without a rank."""
         if self.rank is None:
             return None
         return LoraConfig(self.rank, self.alpha, self.targets, self.dropout, self.use_rslora)
@@ -53,22 +53,22 @@ class LoraOptions:
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """Devices along each axis of the mesh, as for `sharding.make_mesh`; with 1 each, one device trains."""
+    """Number of devices along each mesh axis, as in `sharding.make_mesh`; all 1: train on one device."""
 
     data: int = 1
-    """Rows of a batch; -1, for at most one axis: all devices that the others leave."""
+    """Splits the rows of a batch. At most one axis may be -1: all remaining devices."""
     fsdp: int = 1
-    """Rows too; weights, gradients and moments are split."""
+    """Splits rows too, and shards weights, gradients and optimizer moments."""
     sequence: int = 1
-    """Tokens of a row."""
+    """Splits the tokens of a row into pieces."""
     tensor: int = 1
-    """Heads."""
+    """Splits the heads."""
 
     def make(self) -> Mesh | None:
-        """Return the mesh over all devices, or None for one device.
+        """Create the mesh over all devices, or return None if every axis is 1.
 
         Raises:
-            ValueError: sizes that do not multiply to the number of devices; says what would fit.
+            ValueError: the product of the sizes is not the number of devices; the message suggests sizes.
         """
         sizes = dataclasses.asdict(self)
         return None if set(sizes.values()) == {1} else make_mesh(**sizes)
@@ -76,38 +76,38 @@ class MeshOptions:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """A training run.
+    """All options of a training run.
 
     Raises:
-        ValueError: a value that makes no sense, named.
+        ValueError: an invalid value; the message names it.
     """
 
     output: str | pathlib.Path
-    """The folder for checkpoints, metrics and the result."""
+    """Folder for checkpoints, metrics and the trained model."""
     resume: bool = False
-    """Go on from the newest checkpoint in `output`, or begin when there is none."""
+    """Resume from the newest checkpoint in `output`, or start if there is none."""
     steps: int | None = None
-    """Updates to make (None: as many as `epochs` takes)."""
+    """Number of optimizer steps (None: derived from `epochs`)."""
     epochs: int = 1
-    """How often the data is read, when `steps` is not given."""
+    """Passes over the data, if `steps` is not given."""
     batch_size: int = 8
-    """Rows at once."""
+    """Rows per batch."""
     accumulate: int = 1
-    """Batches to an update."""
+    """Batches whose gradients are accumulated per optimizer step."""
     remat: Literal["none", "dots", "block"] = "none"
-    """What is kept of a block for the backward pass: all, products with weights, its input."""
+    """Remat policy, what each block stores for the backward pass: all, products with weights, its input."""
     tokens_per_slice: int = TOKENS_PER_SLICE
-    """Tokens whose logits exist at once."""
+    """Tokens whose logits are in memory at the same time."""
     seed: int = 0
-    """Of the order of the data, of new adapters and of dropout."""
+    """Seed of the data order, new adapters and dropout."""
     max_skipped: int = 5
-    """Give up after so many steps in a row that are not finite."""
+    """Abort after this many consecutive steps with a non-finite loss or gradient."""
     eval_every: int = 500
-    """Steps between evaluations, when there is evaluation data; one more at the end."""
+    """Steps between evaluations, if there is evaluation data; one more runs at the end."""
     tensorboard: bool = True
-    """Also write the metrics for TensorBoard."""
+    """Also write TensorBoard event files."""
     wandb: str | None = None
-    """Also send them to this Weights & Biases project."""
+    """Also log to this Weights & Biases project."""
     progress: bool = True
     """Show a progress bar on stderr."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -130,13 +130,13 @@ class TrainConfig:
 
 
 def read_fields(path: str | pathlib.Path) -> dict[str, Any]:
-    """Read the options in a JSON or YAML file.
+    """Read options from a JSON or YAML file into a dict.
 
     Raises:
         ValueError: not JSON or YAML, or not a mapping.
     """
     path = pathlib.Path(path)
-    import yaml  # of what YAML is, JSON is a part
+    import yaml  # YAML includes JSON
 
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -148,15 +148,15 @@ def read_fields(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def build(kind: type[_T], fields: Mapping[str, Any], where: str) -> _T:
-    """Make a dataclass from plain values, nested ones too; integers pass for floats, lists for tuples.
+    """Build a dataclass from plain values, recursively; converts integers to floats and lists to tuples.
 
     Args:
         kind: the dataclass.
-        fields: its fields by name; those left out keep their defaults.
-        where: what an error names.
+        fields: values by field name; missing fields keep their defaults.
+        where: source of the values, for error messages.
 
     Raises:
-        ValueError: a name or a value that does not fit; a field that has no default and is left out.
+        ValueError: an unknown name, a value of the wrong type, or a missing field without a default.
     """
     hints = typing.get_type_hints(kind)
     known = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
@@ -187,7 +187,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return tuple(_value(arguments[0], item, where) for item in value)
     if origin is Literal and value in arguments:
         return value
-    if hint is float and isinstance(value, str):  # YAML takes 1e-4 for text
+    if hint is float and isinstance(value, str):  # YAML parses 1e-4 as text
         try:
             return float(value)
         except ValueError:

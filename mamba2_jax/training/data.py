@@ -1,6 +1,6 @@
-"""From texts to batches: tokens once, then a Grain pipeline that shuffles, packs or pads, and can be resumed.
+"""Training data: texts are tokenized once, then a resumable Grain pipeline shuffles and packs or pads them.
 
-A packed row holds several documents side by side, told apart by `segment_ids`; none sees another.
+A packed row holds several documents with different `segment_ids`; no state flows between documents.
 """
 
 import dataclasses
@@ -17,30 +17,30 @@ from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.training.records import Source, Text, Unusable, read_texts
 
 _TEXTS_AT_ONCE = 512
-_LISTED = 10  # unusable records that a report names
+_LISTED = 10  # maximum number of unusable records in a report
 
 Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """How texts become rows.
+    """Options for turning texts into rows of tokens.
 
     Raises:
-        ValueError: a value that makes no sense, named.
+        ValueError: an invalid value; the message names it.
     """
 
     max_length: int = 512
-    """Tokens of a row. Longer texts are cut into several documents; with a prompt, the end is dropped."""
+    """Tokens per row. Longer texts are split into several documents; texts with a prompt are truncated."""
     rows: Literal["pack", "pad"] = "pack"
-    """Pack several documents into a row, or pad one to the full length."""
+    """Pack several documents into a row, or pad one document to the full length."""
     shuffle: bool = True
     text_field: str = "text"
-    """The field of a record that holds its text."""
+    """Field of a record that holds its text."""
     split: str = "train"
-    """Of a hub dataset."""
+    """Split of a hub dataset."""
     eval_share: float = 0.0
-    """Hold out this share of the documents, unless evaluation data is given."""
+    """Fraction of documents held out for evaluation, unless evaluation data is given."""
 
     def __post_init__(self):
         check_choice("DataConfig", "rows", self.rows, ("pack", "pad"))
@@ -52,7 +52,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What reading found; `str()` tells it."""
+    """Counts of texts, documents and tokens read, and unusable records; `str()` formats them."""
 
     texts: int
     documents: int
@@ -63,7 +63,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.texts:,} texts, {self.documents:,} documents, {self.tokens:,} tokens"]
         if self.truncated:
-            lines.append(f"{self.truncated:,} texts were longer than a row and lost their end")
+            lines.append(f"{self.truncated:,} texts were longer than a row and were truncated")
         if self.unusable:
             lines.append(f"{len(self.unusable):,} records could not be used:")
             lines += [f"  {record}" for record in self.unusable[:_LISTED]]
@@ -74,37 +74,37 @@ class Report:
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence[dict[str, np.ndarray]]):
-    """Tokenised documents, one after the other in memory; each a dict of `input_ids` and `labels`."""
+    """Sequence of tokenized documents, dicts of `input_ids` and `labels`, stored in contiguous arrays."""
 
     tokens: np.ndarray  # (sum of lengths,) int32
-    trained: np.ndarray  # (sum of lengths,) bool: whether a token is learnt
+    trained: np.ndarray  # (sum of lengths,) bool: whether the token is a target of the loss
     starts: np.ndarray  # (documents + 1,) int64
-    num_bytes: np.ndarray  # (documents,) int64, UTF-8 bytes of the text that is scored
+    num_bytes: np.ndarray  # (documents,) int64, UTF-8 bytes of the text of all targets
     report: Report
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
-        """One document."""
+        """Return `input_ids` and `labels` of one document, each `(length,)`."""
         begin, end = self.starts[index], self.starts[index + 1]
         tokens = self.tokens[begin:end]
         return {"input_ids": tokens, "labels": np.where(self.trained[begin:end], tokens, IGNORED_LABEL)}
 
     def fingerprint(self) -> str:
-        """A hash of the content, by which a resumed run knows its data again."""
+        """Return the SHA-256 of the content, by which a resumed run verifies its data."""
         digest = hashlib.sha256()
         for array in (self.starts, self.tokens, self.trained):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()
 
     def hold_out(self, share: float, seed: int) -> tuple["Documents", "Documents"]:
-        """Cut off a random share of the documents, at least one; returns the rest and the share."""
+        """Split off a random fraction `share` of the documents, at least one; return (rest, held out)."""
         count = max(1, round(share * len(self)))
         if count >= len(self):
             raise ValueError(
                 f"DataConfig: eval_share={share} of {len(self)} documents leaves none to train on; "
-                "give more data, or a file of its own for evaluation"
+                "give more data, or a separate file for evaluation"
             )
         order = np.random.default_rng(seed).permutation(len(self))
         return self._pick(np.sort(order[count:])), self._pick(np.sort(order[:count]))
@@ -123,16 +123,16 @@ class Documents(Sequence[dict[str, np.ndarray]]):
 
 
 def load_documents(sources: Iterable[Source] | Source, tokenizer: Any, config: DataConfig) -> Documents:
-    """Read and tokenise everything.
+    """Read and tokenize all sources into memory.
 
     Args:
-        sources: as for `read_texts`; one or several.
+        sources: one or several, as for `read_texts`.
         tokenizer: a fast tokenizer of transformers.
-        config: the options.
+        config: data options.
 
     Raises:
         FileNotFoundError: a source that does not exist.
-        ValueError: not one usable record; the first reasons are listed.
+        ValueError: no usable record; the message lists the first reasons.
     """
     one = isinstance(sources, str | Mapping) or not isinstance(sources, Iterable)
     sources = cast("list[Source]", [sources] if one else list(cast(Iterable, sources)))
@@ -168,7 +168,7 @@ def _name(source: Source) -> str:
 
 
 def _tokenise(texts: list[Text], tokenizer: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Token ids and offsets `(l, 2)` of each text, with an end-of-text where it belongs."""
+    """Yield token ids `(l,)` and offsets `(l, 2)` per text; texts without a chat template end in an eos."""
     eos = tokenizer.eos_token_id
     for special, alike in groupby(texts, key=lambda text: text.special_tokens):
         group = [text.text for text in alike]
@@ -184,10 +184,10 @@ def _tokenise(texts: list[Text], tokenizer: Any) -> Iterator[tuple[np.ndarray, n
 def _cut(
     text: Text, ids: np.ndarray, offsets: np.ndarray, max_length: int
 ) -> tuple[list[tuple[np.ndarray, np.ndarray, int]], bool]:
-    """Documents of at most `max_length` tokens, and whether the end was lost.
+    """Cut a text into documents of at most `max_length` tokens; also return whether it was truncated.
 
-    A text that is trained on as a whole is cut into pieces, each beginning with the token that the one before
-    ended with, so that every token is predicted once.
+    A text that is trained on as a whole is split so that each document begins with the last token of the
+    previous one: every token is then predicted once. Other texts are truncated.
     """
     begins, ends = offsets.T
     trained = np.zeros(len(ids), bool)
@@ -212,14 +212,14 @@ def _cut(
 def make_pipeline(
     documents: Documents, config: DataConfig, batch_size: int, *, seed: int, epochs: int | None
 ) -> Any:
-    """Build the Grain pipeline of batches; a pure function of documents and seed.
+    """Build the Grain pipeline of batches; deterministic given the documents and the seed.
 
     Args:
-        documents: what is read.
-        config: the options.
-        batch_size: rows of a batch; the last one is filled up with empty rows.
-        seed: of the order.
-        epochs: how often all documents are read, each time in another order; None: without end.
+        documents: the tokenized documents.
+        config: data options.
+        batch_size: rows per batch; the last batch is padded with empty rows.
+        seed: random seed of shuffling and packing.
+        epochs: passes over the documents, each in a new order; None: endless.
 
     Returns:
         A `grain.IterDataset` of dicts `input_ids`, `segment_ids`, `labels`, each `(batch_size, max_length)`.
@@ -247,7 +247,7 @@ def make_pipeline(
 
 
 def eval_batches(documents: Documents, config: DataConfig, batch_size: int) -> Iterator[Batch]:
-    """Every document once, in order, packed."""
+    """Return an iterator over packed batches of all documents, once and in order."""
     config = dataclasses.replace(config, shuffle=False, rows="pack")
     return iter(make_pipeline(documents, config, batch_size, seed=0, epochs=1))
 

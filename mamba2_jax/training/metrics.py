@@ -1,4 +1,4 @@
-"""Where a run's numbers go: a file of JSON lines, TensorBoard, Weights & Biases, and a curve at the end."""
+"""Metrics logging to a JSON-lines file, TensorBoard and Weights & Biases, and the final loss plot."""
 
 import json
 import pathlib
@@ -14,15 +14,15 @@ CURVE_FILE = "loss.png"
 
 
 class Metrics:
-    """Writes the numbers of each step.
+    """Logger of the metrics of each step.
 
     Args:
-        folder: of the run.
-        after: the step that the run goes on from; what was written beyond it is dropped.
+        folder: folder of the run.
+        after: step from which the run resumes; metrics of later steps are dropped.
         tensorboard: also write event files, in `folder/tensorboard`.
-        wandb: also send to this project.
-        settings: told to Weights & Biases.
-        silent: write nothing: another process does.
+        wandb: also log to this Weights & Biases project.
+        settings: run config for Weights & Biases.
+        silent: write nothing, because another process does.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Metrics:
             self._wandb = _start_wandb(folder, wandb, settings)
 
     def write(self, step: int, values: dict[str, float | int]) -> None:
-        """Write the values of a step."""
+        """Log the metrics of one step."""
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
             self._file.flush()
@@ -57,7 +57,7 @@ class Metrics:
             self._wandb.log(values, step=step)
 
     def close(self) -> None:
-        """Write what is waiting."""
+        """Flush and close all logs."""
         if self._file is not None:
             self._file.close()
         if self._events is not None:
@@ -67,14 +67,14 @@ class Metrics:
 
 
 class _EventFile:
-    """TensorBoard's event file, written without TensorFlow."""
+    """Writer of a TensorBoard event file without TensorFlow."""
 
     def __init__(self, folder: pathlib.Path, after: int):
         writer = _import("tensorboard.summary.writer.event_file_writer", "train")
         self._event = _import("tensorboard.compat.proto.event_pb2", "train")
         self._summary = _import("tensorboard.compat.proto.summary_pb2", "train").Summary
         self._file = writer.EventFileWriter(str(folder))
-        if after:  # what TensorBoard has of later steps is from before the interruption
+        if after:  # makes TensorBoard drop later steps, logged before the interruption
             log = self._event.SessionLog(status=self._event.SessionLog.START)
             self._file.add_event(self._event.Event(wall_time=time.time(), step=after + 1, session_log=log))
 
@@ -89,7 +89,7 @@ class _EventFile:
 
 
 def _start_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) -> Any:
-    """Begin a run of Weights & Biases, or go on with the one of this folder."""
+    """Start a Weights & Biases run, or resume the run of this folder."""
     path = folder / "wandb-id"
     known = path.read_text(encoding="utf-8") if path.exists() else None
     run = _import("wandb", "wandb").init(
@@ -100,7 +100,7 @@ def _start_wandb(folder: pathlib.Path, project: str, settings: dict[str, Any]) -
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Read a metrics file; a last line that was cut off is left out."""
+    """Read a metrics file up to the first line that is not JSON, such as a truncated last line."""
     lines = []
     if path.exists():
         for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -112,7 +112,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def draw_curve(folder: pathlib.Path) -> pathlib.Path:
-    """Draw the loss of training and evaluation, and the learning rate, over the steps."""
+    """Plot training loss, evaluation loss and learning rate over steps; return the image path."""
     Figure = _import("matplotlib.figure", "train").Figure
     lines = read_metrics(folder / METRICS_FILE)
     train = [(line["step"], line["loss"], line["learning_rate"]) for line in lines if "loss" in line]
@@ -141,7 +141,7 @@ def draw_curve(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """A running mean that forgets over about a twentieth of the run; unbiased at its start."""
+    """Return a bias-corrected exponential moving average, with a window of a twentieth of the run."""
     keep = 1 - 1 / max(1.0, len(values) / 20)
     smoothed, total, weight = [], 0.0, 0.0
     for value in values:
@@ -151,7 +151,7 @@ def _smooth(values: tuple[float, ...]) -> list[float]:
 
 
 def peak_memory() -> int:
-    """Bytes the run took at most: of the first device where it tells, else of this process."""
+    """Return the peak memory in bytes of the first device if it reports one, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"]

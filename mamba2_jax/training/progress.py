@@ -1,4 +1,4 @@
-"""What the user sees of a run while it goes: a bar with loss, speed, time left and memory."""
+"""Progress bar of a training run: step, loss, speed, remaining time and memory."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ Show = Callable[[int, dict[str, float]], None]
 
 @contextlib.contextmanager
 def training_bar(total: int, done: int, shown: bool) -> Iterator[Show]:
-    """Yield a function of step and numbers (`loss`, `tokens_per_second`, `memory`) that moves the bar."""
+    """Yield a function (step, {`loss`, `tokens_per_second`, `memory`}) that updates the progress bar."""
     if not shown:
         yield lambda step, values: None
         return

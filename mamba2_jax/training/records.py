@@ -1,10 +1,10 @@
-"""Files, hub datasets and Python records -> texts, each with the parts of it that are trained on.
+"""Reading of files, hub datasets and Python records into texts with the character spans to train on.
 
 A record is one of
 
-    {"text": "..."}                                          all of it is trained on
-    {"prompt": "...", "completion": "..."}                   the completion only
-    {"messages": [{"role": "user", "content": "..."}, ...]}  what the assistant says only
+    {"text": "..."}                                          trains on the whole text
+    {"prompt": "...", "completion": "..."}                   trains on the completion only
+    {"messages": [{"role": "user", "content": "..."}, ...]}  trains on the assistant's turns only
 """
 
 import dataclasses
@@ -12,6 +12,8 @@ import json
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+
+from mamba2_jax.files import first_line
 
 JSON_LINES = (".jsonl", ".ndjson", ".json")
 PARQUET = (".parquet",)
@@ -21,25 +23,25 @@ Source = str | pathlib.Path | Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """One document."""
+    """Text of one record, with the spans to train on."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
-    """Begin and end, in characters, of the parts that are trained on."""
+    """Character offsets (begin, end) of the parts to train on."""
     where: str
-    """The file and the line, or whatever else names the record."""
+    """Source of the record, e.g. file and line, for messages."""
     special_tokens: bool = True
-    """Whether the tokenizer adds its beginning and the end of text is marked; chat templates do both."""
+    """Whether the tokenizer adds its special tokens and an eos; False if a chat template wrote them."""
 
     @property
     def whole(self) -> bool:
-        """Whether all of it is trained on: then it may be cut anywhere."""
+        """Whether the whole text is trained on, so that it may be split anywhere."""
         return self.spans == ((0, len(self.text)),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Unusable:
-    """A record that cannot be trained on."""
+    """Record that cannot be trained on, with the reason."""
 
     where: str
     reason: str
@@ -51,21 +53,21 @@ class Unusable:
 def read_texts(
     sources: Iterable[Source], tokenizer: Any = None, *, text_field: str = "text", split: str = "train"
 ) -> Iterator[Text | Unusable]:
-    """Read every record of every source, in order.
+    """Yield the texts of all records of all sources, in order.
 
     Args:
-        sources: files (JSON lines, Parquet, all others plain text), folders of them, ids of hub datasets,
-            or records themselves: dicts, or text that is given as `{"text": ...}`.
+        sources: files (JSON lines, Parquet, all others plain text), folders of files, ids of hub datasets,
+            or records as dicts; pass a plain string as `{"text": ...}`.
         tokenizer: with a chat template, for `messages`.
-        text_field: the field that holds the text of plain records.
-        split: of hub datasets.
+        text_field: field that holds the text of plain records.
+        split: split of hub datasets.
 
     Yields:
-        Texts, and what could not be used with the reason.
+        `Text`, or `Unusable` with the reason.
 
     Raises:
-        FileNotFoundError: a source that is neither a file, a folder, nor a dataset of the hub.
-        ValueError: `messages`, and the tokenizer has no chat template.
+        FileNotFoundError: a source that is neither a file, a folder, nor a hub dataset.
+        ValueError: a record has `messages`, but the tokenizer has no chat template.
     """
     for number, source in enumerate(sources, start=1):
         if isinstance(source, Mapping):
@@ -139,7 +141,7 @@ def _read_hub(name: str, tokenizer: Any, text_field: str, split: str) -> Iterato
     try:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise FileNotFoundError(
             f"{name}: no file or folder of that name here, and the Hugging Face hub did not give its split "
             f"{split!r} ({type(error).__name__}: {reason})"
@@ -153,7 +155,7 @@ def _missing(what: str) -> ImportError:
 
 
 def _text_of(record: Any, where: str, tokenizer: Any, text_field: str) -> Text | Unusable:
-    """Recognise the form of a record by its fields."""
+    """Convert a record to a `Text` or `Unusable` by the fields it has."""
     if not isinstance(record, Mapping):
         return Unusable(where, f"is a {type(record).__name__}, not an object with fields")
     if record.get(text_field) is not None:
@@ -176,7 +178,7 @@ def _text_of(record: Any, where: str, tokenizer: Any, text_field: str) -> Text |
 
 
 def _conversation(messages: Any, where: str, tokenizer: Any) -> Text | Unusable:
-    """Write a chat by the tokenizer's template; the assistant's turns are what each of them adds."""
+    """Render a chat by the tokenizer's template; the spans are the characters each assistant turn adds."""
     if getattr(tokenizer, "chat_template", None) is None:
         raise ValueError(
             f"{where}: holds 'messages', and the tokenizer has no chat template; set its chat_template, or "
@@ -195,7 +197,7 @@ def _conversation(messages: Any, where: str, tokenizer: Any) -> Text | Unusable:
             if not (after.startswith(before) and text.startswith(after)):
                 return Unusable(where, "the chat template changes earlier turns when later ones come")
             spans.append((len(before), len(after)))
-    except Exception as error:  # templates are programs, and raise what they like
+    except Exception as error:  # templates are programs and can raise anything
         return Unusable(where, f"'messages' do not fit the chat template ({type(error).__name__}: {error})")
     if not any(text[begin:end].strip() for begin, end in spans):
         return Unusable(where, "'messages' has no turn of the assistant")

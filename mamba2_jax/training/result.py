@@ -1,4 +1,4 @@
-"""What a run leaves: a checkpoint in transformers' form, or an adapter in PEFT's."""
+"""Saving the result of a run: a checkpoint in transformers' form, or an adapter in PEFT's format."""
 
 import pathlib
 import warnings
@@ -24,11 +24,11 @@ def save_result(
     """Write the trained model to `output/model`, or its adapter to `output/adapter`.
 
     Args:
-        model: as training left it.
-        output: the run's folder.
-        tokenizer: goes along when the checkpoint that the model came from brought none.
-        merge: with an adapter, also write the model with it merged into its weights.
-        report: told where, and what PEFT will not read.
+        model: the trained model.
+        output: folder of the run.
+        tokenizer: saved too if the source checkpoint of the model has no tokenizer.
+        merge: with an adapter, also write the model with the adapter merged into its weights.
+        report: called with messages: the paths written, and warnings about PEFT.
     """
     adapters = adapter_names(model)
     if len(adapters) == 1:

@@ -1,6 +1,6 @@
-"""SIGTERM and Ctrl-C ask a run to stop after the step at hand; a second Ctrl-C stops at once.
+"""Signal handling: SIGTERM or Ctrl-C stops a run after the current step, a second Ctrl-C immediately.
 
-Of several processes, SIGTERM to one stops all, after the same step.
+With several processes, SIGTERM to one stops all of them after the same step.
 """
 
 import signal
@@ -13,14 +13,14 @@ from mamba2_jax.processes import stop_together
 
 
 class StopSignals:
-    """While entered, remembers the first signal in `received` (its number; None before)."""
+    """Context manager that stores the number of the last signal in `received` (None: no signal yet)."""
 
     def __init__(self):
         self.received: int | None = None
         self._before = {}
 
     def __enter__(self) -> "StopSignals":
-        # Only the main thread may set handlers. Of several processes, JAX listens for SIGTERM itself.
+        # Only the main thread may set handlers. With several processes, JAX itself handles SIGTERM.
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._receive)
@@ -31,7 +31,7 @@ class StopSignals:
             signal.signal(number, handler)
 
     def asked(self, step: int) -> bool:
-        """Whether to stop now, after `step` steps."""
+        """Return whether to stop now, after `step` steps; every process must call it at every step."""
         if jax.process_count() > 1 and stop_together(step):
             self.received = signal.SIGTERM
         return self.received is not None

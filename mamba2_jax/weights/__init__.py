@@ -1,12 +1,12 @@
-"""Checkpoint files <-> named arrays. Knows the config and the shapes, never the model.
+"""Convert between checkpoint files and named arrays; depends on the config and on shapes, not on the model.
 
-`load_weights` is the way in; `open_checkpoint` looks into a checkpoint without loading it. `outgoing_weights`
-and `write_safetensors` are the way out, into a `new_folder`. `checkpoint_table` says which stored tensor
-holds which parameters, in both directions.
+Import: `load_weights` reads arrays, `open_checkpoint` reads headers only. Export: `outgoing_weights` and
+`write_safetensors` write into a `new_folder`. Both use `checkpoint_table`, which maps stored tensors to
+parameters.
 """
 
 from mamba2_jax.weights.files import CheckpointError
-from mamba2_jax.weights.folder import TOKENIZER_FILES, new_folder
+from mamba2_jax.weights.folder import new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
 from mamba2_jax.weights.outgoing import convertible_weights, outgoing_weights
@@ -29,7 +29,6 @@ __all__ = [
     "LoadReport",
     "Outgoing",
     "StoredTensor",
-    "TOKENIZER_FILES",
     "TensorInfo",
     "checkpoint_table",
     "convertible_weights",

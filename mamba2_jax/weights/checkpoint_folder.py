@@ -1,4 +1,4 @@
-"""A checkpoint's folder on its way out: weights, config, generation config and tokenizer, whole or absent."""
+"""Write a checkpoint folder atomically: weights, config, generation config and tokenizer."""
 
 import shutil
 from collections import Counter
@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.weights import (
-    TOKENIZER_FILES,
     Outgoing,
     file_order,
     new_folder,
@@ -38,23 +38,23 @@ def write_checkpoint(
     tokenizer: Path | None = None,
     show_progress: bool = False,
 ) -> None:
-    """Write a folder that its readers take as it is.
+    """Write a checkpoint folder that transformers or state-spaces' code loads unchanged.
 
     Args:
-        target: the folder; see `weights.new_folder` for what happens to one that exists.
-        config: of the model.
-        tensors: the weights, filled while they are written.
-        format: whose files these are.
-        max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces has one file always.
-        head: False: a bare Mamba2Model.
-        beside: folder of the checkpoint that the model came from, for its generation config.
-        tokenizer: folder whose tokenizer goes along; None: none.
+        target: the folder to write; `weights.new_folder` tells how an existing one is replaced.
+        config: the model config.
+        tensors: the weights; their blocks are computed while they are written.
+        format: form of the checkpoint.
+        max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces always has one file.
+        head: False for a bare Mamba2Model.
+        beside: folder of the source checkpoint, whose generation_config.json is copied; None: written anew.
+        tokenizer: folder whose tokenizer files are copied; None: none.
         show_progress: draw a progress bar on stderr.
 
     Raises:
         ImportError: the form "state-spaces" without PyTorch.
-        NotImplementedError: the format has no words for this model.
-        ValueError: the folder cannot be replaced, or a value is too large for its type.
+        NotImplementedError: the form cannot express this model.
+        ValueError: the folder cannot be replaced, or a value overflows its stored dtype.
     """
     limit = parse_size(max_shard_size)
     if format == "transformers":
@@ -79,12 +79,12 @@ def write_checkpoint(
                 write_safetensors(folder, tensors, limit, advance)
             else:
                 tied = {"lm_head.weight": "backbone.embedding.weight"} if config.tie_word_embeddings else {}
-                write_torch(folder / "pytorch_model.bin", tensors, tied, advance)
+                write_torch(folder / WEIGHT_FILES[-1].single, tensors, tied, advance)
     meet("mamba2_jax: a checkpoint is written")
 
 
 def _help_to_write(tensors: Sequence[Outgoing], format: Format, limit: int) -> None:
-    """In another process than the one that writes: send it this process's pieces of each tensor."""
+    """Take part, in a process that does not write, in the all-gather of each tensor, in file order."""
     for tensor in file_order(tensors, limit) if format == "transformers" else tensors:
         for _ in tensor.blocks():
             pass
@@ -92,20 +92,20 @@ def _help_to_write(tensors: Sequence[Outgoing], format: Format, limit: int) -> N
 
 
 def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head: bool) -> dict[str, Any]:
-    # transformers 5.24 divides out_proj by sqrt(layers) each time it loads a config with this option, which
-    # is meant for new models only.
+    # transformers 5.24 divides out_proj by sqrt(layers) whenever it loads a config with this option, which is
+    # meant for initialization only.
     content = config.replace(rescale_prenorm_residual=False).to_dict()
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
-    content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights as this type
+    content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights in this dtype
     content["architectures"] = ["Mamba2ForCausalLM" if head else "Mamba2Model"]
     return dict(sorted(content.items()))
 
 
 def _write_generation_config(folder: Path, config: Mamba2Config, beside: Path | None) -> None:
-    """Copy the one that the checkpoint came with, or say which ids begin, end and fill a row."""
-    name = "generation_config.json"
+    """Copy generation_config.json from `beside`, or write one with the special token ids of the config."""
+    name = GENERATION_CONFIG
     if beside is not None and (beside / name).is_file():
         shutil.copyfile(beside / name, folder / name)
         return

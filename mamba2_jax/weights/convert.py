@@ -1,4 +1,4 @@
-"""One checkpoint form to another, tensor by tensor: the model is never in memory.
+"""Convert a checkpoint between forms, streaming block by block: the model is never in memory.
 
 >>> import pathlib, tempfile
 >>> from mamba2_jax.hub import EMBEDDED_MODEL
@@ -11,9 +11,10 @@ True
 from pathlib import Path
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights import TOKENIZER_FILES, convertible_weights, open_checkpoint
+from mamba2_jax.weights import convertible_weights, open_checkpoint
 from mamba2_jax.weights.checkpoint_folder import MAX_SHARD_SIZE, Format, write_checkpoint
 
 
@@ -30,28 +31,26 @@ def convert(
     overwrite: bool = False,
     show_progress: bool = False,
 ) -> None:
-    """Write a checkpoint of any readable form in another one.
-
-    The target appears when all is written, or not at all.
+    """Convert a checkpoint of any readable form to another form or dtype; the write is atomic.
 
     Args:
-        source: a folder or hub id; None: the model inside the package.
-        target: the folder to make.
+        source: a folder or hub id; None: the embedded model.
+        target: the folder to write.
         to: the form to write.
-        dtype: float type to store; None keeps each tensor's own. A_log, dt_bias and D are never narrowed.
-        max_shard_size: bytes per file, or text such as "5GB"; of the form "transformers".
-        tokenizer: folder or hub id whose tokenizer goes along; None: the source's, if it has one.
-        revision: branch, tag or commit of the source's hub id.
-        allow_non_finite: take weights that hold NaN or infinity.
-        overwrite: replace the checkpoint in a target that is not empty; other files in it are kept.
+        dtype: stored float dtype; None keeps each tensor's own. A_log, dt_bias and D are never narrowed.
+        max_shard_size: bytes per file, or text such as "5GB"; for the form "transformers" only.
+        tokenizer: folder or hub id whose tokenizer files are copied; None: the source's, if it has any.
+        revision: branch, tag or commit of `source` on the hub.
+        allow_non_finite: accept weights that hold NaN or infinity.
+        overwrite: replace the checkpoint in a non-empty target; its other files are kept.
         show_progress: draw a progress bar on stderr.
 
     Raises:
-        FileNotFoundError: no such source.
-        FileExistsError: the target is not empty.
-        ImportError: a `.bin` file to read or to write, and no PyTorch.
-        NotImplementedError: the form has no words for this model.
-        ValueError: a checkpoint that is broken or does not fit its config; every problem is listed.
+        FileNotFoundError: the source does not exist.
+        FileExistsError: the target is the source, or is not empty and `overwrite` is False.
+        ImportError: PyTorch, needed to read or write a `.bin` file, is missing.
+        NotImplementedError: the form cannot express this model.
+        ValueError: the checkpoint is broken or does not match its config; every problem is listed.
     """
     target = Path(target).expanduser()
     folder = resolve_folder(source, revision)

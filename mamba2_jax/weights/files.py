@@ -1,4 +1,4 @@
-"""Careful access to files that somebody else wrote: what is opened, how far it is read, strict JSON."""
+"""Read untrusted files: regular files inside the folder only, bounded reads, strict JSON."""
 
 import io
 import json
@@ -11,13 +11,15 @@ from typing import NoReturn
 
 import numpy as np
 
-MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; the parsed form takes several times the text
+from mamba2_jax.files import first_line
+
+MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; parsed, it takes several times the text
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be trusted or does not fit.
+    """Error for a checkpoint that is malformed, unsafe, or does not match the config.
 
-    `where` is the folder or file, `problems` lists everything found, a line each.
+    `where` is the folder or file, `problems` holds one line for each problem found.
     """
 
     def __init__(self, where: Path | str, problems: Sequence[str]):
@@ -31,12 +33,12 @@ class CheckpointError(ValueError):
 
 
 def show(name: str) -> str:
-    """Quote a name from a file for a message: printable ASCII, of bounded length."""
+    """Quote an untrusted name for a message: printable ASCII, truncated to 120 characters."""
     return ascii(name if len(name) <= 120 else name[:120] + "...")
 
 
 def parse_json(text: bytearray, path: Path, what: str) -> dict:
-    """Parse a JSON object strictly: UTF-8, no name twice, no NaN."""
+    """Parse a JSON object strictly: UTF-8, no duplicate names, no NaN; `what` names it in messages."""
 
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         result: dict[str, object] = {}
@@ -54,17 +56,28 @@ def parse_json(text: bytearray, path: Path, what: str) -> dict:
             raise ValueError("it does not begin with '{'")
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0][:200]
-        raise CheckpointError(path, [f"{what} is not readable JSON: {reason}"]) from None
+        raise CheckpointError(path, [f"{what} is not readable JSON: {first_line(error, 200)}"]) from None
+
+
+def read_json_inside(folder: Path, name: str, what: str, limit: int = MAX_JSON_BYTES) -> dict:
+    """Read the JSON object `folder/name` strictly; `what` is its name in messages, `limit` its most bytes."""
+    path = folder / name
+    with open_regular(path, resolve_inside(folder, name)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(path, [f"{what} has {size} bytes; more than {limit} are not read"])
+        text = bytearray(size)
+        read_exactly(file, path, 0, text, what)
+    return parse_json(text, path, what)
 
 
 def resolve_inside(folder: Path, name: str) -> Path:
-    """Follow links from `folder/name`, and refuse a target outside the folder or its hub cache's blobs."""
+    """Resolve symlinks of `folder/name`; refuse targets outside the folder and its hub cache's blobs."""
     try:
         root, target = folder.resolve(), (folder / name).resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links
         raise CheckpointError(folder / name, [f"cannot be resolved: {error}"]) from None
-    # The hub's cache is models--org--name/{blobs,snapshots/<revision>/...}, its files links into blobs.
+    # Hub cache layout: models--org--name/{blobs,snapshots/<revision>/...}; snapshots are links into blobs.
     blobs = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
     if not any(target.is_relative_to(allowed) for allowed in (root, *blobs)):
         message = f"a link to {target}, outside the folder; put the file itself here, or open its own folder"
@@ -73,9 +86,9 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def open_regular(path: Path, target: Path) -> io.FileIO:
-    """Open `target` for reading if it is a regular file; `path` is its name in messages."""
+    """Open `target` for reading if it is a regular file; messages call it `path`."""
     try:
-        if not stat.S_ISREG(os.stat(target).st_mode):  # first: opening a pipe would wait for ever
+        if not stat.S_ISREG(os.stat(target).st_mode):  # before open(), which would block on a pipe
             raise CheckpointError(path, ["not a regular file"])
         return io.FileIO(target, "rb")
     except FileNotFoundError:
@@ -85,7 +98,7 @@ def open_regular(path: Path, target: Path) -> io.FileIO:
 
 
 def read_exactly(file: io.FileIO, path: Path, offset: int, out: bytearray | np.ndarray, what: str) -> None:
-    """Fill `out` from `offset` on, or say that the file ended early. Several threads may read one file."""
+    """Fill `out` from byte `offset`, or raise CheckpointError at an early end of file. Thread-safe."""
     left = out.view(np.uint8).reshape(-1).data if isinstance(out, np.ndarray) else memoryview(out)
     try:
         while left:
@@ -98,13 +111,13 @@ def read_exactly(file: io.FileIO, path: Path, offset: int, out: bytearray | np.n
 
 
 def cut_short(path: Path, what: str, missing: int) -> CheckpointError:
-    """Make the error of a file that ends before what is read from it."""
+    """Build the error for a file that ends `missing` bytes before the end of `what`."""
     problem = f"{what}: the file ends {missing} bytes early; was it cut while being read?"
     return CheckpointError(path, [problem])
 
 
 def will_read(file: io.FileIO, offset: int, count: int) -> None:
-    """Tell the system what is read next, so that a disk need not wait for us."""
+    """Ask the kernel to prefetch `count` bytes from `offset` into the page cache, where supported."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(file.fileno(), offset, count, os.POSIX_FADV_WILLNEED)
 
@@ -115,6 +128,6 @@ _ONE_READER = threading.Lock()
 def _read_at(file: io.FileIO, out: memoryview, offset: int) -> int:
     if hasattr(os, "preadv"):
         return os.preadv(file.fileno(), [out], offset)
-    with _ONE_READER:  # Windows
+    with _ONE_READER:  # Windows: seek and read share the file position
         file.seek(offset)
         return file.readinto(out) or 0

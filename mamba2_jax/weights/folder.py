@@ -1,4 +1,4 @@
-"""A folder that is whole or absent: written beside its place, then moved there.
+"""Write a folder atomically: fill a temporary folder beside the target, then rename it.
 
 >>> import tempfile, pathlib
 >>> target = pathlib.Path(tempfile.mkdtemp()) / "model"
@@ -18,31 +18,27 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from mamba2_jax.files import CONFIG_FILES, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
+
 _CHECKPOINT_FILES = (
-    *("config.json", "params.json", "generation_config.json"),
-    *("model*.safetensors", "model.safetensors.index.json"),
-    *("consolidated*.safetensors", "consolidated.safetensors.index.json"),
-    *("pytorch_model*.bin", "pytorch_model.bin.index.json"),
+    *(*CONFIG_FILES, GENERATION_CONFIG),
+    *(pattern for files in WEIGHT_FILES for pattern in (f"{files.stem}*{files.suffix}", files.index)),
 )
-"""What a new checkpoint replaces in a folder that holds an old one; all else in it is kept."""
-TOKENIZER_FILES = (
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("vocab.json", "merges.txt"),
-)
+"""Patterns of the files that a new checkpoint replaces in an existing folder; other files are kept."""
 
 
 @contextlib.contextmanager
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside `target` that takes its place when the block ends well.
+    """Yield an empty temporary folder that replaces `target` when the `with` block ends without an error.
 
-    A folder that is there already stays as it is until then. The files of its old checkpoint are dropped,
-    of any form, so that no old shard is taken for a new one; every other file in it is kept. When anything
-    fails the new folder is removed. After a power cut there may be two folders with a dot in front beside
-    the place, and nothing in it: the old and the new, each whole.
+    An existing `target` is unchanged until then. Its checkpoint files, of every form, are dropped, so that no
+    old shard is taken for a new one; its other files are kept. On an error the temporary folder is removed.
+    A power cut between the two renames leaves no `target`, but the complete folders `.NAME.old-*` and
+    `.NAME.new-*` beside it.
 
     Raises:
         NotADirectoryError: `target` is a file.
-        ValueError: `target` cannot be moved: it is the current folder, or a mount point.
+        ValueError: `target` cannot be renamed: it is or holds the current folder, or it is a mount point.
     """
     target = _check_target(Path(target).expanduser())
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -60,7 +56,7 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _check_target(target: Path) -> Path:
-    """Follow links, and refuse a place that a rename cannot put a folder into."""
+    """Resolve symlinks in `target`, and refuse a path that a folder cannot be renamed to."""
     target = target.resolve()
     if target.exists() and not target.is_dir():
         raise NotADirectoryError(f"{target}: this is a file; name a folder for the checkpoint")
@@ -71,7 +67,7 @@ def _check_target(target: Path) -> Path:
 
 
 def _keep_other_files(old: Path, new: Path) -> None:
-    """Give `new` the entries of `old` that no checkpoint has: links to the same files, no bytes copied."""
+    """Hard-link into `new` the entries of `old` that are not checkpoint files."""
     has_tokenizer = any(True for pattern in TOKENIZER_FILES for _ in new.glob(pattern))
     replaced = _CHECKPOINT_FILES + (TOKENIZER_FILES if has_tokenizer else ())
     for entry in old.iterdir():
@@ -91,7 +87,7 @@ def _link_or_copy(source: str | Path, target: str | Path) -> None:
 
 
 def _move_into_place(new: Path, target: Path) -> None:
-    """Rename `new` to `target`; an old folder there is set aside first and removed last."""
+    """Rename `new` to `target`; an existing `target` is renamed first and removed last."""
     old = None
     if target.exists():
         old = target.parent / f".{target.name}.old-{secrets.token_hex(4)}"
@@ -108,7 +104,7 @@ def _move_into_place(new: Path, target: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make the folder's entries last through a power cut, where the system lets one."""
+    """Fsync the folder, where the system allows, so that its entries survive a power cut."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: 8 bytes of length, then JSON; the tensors' bytes follow without gaps."""
+"""Parse and check safetensors headers: 8 bytes of length, then JSON; tensor bytes follow without gaps."""
 
 import io
 import math
@@ -17,7 +17,7 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The stored types that can fill a weight, by their safetensors name."""
+"""Stored dtypes that a weight may have, by safetensors name."""
 
 _NAMES_BY_BITS = {
     4: "F4",
@@ -33,28 +33,28 @@ _MAX_RANK = 8
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one stored tensor lies: `shape` numbers of type `dtype` at bytes `start` to `stop` of `file`."""
+    """Location of a stored tensor: dtype, shape, and the byte range `start` to `stop` in `file`."""
 
     name: str
     file: Path
-    dtype: str  # safetensors' name, such as "BF16"
+    dtype: str  # safetensors name, such as "BF16"
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
     stop: int
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file."""
+        """Size of the tensor in the file, in bytes."""
         return self.stop - self.start
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         return math.prod(self.shape)
 
 
 def read_header(file: io.FileIO, path: Path) -> dict[str, TensorInfo]:
-    """Parse and check one file's header: 8 bytes of length, JSON, then the tensors' bytes without gaps."""
+    """Parse and check the header of one safetensors file; return its tensors by name."""
     size = os.fstat(file.fileno()).st_size
     if size < 8:
         raise CheckpointError(path, [f"{size} bytes: empty or truncated, not a safetensors file"])
@@ -88,7 +88,7 @@ def read_header(file: io.FileIO, path: Path) -> dict[str, TensorInfo]:
 
 
 def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> TensorInfo:
-    """Check one tensor's entry on its own: known dtype, sane shape, as many bytes as the shape needs."""
+    """Check the header entry of one tensor: known dtype, valid shape, byte count that matches both."""
     if not isinstance(entry, dict):
         raise ValueError("its entry is not a JSON object")
     dtype = entry.get("dtype")
@@ -108,7 +108,7 @@ def _parse_entry(name: str, entry: object, path: Path, data_start: int) -> Tenso
 
 
 def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int) -> list[str]:
-    """Check that the tensors fill the file from `data_start` to `size` without overlap or gap."""
+    """List overlaps and gaps between the tensors, which must fill bytes `data_start` to `size`."""
     problems = []
     end, before = data_start, "the header"
     for info in sorted(tensors.values(), key=lambda info: (info.start, info.stop)):
@@ -129,7 +129,7 @@ def _check_layout(tensors: dict[str, TensorInfo], data_start: int, size: int) ->
 
 
 def _sizes(entry: dict, key: str) -> list[int]:
-    """Return a list of integers from an entry, each of at most 63 bits and not negative."""
+    """Return the list `entry[key]` after checking that it holds non-negative integers of at most 63 bits."""
     value = entry.get(key)
     if not isinstance(value, list) or not all(type(item) is int and 0 <= item < 1 << 63 for item in value):
         raise ValueError(f"{key} is not a list of sizes: {show(str(value))}")

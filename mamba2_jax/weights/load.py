@@ -1,4 +1,4 @@
-"""Checkpoint files -> named JAX arrays: everything is checked first, then tensors are placed one by one.
+"""Load checkpoint files into named JAX arrays: validate everything, then read tensor by tensor.
 
 >>> from pathlib import Path
 >>> import mamba2_jax.weights as weights
@@ -37,8 +37,8 @@ from mamba2_jax.weights.uncached import available_memory
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
 
 _BLOCK_BYTES = 2 << 20
-_THREADS = 2  # one waits for the disk while one works; more share the cache and take half as long again
-_UNCACHED_THREADS = 4  # nothing is read ahead, so several wait
+_THREADS = 2  # one reads while one converts; more compete for the CPU cache and take half as long again
+_UNCACHED_THREADS = 4  # O_DIRECT has no read-ahead, so several reads must be in flight
 
 
 def load_weights(
@@ -53,25 +53,25 @@ def load_weights(
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint's weights as arrays by parameter path.
 
-    Every name, shape and dtype is checked against the config before the first array is made. On the host no
-    more than the parameter being placed and a few blocks of its file are in memory beyond the result.
+    Every name, shape and dtype is checked against the config before the first array is allocated. Beyond the
+    result, host memory holds only the parameter being transferred and a few blocks of its file.
 
     Args:
-        folder: holds `model.safetensors`, or an index and its shards.
-        config: the model that they are for.
-        param_dtype: cast to this float type; None keeps each tensor as it is stored. A_log, dt_bias and D are
-            never narrowed below what is stored.
-        sharding: where the arrays go: one place for all, or a function of the parameter's path.
-        allow_non_finite: take NaN and infinite weights (the report names them) instead of refusing them.
+        folder: holds the weights of a kind in `files.WEIGHT_FILES`: one file, or an index and its shards.
+        config: the model config.
+        param_dtype: float dtype of the arrays; None keeps each stored dtype. A_log, dt_bias and D are never
+            narrowed below what is stored.
+        sharding: a sharding or device for all arrays, or a function from parameter path to one.
+        allow_non_finite: accept NaN and infinite weights (the report names them) instead of refusing them.
         show_progress: draw a progress bar on stderr.
         head: False leaves out `lm_head.weight`, for the bare Mamba2Model.
 
     Returns:
-        The arrays, which own their memory (the files may go), and a `LoadReport`.
+        The arrays, which own their memory (the files may be deleted), and a `LoadReport`.
 
     Raises:
-        CheckpointError: a broken file, or tensors that do not fit the config; lists every problem.
-        ValueError: `param_dtype` is not a float type that JAX can hold, or a sharding does not fit a shape.
+        CheckpointError: a broken file, or tensors that do not match the config; lists every problem.
+        ValueError: `param_dtype` is no float dtype that JAX can hold, or a sharding does not fit a shape.
     """
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
@@ -79,13 +79,13 @@ def load_weights(
     table = checkpoint_table(config, head)
     with open_checkpoint(folder) as checkpoint:
         plan, notes = plan_load(checkpoint, config, table, head)
-        # With a sharding parts of rows are read, and other processes may read the same files.
+        # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
         threads = _UNCACHED_THREADS if uncached else _THREADS
         run = _Loader(checkpoint, wanted, place, allow_non_finite, threads)
         total = sum(info.nbytes for _, info in plan)
         with run.pool, progress_bar("loading weights", total, show_progress) as advance:
-            # in the order of the files, so that a disk reads straight on
+            # in file order: the disk reads sequentially
             plan.sort(key=lambda pair: (pair[1].file, pair[1].start))
             for (stored, info), following in itertools.zip_longest(plan, plan[1:]):
                 if following is not None:
@@ -112,7 +112,7 @@ def load_weights(
 
 
 class _Loader:
-    """Places tensors one by one and keeps count."""
+    """Reader of tensors into device arrays, one by one; collects problems, notes and counts per dtype."""
 
     def __init__(
         self,
@@ -135,7 +135,7 @@ class _Loader:
         self.param_dtypes: Counter[str] = Counter()
 
     def load(self, stored: StoredTensor, info: TensorInfo) -> None:
-        """Read one stored tensor into its leaves and put them on their devices."""
+        """Read one stored tensor and transfer its leaves to their devices."""
         source = FLOAT_DTYPES[info.dtype]
         wide = _widest(source)
         if wide != source:
@@ -149,7 +149,7 @@ class _Loader:
             bad, overflown = bad + leaf_bad, overflown + leaf_overflown
             self.stored_dtypes[source.name] += math.prod(leaf.shape)
             self.param_dtypes[target.name] += math.prod(leaf.shape)
-            if not self.problems:  # after a refusal the rest is only checked
+            if not self.problems:  # after a problem the other tensors are only checked
                 self.arrays[leaf.path] = _put(shards, leaf, placement)
         found = [f"{bad} NaN or infinite values" if bad else ""]
         found += [f"{overflown} values too large for {target.name}" if overflown else ""]
@@ -164,10 +164,10 @@ class _Loader:
     def _read_leaf(
         self, info: TensorInfo, leaf: Leaf, target: np.dtype, shards: list[Shard]
     ) -> tuple[int, int]:
-        """Fill the shards of a leaf in the model's layout and type; count values not finite, and too large.
+        """Fill the shards of a leaf in the model's layout and dtype; count non-finite and overflown values.
 
-        Blocks of rows are read, checked and laid out in a few threads: one waits for the disk, one works. Of
-        rows that no shard here has, nothing is read; of the others, what lies between the outermost numbers.
+        A thread pool reads, checks and transposes blocks of stored rows. Rows that no shard of this process
+        holds are not read; of the other rows, only the columns from the first to the last that a shard holds.
         """
         stored = FLOAT_DTYPES[info.dtype]
         first, last = (
@@ -197,7 +197,7 @@ class _Loader:
     def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
         if self.param_dtype is None:
             return stored
-        if leaf.keep_precision:  # the smallest type that holds both: float16 with bfloat16 is float32
+        if leaf.keep_precision:  # the smallest dtype that holds both: float32 for float16 with bfloat16
             return np.dtype(jnp.promote_types(stored, self.param_dtype))
         return self.param_dtype
 
@@ -207,7 +207,7 @@ class _Loader:
 
 
 def _put(shards: list[Shard], leaf: Leaf, placement: Placement) -> jax.Array:
-    """Place one array and wait for it, so that host copies do not pile up behind a slow transfer."""
+    """Transfer one leaf to its devices and block, lest host copies pile up behind a slow transfer."""
     if not isinstance(placement, Sharding):
         return jax.block_until_ready(jax.device_put(shards[0].array, placement))
     pieces = [jax.device_put(shard.array, device) for shard in shards for device in shard.devices]
@@ -215,13 +215,13 @@ def _put(shards: list[Shard], leaf: Leaf, placement: Placement) -> jax.Array:
 
 
 def _too_large_for_the_cache(checkpoint: Checkpoint) -> bool:
-    """Whether the weights, and the files in the system's cache beside them, would not fit into memory."""
+    """Return whether the weights plus their files in the page cache would exceed the available memory."""
     available = available_memory()
     return available is not None and 2 * checkpoint.nbytes > available
 
 
 def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
-    """Return the dtype if it is a float type of at least 16 bits that JAX can hold now."""
+    """Return `param_dtype` as a numpy dtype; refuse all but the float dtypes that JAX can now hold."""
     dtype = np.dtype(jnp.dtype(param_dtype))
     if dtype not in FLOAT_DTYPES.values():
         raise ValueError(
@@ -235,5 +235,5 @@ def _check_param_dtype(param_dtype: DTypeLike) -> np.dtype:
 
 
 def _widest(dtype: np.dtype) -> np.dtype:
-    """Return the type that JAX holds it in: float64 is float32 unless x64 is enabled."""
+    """Return the dtype in which JAX holds `dtype`: float32 for float64 unless x64 is enabled."""
     return np.dtype(jax.dtypes.canonicalize_dtype(dtype))

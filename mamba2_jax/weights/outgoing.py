@@ -1,4 +1,4 @@
-"""Named arrays -> checkpoint files: the way out, through the same table of names."""
+"""List the tensors of a checkpoint to write, from model arrays or from another checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping
 
@@ -29,19 +29,19 @@ def outgoing_weights(
     dtype: DTypeLike | None = None,
     stored_dtypes: Mapping[str, str] | None = None,
 ) -> list[Outgoing]:
-    """List the tensors of a checkpoint, filled from a model's parameters when they are written.
+    """List the tensors to write for a model's parameters; their blocks are made while they are written.
 
     Args:
-        arrays: the parameters by path. Each is fetched from its devices when its turn comes, one at a time.
-        config: of the model.
-        format: whose names the tensors get.
-        head: False: the bare Mamba2Model, whose names have no `backbone.`.
-        dtype: the type to write; None: as `stored_dtypes` says, and else as the parameters are. A_log,
-            dt_bias and D are never narrowed by it.
-        stored_dtypes: type by canonical tensor name, of the checkpoint that the model came from.
+        arrays: the parameters by path; fetched from their devices one at a time, while they are written.
+        config: the model config.
+        format: form of the checkpoint, which decides the tensor names.
+        head: False for the bare Mamba2Model, whose names lack the prefix `backbone.`.
+        dtype: dtype to write; never narrows A_log, dt_bias and D. None: the dtype in `stored_dtypes`, else
+            the parameter's own.
+        stored_dtypes: dtype names by canonical tensor name, from the checkpoint that the model came from.
 
     Raises:
-        ValueError: parameters that the table does not know, or that it misses; a dtype that is not a float's.
+        ValueError: parameters missing, unknown or of a wrong shape; a dtype that weights cannot be stored in.
     """
     table = [stored for stored in checkpoint_table(config, head) if stored.leaves]
     wanted = {leaf.path: leaf.shape for stored in table for leaf in stored.leaves}
@@ -66,19 +66,19 @@ def convertible_weights(
     dtype: DTypeLike | None = None,
     allow_non_finite: bool = False,
 ) -> list[Outgoing]:
-    """List the tensors of an open checkpoint under another form's names; each is read while it is written.
+    """List the tensors of an open checkpoint for writing in another form; each is read while it is written.
 
-    The files hold the same rows in both forms, so that a block of rows is all that is ever in memory.
+    All forms store the same rows, so only one block of rows is in memory at a time.
 
     Args:
-        checkpoint: stays open until all is written.
-        config: of the model; the checkpoint is checked against it here.
-        format: whose names the tensors get.
-        dtype: the type to write; None: each tensor's own. A_log, dt_bias and D are never narrowed by it.
-        allow_non_finite: take NaN and infinite values; else they are refused when they are met.
+        checkpoint: must stay open until all tensors are written.
+        config: the model config, against which the checkpoint is checked.
+        format: form of the checkpoint to write, which decides the tensor names.
+        dtype: dtype to write; never narrows A_log, dt_bias and D. None: each tensor's own.
+        allow_non_finite: accept NaN and infinite values; False: raise CheckpointError while writing them.
 
     Raises:
-        CheckpointError: tensors that do not fit the config; lists every problem.
+        CheckpointError: tensors that do not match the config; lists every problem.
     """
     plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
     outgoing = []
@@ -98,7 +98,7 @@ def convertible_weights(
 
 
 def check_dtype(dtype: DTypeLike) -> np.dtype:
-    """Return a type that weights can be stored in."""
+    """Return `dtype` as a numpy dtype, or raise ValueError if weights cannot be stored in it."""
     checked = np.dtype(jnp.dtype(dtype))
     if checked not in FLOAT_DTYPES.values():
         names = ", ".join(sorted(dtype.name for dtype in FLOAT_DTYPES.values()))
@@ -107,7 +107,7 @@ def check_dtype(dtype: DTypeLike) -> np.dtype:
 
 
 def target_dtype(stored: StoredTensor, own: np.dtype, wanted: np.dtype) -> np.dtype:
-    """Choose the type to write a tensor in: the wanted one, never narrower than what must stay precise."""
+    """Return the dtype to write: `wanted`, but for A_log, dt_bias and D no narrower than `own`."""
     precise = any(leaf.keep_precision for leaf in stored.leaves)
     return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
 
@@ -126,12 +126,12 @@ def _check_paths(arrays: Mapping[str, jax.Array], wanted: Mapping[str, tuple[int
 
 
 def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callable[[], Iterator[np.ndarray]]:
-    """Make the function that yields a stored tensor's rows, block by block, from its leaves."""
+    """Return a generator function that yields a stored tensor's rows in blocks, taken from its leaves."""
 
     def blocks() -> Iterator[np.ndarray]:
         scratch = Scratch()
         for leaf in stored.leaves:
-            rows = leaf.as_rows(np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, numbers per row)
+            rows = leaf.as_rows(np.ascontiguousarray(fetch(arrays[leaf.path])))  # (rows, elements per row)
             step = max(1, _BLOCK_BYTES // max(1, rows.shape[1] * rows.itemsize))
             for row in range(0, len(rows), step):
                 block = scratch.take("block", rows[row : row + step].shape, rows.dtype)

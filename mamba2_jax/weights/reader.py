@@ -1,11 +1,11 @@
-"""Safe, lazy reading of checkpoints: one file, or shards named by an index; safetensors or PyTorch's own.
+"""Read checkpoints lazily and safely: one file, or an index and its shards, in safetensors or PyTorch format.
 
-Opening reads and checks the headers only. Tensors are then read in blocks of rows, so that what is in
-memory at once is one block, whatever a header declares. The files are read, not mapped: a file that is cut
-under the reader then raises an error, where touching a mapped page would kill the process (SIGBUS).
+Opening reads and checks headers only. Tensors are then read in blocks of stored rows, so that only one block
+is in memory, whatever a header declares. Files are read, not memory-mapped: a file truncated meanwhile raises
+an error, where touching a page of an mmap would kill the process (SIGBUS).
 
-Beyond what the `safetensors` library refuses, this reader refuses duplicate names, anything that is not a
-regular file, names and links that lead out of the folder, and an index that disagrees with its shards.
+Beyond what the `safetensors` library refuses, this reader refuses duplicate names, anything but regular
+files, names and links that lead out of the folder, and an index that disagrees with its shards.
 
 >>> from pathlib import Path
 >>> import mamba2_jax.weights as weights
@@ -21,17 +21,16 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from mamba2_jax.files import WEIGHT_FILES, WeightFiles
 from mamba2_jax.weights.files import (
-    MAX_JSON_BYTES,
     CheckpointError,
     open_regular,
-    parse_json,
     read_exactly,
+    read_json_inside,
     resolve_inside,
     show,
     will_read,
@@ -40,29 +39,13 @@ from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
 from mamba2_jax.weights.torch_file import read_torch_header
 from mamba2_jax.weights.uncached import bypass_cache, read_uncached
 
-
-@dataclass(frozen=True)
-class Form:
-    """How one kind of checkpoint names its files: one for all tensors, or an index and shards."""
-
-    single: str
-    index: str
-    suffix: str  # of every shard
-
-
-# The first that a folder has is read. Codestral ships its weights in the first and in the second form.
-FORMS = (
-    Form("model.safetensors", "model.safetensors.index.json", ".safetensors"),  # transformers
-    Form("consolidated.safetensors", "consolidated.safetensors.index.json", ".safetensors"),  # Mistral
-    Form("pytorch_model.bin", "pytorch_model.bin.index.json", ".bin"),  # state-spaces, and older transformers
-)
 _BLOCK_BYTES = 4 << 20
-# Letters that mean one file of this folder on every system: no separator, no drive, no leading dot.
+# Names that denote a file of this folder on every operating system: no separator, no drive, no leading dot.
 _PLAIN_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]{0,250}")
 
 
 class Checkpoint:
-    """An open checkpoint: what it holds (`tensors`, by stored name), and its numbers block by block.
+    """An open checkpoint: headers in `tensors`, by stored name, and data block by block.
 
     Made by `open_checkpoint`; a context manager that closes the files.
     """
@@ -75,31 +58,31 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The files that hold the tensors."""
+        """Paths of the open files."""
         return tuple(self._files)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors together."""
+        """Total size of all tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
 
     def blocks(
         self, name: str, first_row: int = 0, last_row: int | None = None, block_bytes: int = _BLOCK_BYTES
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Read rows `first_row` to `last_row` (exclusive) of a tensor, a few at a time.
+        """Read the stored rows `first_row` to `last_row` (exclusive) of a tensor in blocks.
 
         Args:
-            name: stored name; its type must be one of `FLOAT_DTYPES`.
+            name: stored name of a tensor whose dtype is in `FLOAT_DTYPES`.
             first_row: first index along the tensor's first axis.
-            last_row: one past the last index; None is the end.
-            block_bytes: the largest block, or one row where a row is larger.
+            last_row: one past the last index; None: the end.
+            block_bytes: maximum size of a block, which has at least one row.
 
         Yields:
-            `(row, block)`: `block` is `(rows, ...)` in the stored type, beginning at `row`. It is a buffer
-            that the next step overwrites: copy what you keep.
+            `(row, block)`: `block` is `(rows, ...)` in the stored dtype and begins at `row`. The buffer is
+            reused: copy `block` to keep it beyond the next step.
 
         Raises:
-            CheckpointError: the type is not a float's, or the file ends before the tensor does.
+            CheckpointError: not a float dtype, or the file ends before the tensor does.
         """
         info = self.tensors[name]
         dtype = _float_dtype(info)
@@ -118,13 +101,12 @@ class Checkpoint:
             yield row, block
 
     def read_rows(self, name: str, first_row: int, out: np.ndarray, first_column: int = 0) -> None:
-        """Fill a contiguous array `(rows, ...)` of the stored type with rows from `first_row` on.
+        """Fill a contiguous array `(rows, ...)` of the stored dtype with stored rows from `first_row`.
 
-        Of each row it takes as many numbers as a row of `out` has, from `first_column` on, and nothing else
-        is read. Threads may share this.
+        Reads only the columns that fit a row of `out`, from `first_column`. Thread-safe.
 
         Raises:
-            CheckpointError: the type is not a float's, or the file ends before the rows do.
+            CheckpointError: not a float dtype, or the file ends before the rows do.
         """
         info = self.tensors[name]
         itemsize = _float_dtype(info).itemsize
@@ -142,28 +124,28 @@ class Checkpoint:
             start += row_bytes
 
     def will_read(self, name: str) -> None:
-        """Tell the system that this tensor is read next."""
+        """Ask the kernel to prefetch a tensor into the page cache; does nothing after `bypass_cache`."""
         info = self.tensors[name]
         if info.file not in self._uncached:
             will_read(self._files[info.file], info.start, info.nbytes)
 
     def bypass_cache(self) -> bool:
-        """Read past the system's cache from now on, files that allow it; whether all do.
+        """Bypass the page cache for all later reads of files that allow it; return whether all do.
 
-        For weights that would not fit into memory twice: cached, they would push out what else is there, and
-        each page would be cleared and copied once more.
+        For weights that would not fit into memory twice: cached, they would evict other pages, and each page
+        would be cleared and copied once more.
         """
         self._uncached = {path for path, file in self._files.items() if bypass_cache(file)}
         return len(self._uncached) == len(self._files)
 
     def read(self, name: str) -> np.ndarray:
-        """Read one whole tensor into a new array of the stored type."""
+        """Read a whole tensor into a new array of the stored dtype."""
         info = self.tensors[name]
         whole = [block for _, block in self.blocks(name, block_bytes=max(1, info.nbytes))]
         return whole[0].reshape(info.shape) if whole else np.empty(info.shape, FLOAT_DTYPES[info.dtype])
 
     def close(self) -> None:
-        """Close the files; the descriptions stay."""
+        """Close the files; `tensors` stays valid."""
         for file in self._files.values():
             file.close()
 
@@ -174,7 +156,7 @@ class Checkpoint:
         self.close()
 
     def _add_file(self, path: Path, target: Path) -> dict[str, TensorInfo]:
-        """Open one file, keep it open under the name `path`, and return its checked header."""
+        """Open the file `target`, register it under `path`, and return its checked header."""
         file = open_regular(path, target)
         try:
             header = (
@@ -194,24 +176,25 @@ def _float_dtype(info: TensorInfo) -> np.dtype:
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
-    """Open the checkpoint in a folder and check every header; no tensor is read.
+    """Open the checkpoint in a folder and check every header, without reading tensors.
 
     Args:
-        folder: holds the files of one of `FORMS`. Of several the first is read, and of one form the index.
+        folder: holds weight files of a kind in `files.WEIGHT_FILES`. The first kind found is read, and its
+            index rather than its single file.
 
     Returns:
         A `Checkpoint`; use it in a `with` statement.
 
     Raises:
-        CheckpointError: nothing there to read, or a file or index that is broken; lists every problem.
-        ImportError: a `.bin` file without PyTorch 2.10 or newer.
+        CheckpointError: no weights, or a broken file or index; lists every problem.
+        ImportError: a `.bin` file needs PyTorch 2.10 or newer, which is missing.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(folder, ["not a folder; give the folder that holds the checkpoint's files"])
     form = find_form(folder)
     if form is None:
-        names = ", ".join(form.single for form in FORMS)
+        names = ", ".join(form.single for form in WEIGHT_FILES)
         raise CheckpointError(folder, [f"holds no weights: neither {names}, nor the index of one"])
     checkpoint = Checkpoint(folder)
     try:
@@ -227,19 +210,21 @@ def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:
 
 
 def open_file(folder: str | os.PathLike[str], name: str) -> Checkpoint:
-    """Open one safetensors file of a folder, such as an adapter's, as `open_checkpoint` opens the model's."""
+    """Open one safetensors file of a folder, such as an adapter, with the checks of `open_checkpoint`."""
     folder = Path(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.tensors = checkpoint._add_file(folder / name, resolve_inside(folder, name))
     return checkpoint
 
 
-def find_form(folder: Path) -> Form | None:
-    """Return the form of the weights that a folder holds, None if it holds none."""
-    return next((f for f in FORMS for name in (f.index, f.single) if os.path.lexists(folder / name)), None)
+def find_form(folder: Path) -> WeightFiles | None:
+    """Return the kind of the weight files in a folder, or None if it has no weights."""
+    return next(
+        (f for f in WEIGHT_FILES for name in (f.index, f.single) if os.path.lexists(folder / name)), None
+    )
 
 
-def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
+def _open_sharded(checkpoint: Checkpoint, form: WeightFiles) -> None:
     """Read the index, then the header of every shard it names, and check that they agree."""
     folder = checkpoint.folder
     weight_map = _read_index(folder, form.index)
@@ -251,7 +236,7 @@ def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
     ]
     if problems:
         raise CheckpointError(folder, problems)
-    found: dict[str, list[str]] = {}  # tensor -> the shards whose header has it
+    found: dict[str, list[str]] = {}  # tensor name -> the shards whose header lists it
     for shard in sorted(set(weight_map.values())):
         try:
             header = checkpoint._add_file(folder / shard, resolve_inside(folder, shard))
@@ -278,15 +263,9 @@ def _open_sharded(checkpoint: Checkpoint, form: Form) -> None:
 
 
 def _read_index(folder: Path, name: str) -> dict[str, str]:
-    """Return the index's map from tensor name to shard name, its types checked."""
+    """Read the index file; return its type-checked map from tensor name to shard name."""
     path = folder / name
-    with open_regular(path, resolve_inside(folder, name)) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > MAX_JSON_BYTES:
-            raise CheckpointError(path, [f"{size} bytes; an index of more than {MAX_JSON_BYTES} is not read"])
-        text = bytearray(size)
-        read_exactly(file, path, 0, text, "the index")
-    index = parse_json(text, path, "the index")
+    index = read_json_inside(folder, name, "the index")
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(path, ["has no 'weight_map' from tensor names to file names"])

@@ -1,4 +1,4 @@
-"""What a load tells the user: a bar while it runs, a summary when it is done."""
+"""Report the loading of weights: a progress bar and a summary."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -11,19 +11,19 @@ from rich.console import Console
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did; `str()` is its one-line summary, followed by the notes.
+    """Summary of a `load_weights` call; `str()` gives one line, followed by the notes.
 
     Args:
-        source: the folder.
+        source: the checkpoint folder.
         files: the files read.
-        tensors: how many stored tensors the model took.
-        parameters: how many numbers they hold; a tied head counts once.
-        bytes: their size in the files.
-        dtypes: parameters by stored type.
-        stored_dtypes: type of each stored tensor, by its canonical name.
-        param_dtypes: parameters by the type they have now.
-        seconds: from opening to the last array in place.
-        notes: what a user may want to know, one line each.
+        tensors: number of stored tensors loaded.
+        parameters: number of elements in these tensors; a tied head counts once.
+        bytes: size of these tensors in the files.
+        dtypes: number of parameters by stored dtype.
+        stored_dtypes: stored dtype by canonical tensor name.
+        param_dtypes: number of parameters by dtype in memory.
+        seconds: time from opening the files until the last array is on its devices.
+        notes: messages for the user, one line each.
     """
 
     source: Path
@@ -38,7 +38,7 @@ class LoadReport:
     notes: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
-        """Summarise: tensors, parameters, bytes, dtype, seconds, speed, source."""
+        """Format tensors, parameters, bytes, dtypes, seconds, speed and source in a line, then the notes."""
         dtype = " + ".join(self.dtypes)
         if self.param_dtypes.keys() != self.dtypes.keys():
             dtype += f" as {' + '.join(self.param_dtypes)}"
@@ -53,7 +53,7 @@ class LoadReport:
 
 @contextlib.contextmanager
 def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int], object]]:
-    """Yield a function that advances a bar of `total` bytes, or does nothing."""
+    """Yield a function that advances a progress bar of `total` bytes; it does nothing unless `shown`."""
     if not shown:
         yield lambda count: None
         return
@@ -64,7 +64,7 @@ def progress_bar(label: str, total: int, shown: bool) -> Iterator[Callable[[int]
 
 
 def _scaled(number: float) -> str:
-    """Write a count with a decimal prefix: 1.9 M, 3.8 G."""
+    """Format a count with a decimal prefix: 1.9 M, 3.8 G."""
     for prefix, unit in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= unit:
             return f"{number / unit:.1f} {prefix}"

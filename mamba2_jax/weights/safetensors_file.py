@@ -1,4 +1,4 @@
-"""Writing safetensors files as the tensors come, a block of rows at a time."""
+"""Write safetensors files by streaming each tensor in blocks of rows."""
 
 import json
 import os
@@ -8,23 +8,25 @@ from pathlib import Path
 
 import numpy as np
 
+from mamba2_jax.files import WEIGHT_FILES
 from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.values import cast
 
-INDEX_NAME, SINGLE_NAME = "model.safetensors.index.json", "model.safetensors"
+FILES = WEIGHT_FILES[0]  # transformers' names
 _NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
 class Outgoing:
-    """A tensor on its way into a file.
+    """A tensor to write: stored name, shape and dtype, and a function that yields its data.
 
     Args:
-        name: the name it gets.
-        shape: its shape in the file.
-        dtype: its type in the file; the blocks are cast to it.
-        blocks: called once, when its turn comes; yields its rows in order. A block may be overwritten after.
+        name: stored name.
+        shape: stored shape.
+        dtype: stored dtype, to which the blocks are cast.
+        blocks: yields the stored rows in order, in blocks whose buffer may be reused for the next one; called
+            once, when the tensor is written.
     """
 
     name: str
@@ -34,14 +36,14 @@ class Outgoing:
 
     @property
     def nbytes(self) -> int:
-        """Bytes it takes in the file."""
+        """Size of the tensor in the file, in bytes."""
         return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
 
     def stored_blocks(self) -> Iterator[np.ndarray]:
-        """Yield contiguous blocks in the file's type.
+        """Yield contiguous blocks, cast to the stored dtype.
 
         Raises:
-            ValueError: a value is too large for that type.
+            ValueError: a finite value overflows the stored dtype.
         """
         for block in self.blocks():
             stored, overflown = cast(block, self.dtype)
@@ -59,35 +61,35 @@ def write_safetensors(
     max_shard_size: int,
     advance: Callable[[int], object] = lambda count: None,
 ) -> None:
-    """Write `model.safetensors`, or shards and their index when the tensors take more than one file.
+    """Write `model.safetensors`, or shards and an index file if the tensors need several files.
 
     Args:
-        folder: where.
-        tensors: in the order they are written.
-        max_shard_size: bytes of tensors per file; a larger tensor gets a file for itself.
+        folder: an existing folder.
+        tensors: assigned to shards in this order; inside a file the widest dtype is first.
+        max_shard_size: bytes of tensors per shard; a larger tensor gets a shard for itself.
         advance: called with the number of bytes after each block.
     """
     shards = _split(tensors, max_shard_size)
     if len(shards) == 1:
-        _write_file(folder / SINGLE_NAME, shards[0], advance)
+        _write_file(folder / FILES.single, shards[0], advance)
         return
     weight_map = {}
     for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        name = FILES.shard(number, len(shards))
         _write_file(folder / name, shard, advance)
         weight_map |= {tensor.name: name for tensor in shard}
     total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    write_json(folder / INDEX_NAME, index)
+    write_json(folder / FILES.index, index)
 
 
 def file_order(tensors: Sequence[Outgoing], max_shard_size: int) -> list[Outgoing]:
-    """List the tensors in the order in which `write_safetensors` asks for their blocks."""
+    """Return the tensors in the order in which `write_safetensors` writes them."""
     return [tensor for shard in _split(tensors, max_shard_size) for tensor in _widest_first(shard)]
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Write a JSON file as transformers does, down to the disk."""
+    """Write a JSON file with the indentation of transformers, and fsync it."""
     with open(path, "w", encoding="utf-8") as file:
         file.write(json.dumps(content, indent=2) + "\n")
         file.flush()
@@ -95,13 +97,13 @@ def write_json(path: Path, content: dict) -> None:
 
 
 def parse_size(size: int | str) -> int:
-    """Read a number of bytes, or text such as "5GB" (decimal units, as on the hub).
+    """Parse a size in bytes: an integer, or text such as "5GB" (decimal units, as on the hub).
 
     >>> parse_size("1.5GB")
     1500000000
 
     Raises:
-        ValueError: neither.
+        ValueError: `size` is neither.
     """
     text = str(size).strip().upper()
     unit = text.lstrip("0123456789.")
@@ -115,7 +117,7 @@ def parse_size(size: int | str) -> int:
 
 
 def _split(tensors: Sequence[Outgoing], max_shard_size: int) -> list[list[Outgoing]]:
-    """Fill files in order, each up to the limit."""
+    """Group the tensors, in order, into shards of at most `max_shard_size` bytes."""
     shards, size = [[]], 0
     for tensor in tensors:
         if shards[-1] and size + tensor.nbytes > max_shard_size:
@@ -127,9 +129,9 @@ def _split(tensors: Sequence[Outgoing], max_shard_size: int) -> list[list[Outgoi
 
 
 def _write_file(path: Path, tensors: Sequence[Outgoing], advance: Callable[[int], object]) -> None:
-    """Write the header, then the tensors' bytes without gaps; the widest type first keeps all aligned."""
+    """Write one file: header, then tensors without gaps, the widest dtype first so that all are aligned."""
     tensors = _widest_first(tensors)
-    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers wants to see it
+    header: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers requires it
     end = 0
     for tensor in tensors:
         start, end = end, end + tensor.nbytes
@@ -149,7 +151,7 @@ def _widest_first(tensors: Sequence[Outgoing]) -> list[Outgoing]:
 
 
 def write_blocks(file, tensor: Outgoing, advance: Callable[[int], object]) -> None:
-    """Append a tensor's bytes to an unbuffered file."""
+    """Write the bytes of a tensor at the current position of an unbuffered file."""
     written = 0
     for block in tensor.stored_blocks():
         left = block.view(np.uint8).reshape(-1).data

@@ -1,4 +1,4 @@
-"""Which rows and columns of a stored tensor this process holds, and the memory that they are read into."""
+"""Map the shards of a leaf to stored rows and columns, and allocate their host memory."""
 
 import bisect
 import math
@@ -14,21 +14,21 @@ from mamba2_jax.weights.plan import show_shape
 from mamba2_jax.weights.table import Leaf
 
 Placement = Sharding | jax.Device | None
-"""Where an array goes; None is JAX's default device."""
+"""Sharding or device of an array; None: JAX's default device."""
 
-_ALIGNMENT = 64  # JAX on CPU takes an aligned host array as it is, without a second copy
+_ALIGNMENT = 64  # bytes; JAX on CPU takes over an aligned host array without a copy
 
 
 @dataclass(frozen=True)
 class Shard:
-    """A part of a leaf, in host memory, and the devices of this process that want it.
+    """One shard of a leaf in host memory, and the devices of this process that store it.
 
     Args:
-        array: of the part's shape, in the model's layout.
-        rows_view: the same memory as `(rows, numbers per row)`, as the file orders them.
-        runs: the part's rows of the leaf, as runs of neighbours, in the order of `rows_view`.
-        columns: its numbers of each row.
-        devices: where it goes.
+        array: the shard, in the model's layout.
+        rows_view: the same memory as `(rows, columns)`, in the order of the stored rows.
+        runs: the leaf's stored rows that the shard holds, as contiguous ranges in the order of `rows_view`.
+        columns: range of the columns that the shard holds of each stored row.
+        devices: the devices that store the shard.
     """
 
     array: np.ndarray
@@ -46,7 +46,7 @@ class Shard:
         return np.cumsum([0, *map(len, self.runs)]).tolist()
 
     def place_of(self, rows: range) -> slice | None:
-        """Where in `rows_view` a run of the leaf's rows is; None: it has none of them."""
+        """Return the slice of `rows_view` that holds a range of stored rows; None if the shard lacks them."""
         index = bisect.bisect_right(self._starts, rows.start) - 1
         if index < 0 or rows.start >= self.runs[index].stop:
             return None
@@ -55,10 +55,10 @@ class Shard:
 
 
 def shards_of(leaf: Leaf, dtype: np.dtype, placement: Placement) -> list[Shard]:
-    """Allocate the parts of a leaf that this process's devices hold, each once.
+    """Allocate the shards of a leaf that devices of this process hold; replicas share one `Shard`.
 
     Raises:
-        ValueError: a sharding that does not divide the leaf.
+        ValueError: the sharding does not divide the shape of the leaf.
     """
     if not isinstance(placement, Sharding):
         return [_shard(leaf, dtype, tuple(slice(None) for _ in leaf.shape), ())]
@@ -79,7 +79,7 @@ def shards_of(leaf: Leaf, dtype: np.dtype, placement: Placement) -> list[Shard]:
 
 
 def blocks_of(shards: list[Shard], rows: int) -> list[range]:
-    """Cut the rows that some shard has into runs of at most so many, each whole in a shard or outside it."""
+    """Split the rows held by any shard into ranges of at most `rows`, none partly inside a shard."""
     borders = sorted({edge for shard in shards for run in shard.runs for edge in (run.start, run.stop)})
     return [
         range(first, min(first + rows, stop))
@@ -109,7 +109,7 @@ def _shard(leaf: Leaf, dtype: np.dtype, index: tuple[slice, ...], devices: tuple
 
 
 def _count_row_axes(leaf: Leaf, count: int) -> int:
-    """How many of a leaf's axes are the stored tensor's rows."""
+    """Count the axes of a leaf that together index its `count` stored rows."""
     sizes = leaf.shape[::-1] if leaf.rows_last else leaf.shape
     product, axes = 1, 0
     while product < count:
@@ -119,13 +119,13 @@ def _count_row_axes(leaf: Leaf, count: int) -> int:
 
 
 def _runs(rows: np.ndarray) -> tuple[range, ...]:
-    """Write increasing numbers as runs of neighbours."""
+    """Convert increasing row numbers to contiguous ranges."""
     breaks = np.flatnonzero(np.diff(rows) != 1) + 1
     return tuple(range(int(run[0]), int(run[-1]) + 1) for run in np.split(rows, breaks) if len(run))
 
 
 def _aligned_empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Allocate an array that JAX on CPU can take over without a copy."""
+    """Allocate a host array aligned so that JAX on CPU takes it over without a copy."""
     nbytes = math.prod(shape) * dtype.itemsize
     buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     offset = -buffer.ctypes.data % _ALIGNMENT

@@ -1,10 +1,10 @@
-"""PyTorch's own files (`torch.save`): a zip whose `data.pkl` describes tensors over raw records.
+"""Read and write PyTorch files (`torch.save`): a zip whose `data.pkl` describes tensors over raw records.
 
-The only module that imports torch. A pickle can name any function to be called, so a file is looked at three
-times before it is believed: the zip's directory (nothing compressed, nothing outside the file), the opcodes
-of the pickle (no name but those of plain tensors), and `torch.load(weights_only=True)`. That load makes
-tensors without numbers (on the device "meta"), so that nothing is allocated at the size that a file claims.
-The numbers are then read from where they lie in the file, as those of a safetensors file are.
+The only module that imports torch. A pickle can call any function, so a file passes three checks before any
+data is read: the zip directory (nothing compressed, nothing outside the file), the opcodes of the pickle
+(globals of plain tensors only), and `torch.load(weights_only=True)`. That load builds tensors without data
+(on the device "meta"), so that nothing is allocated at the size that a file declares. The data is then read
+from its byte range in the file, as for safetensors.
 """
 
 import io
@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mamba2_jax.files import first_line
 from mamba2_jax.weights.files import MAX_JSON_BYTES, CheckpointError, read_exactly, show
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.safetensors_file import Outgoing, write_blocks
@@ -35,7 +36,7 @@ _STORAGES = (
     *("Char", "Byte", "Short", "Int", "Long", "Bool"),
 )
 _PLAIN_GLOBALS |= {f"torch {name}Storage" for name in _STORAGES}
-# Opcodes that make objects by other ways than a GLOBAL; a state dict has none of them.
+# Opcodes that make objects without a GLOBAL; a state dict has none of them.
 _OTHER_WAYS = {"STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4", "NEXT_BUFFER"}
 _DTYPES = {
     **{"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "complex64": "C64"},
@@ -44,10 +45,10 @@ _DTYPES = {
 
 
 def import_torch(purpose: str) -> ModuleType:
-    """Return torch, or say how to install it.
+    """Import torch; an ImportError tells that `purpose` needs it and how to install it.
 
     Raises:
-        ImportError: it is missing or too old.
+        ImportError: torch is missing or older than `MINIMUM_TORCH`.
     """
     try:
         import torch
@@ -55,25 +56,25 @@ def import_torch(purpose: str) -> ModuleType:
     except ImportError as error:
         raise ImportError(f"{purpose} needs PyTorch: {INSTALL_TORCH}") from error
     version = torch.__version__
-    if TorchVersion(version) < MINIMUM_TORCH:  # in older ones weights_only stops less
+    if TorchVersion(version) < MINIMUM_TORCH:  # older ones: weights_only blocks less
         raise ImportError(f"{purpose} needs PyTorch {MINIMUM_TORCH} or newer, not {version}: {INSTALL_TORCH}")
     return torch
 
 
 def read_torch_header(file: io.FileIO, path: Path, target: Path) -> dict[str, TensorInfo]:
-    """Describe the tensors of a `.bin` file.
+    """Check a `.bin` file and describe its tensors, without reading their data.
 
     Args:
-        file: the file, open.
+        file: the open file.
         path: its name in messages.
-        target: where it lies.
+        target: its path with links resolved, for `torch.load`.
 
     Returns:
-        The tensors by name; the bytes of two may be the same (a tied head).
+        The tensors by name; two may share the same bytes (a tied head).
 
     Raises:
         CheckpointError: not a state dict of plain tensors; lists every problem.
-        ImportError: no torch, or one that is too old.
+        ImportError: torch is missing or too old.
     """
     records = _read_records(file, path)
     _check_byte_order(file, path, records)
@@ -93,13 +94,13 @@ def read_torch_header(file: io.FileIO, path: Path, target: Path) -> dict[str, Te
 
 
 class _Bounded:
-    """What `zipfile` may read of a file: never more than a header's worth at once."""
+    """File wrapper for `zipfile` that refuses reads of more than `MAX_JSON_BYTES`."""
 
     def __init__(self, file: io.FileIO):
         self.seek, self.tell, self._read = file.seek, file.tell, file.read
 
     def read(self, count: int = -1) -> bytes:
-        """Read up to `count` bytes, or refuse."""
+        """Read up to `count` bytes, or all if negative; raise BadZipFile above the limit."""
         here = self.tell()
         left = self.seek(0, os.SEEK_END) - here
         self.seek(here)
@@ -110,9 +111,9 @@ class _Bounded:
 
 
 def _read_records(file: io.FileIO, path: Path) -> dict[str, tuple[int, int]]:
-    """Read the zip's directory; return where each record's bytes begin and how many there are.
+    """Read and check the zip directory; return `(start, size)` in bytes of each record by name.
 
-    Names lose the archive's own in front: `data.pkl`, `data/0`.
+    The archive's name is removed from the front of each record name: `data.pkl`, `data/0`.
     """
     size = os.fstat(file.fileno()).st_size
     try:
@@ -149,7 +150,7 @@ def _read_records(file: io.FileIO, path: Path) -> dict[str, tuple[int, int]]:
 
 
 def _record_start(file: io.FileIO, path: Path, entry: zipfile.ZipInfo) -> int:
-    """Find where a record's bytes begin: after its local header and that one's name and padding."""
+    """Return the byte offset of a record's data, behind its local header, name and padding."""
     header = bytearray(30)
     read_exactly(file, path, entry.header_offset, header, f"record {show(entry.filename)}")
     if header[:4] != b"PK\x03\x04":
@@ -163,7 +164,7 @@ def _record_start(file: io.FileIO, path: Path, entry: zipfile.ZipInfo) -> int:
 
 
 def _check_pickle(file: io.FileIO, path: Path, records: dict[str, tuple[int, int]]) -> None:
-    """Read the pickle's opcodes, which runs nothing, and refuse every name that is not a plain tensor's."""
+    """Scan the opcodes of the pickle without executing it; refuse all but those of plain tensors."""
     start, size = records["data.pkl"]
     if size > MAX_JSON_BYTES:
         raise CheckpointError(path, [f"data.pkl has {size} bytes; at most {MAX_JSON_BYTES} are read"])
@@ -176,7 +177,7 @@ def _check_pickle(file: io.FileIO, path: Path, records: dict[str, tuple[int, int
                 found.add(str(argument).replace(" ", "."))
             elif opcode.name in _OTHER_WAYS:
                 found.add(f"an object made by {opcode.name}")
-    except Exception as error:  # pickletools raises what its parsing meets: ValueError, struct's, decoding
+    except Exception as error:  # pickletools lets any parsing error through: ValueError, struct's, decoding
         raise CheckpointError(path, [f"data.pkl is not a pickle: {show(str(error))}"]) from None
     if found:
         names = ", ".join(show(name) for name in sorted(found)[:5])
@@ -198,18 +199,18 @@ def _check_byte_order(file: io.FileIO, path: Path, records: dict[str, tuple[int,
 
 
 def _load_descriptions(torch: ModuleType, path: Path, target: Path) -> dict[str, Any]:
-    """Let torch make the state dict, without any of its numbers."""
+    """Load the state dict with torch, its tensors without data."""
     try:
         loaded = torch.load(str(target), weights_only=True, mmap=True, map_location="meta")
         found = [t for t in loaded.values() if type(t) is torch.Tensor] if isinstance(loaded, dict) else []
         if any(getattr(t.untyped_storage(), "_checkpoint_offset", None) is None for t in found):
-            # PyTorch 2.10 says where the bytes lie only in this mode, which takes seconds to start
+            # PyTorch 2.10 records byte offsets only in this mode, which takes seconds to start
             from torch._subclasses.fake_tensor import FakeTensorMode
 
             with FakeTensorMode():
                 loaded = torch.load(str(target), weights_only=True, mmap=True)
-    except Exception as error:  # torch raises whatever the broken pickle made it meet
-        reason = (str(error).strip().splitlines() or [""])[0]
+    except Exception as error:  # a broken pickle can raise anything in torch
+        reason = first_line(error)
         raise CheckpointError(
             path, [f"torch.load(weights_only=True) refuses it ({type(error).__name__}: {show(reason)})"]
         ) from None
@@ -220,7 +221,7 @@ def _load_descriptions(torch: ModuleType, path: Path, target: Path) -> dict[str,
 
 
 def _describe(torch: ModuleType, name: object, tensor: Any, path: Path, starts: dict[int, int]) -> TensorInfo:
-    """Check that a tensor is a plain block of numbers inside one record, and say where it lies."""
+    """Check that a tensor is contiguous inside one record of `starts`, and return its byte range."""
     if not isinstance(name, str):
         raise ValueError(f"its name is a {type(name).__name__}, want text")
     if not isinstance(tensor, torch.Tensor):
@@ -245,20 +246,20 @@ def _describe(torch: ModuleType, name: object, tensor: Any, path: Path, starts: 
 def write_torch(
     path: Path, tensors: Sequence[Outgoing], aliases: dict[str, str], advance: Callable[[int], object]
 ) -> None:
-    """Write a state dict as `torch.save` does, a block of rows at a time.
+    """Write a state dict in the format of `torch.save`, streaming blocks of rows.
 
-    torch writes the pickle and the zip, and leaves the records empty (`skip_data`; it asks for address space
-    of the tensors' size, never for memory). They are filled here, where the file's own description says that
-    they lie. The zip's check sums stay 0: torch.load does not look at them.
+    torch writes the pickle and the zip with empty records (`skip_data`, which reserves address space of the
+    tensors' size, but no memory). The records are then filled at the offsets read back from the file. The
+    zip checksums stay 0, since torch.load ignores them.
 
     Args:
-        path: the file to make.
-        tensors: in the order they are written.
-        aliases: more names -> the tensor that they share (a tied head).
+        path: the file to write.
+        tensors: the tensors, in the order to write.
+        aliases: further name -> name of the tensor whose storage it shares (a tied head).
         advance: called with the number of bytes after each block.
 
     Raises:
-        ImportError: no torch, or one that is too old.
+        ImportError: torch is missing or too old.
     """
     torch = import_torch(f"{path.name}: a PyTorch file")
     state = {

@@ -1,4 +1,4 @@
-"""Reading past the system's cache, for files larger than the memory that is free."""
+"""Read files with O_DIRECT, bypassing the page cache, when they are large relative to free memory."""
 
 import io
 import mmap
@@ -10,11 +10,11 @@ import numpy as np
 
 from mamba2_jax.weights.files import CheckpointError, cut_short
 
-_UNCACHED_BYTES = 4 << 20  # that a thread reads at once past the cache
+_UNCACHED_BYTES = 4 << 20  # largest read of a thread
 
 
 class _Pages(threading.local):
-    """Memory of each thread that begins at a page, as uncached reads want it."""
+    """Page-aligned buffer of each thread, as O_DIRECT requires."""
 
     def __init__(self):
         self.view = memoryview(mmap.mmap(-1, _UNCACHED_BYTES + mmap.PAGESIZE))
@@ -24,7 +24,7 @@ _PAGES = _Pages()
 
 
 def bypass_cache(file: io.FileIO) -> bool:
-    """Have this file read past the system's cache, by `read_uncached` alone; False where that cannot be."""
+    """Switch an open file to O_DIRECT, for `read_uncached` only; return False where that is unsupported."""
     try:
         import fcntl
 
@@ -34,14 +34,14 @@ def bypass_cache(file: io.FileIO) -> bool:
         return False
     try:
         os.preadv(file.fileno(), [_PAGES.view[: mmap.PAGESIZE]], 0)
-    except OSError:  # promised, and refused: wants larger pages
+    except OSError:  # flag accepted, read refused: larger alignment required
         fcntl.fcntl(file, fcntl.F_SETFL, flags)
         return False
     return True
 
 
 def read_uncached(file: io.FileIO, path: Path, offset: int, out: np.ndarray, what: str) -> None:
-    """`read_exactly` for a file after `bypass_cache`: by whole pages, a few megabytes at a time."""
+    """Fill `out` as `read_exactly` does, from a file after `bypass_cache`, in reads of whole pages."""
     out = out.view(np.uint8).reshape(-1)
     for start in range(0, len(out), _UNCACHED_BYTES):
         piece = out[start : start + _UNCACHED_BYTES]
@@ -62,7 +62,7 @@ def read_uncached(file: io.FileIO, path: Path, offset: int, out: np.ndarray, wha
 
 
 def available_memory() -> int | None:
-    """Bytes that could be allocated without swapping, where the system tells (Linux)."""
+    """Return the bytes that can be allocated without swapping, or None where unknown (not Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,1 +1,1 @@
-"""The scan on Ampere and Ada GPUs, by Triton kernels through jax_triton."""
+"""SSD scan on Ampere and Ada GPUs: Triton kernels, called through jax_triton."""

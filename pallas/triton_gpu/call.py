@@ -1,4 +1,4 @@
-"""The one door to jax_triton: which versions work together, and launching a kernel from JAX."""
+"""The only module that imports jax_triton: version check and launch of Triton kernels from JAX."""
 
 import importlib
 import importlib.metadata
@@ -9,13 +9,13 @@ from typing import Any
 import jax
 from jax import ShapeDtypeStruct
 
-# The combination that is compiled in the tests. jax_triton lives on private parts of jax and triton, so
-# that neighbouring releases break: 0.4.1 fails on jax 0.12, 0.3.1 on triton 3.7.
+# The combination that the tests compile. jax_triton uses private APIs of jax and triton, so that other
+# releases break: 0.4.1 fails on jax 0.12, 0.3.1 on triton 3.7.
 TESTED = {"jax": "0.11.2", "jax-triton": "0.3.1", "triton": "3.6.0"}
 
 
 def missing() -> str | None:
-    """Tell which package is absent or of another version than was tested, and what to install."""
+    """Return why the packages are unusable (absent or untested versions) and what to install, else None."""
     found = {name: _version(name) for name in TESTED}
     if found == TESTED:
         return None
@@ -42,12 +42,12 @@ def launch(
     """Launch a Triton kernel on arrays (and int scalars), inside or outside `jit`.
 
     Args:
-        kernel: a function under `triton.jit`: inputs, then outputs, then constants.
-        inputs: its inputs in order.
-        outputs: shapes and dtypes of its outputs in order; each element must be written by the kernel.
-        grid: programs along the three axes.
+        kernel: a `triton.jit` function whose parameters are inputs, then outputs, then constants.
+        inputs: the inputs in order.
+        outputs: shapes and dtypes of the outputs in order; the kernel must write every element.
+        grid: number of programs along the three grid axes.
         num_warps: warps per program.
-        num_stages: how far loads run ahead in loops.
+        num_stages: pipeline stages of loads in loops (prefetch depth).
         **constants: the kernel's `tl.constexpr` arguments.
     """
     return jax_triton().triton_call(
@@ -62,10 +62,10 @@ def launch(
 
 
 def jax_triton() -> Any:
-    """Import jax_triton, here alone: without a GPU's jaxlib it fails.
+    """Import jax_triton lazily, because the import fails without a GPU build of jaxlib.
 
-    It also empties `TRITON_CACHE_DIR`, with which all other Triton kernels of the process, PyTorch's among
-    them, would stop at "Could not create or locate cache dir". So that is put back.
+    Restores `TRITON_CACHE_DIR`, which the import empties: other Triton kernels of the process, such as
+    PyTorch's, would otherwise fail with "Could not create or locate cache dir".
     """
     variable = "TRITON_CACHE_DIR"
     before = os.environ.get(variable)

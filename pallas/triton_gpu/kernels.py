@@ -1,24 +1,24 @@
-r"""The Triton kernels of the scan: forward walk, backward walk, and the gradients of B, C and the steps.
+r"""Triton kernels of the scan: forward walk, backward walk, and the gradients of B, C, dt, A and D.
 
 A row is cut into chunks of `Q` tokens. `q` is a target token of a chunk, `s` a source token, `u` the log2 of
-the decay from the chunk's start through a token. With the state `h` that enters a chunk,
+the decay from the chunk's start through a token, inclusive. With the state `h` that enters a chunk,
 
 $$M_{qs} = (C_q \cdot B_s)\, 2^{u_q - u_s} dt_s\ (s \le q), \qquad
   y = M x + 2^{u} C h + D x, \qquad h \leftarrow 2^{u_{last}} h + B^\top (2^{u_{last} - u} dt\, x)$$
 
-and with `g`, the gradient of the state that leaves it,
+and with `g`, the gradient of the state that leaves the chunk,
 
 $$dx = M^\top dy + 2^{u_{last} - u} dt\, B g + D\, dy, \qquad
   g \leftarrow 2^{u_{last}} g + C^\top (2^{u} dy)$$
 
-Products take operands in the dtype of x and sum in float32; decays, states and their gradients are float32.
-Pairs of tokens of two documents, and states that would cross from one into another, are masked out.
-No atomics: every number is written once, by one program, so that the results are deterministic.
+Matmuls take operands in the dtype of x and accumulate in float32; decays, states and their gradients are
+float32. Token pairs and states that would cross a document boundary are masked out.
+No atomics: every element is written once, by one program, so the results are deterministic.
 
 Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
 """
 
-# The bodies are Triton's language, and triton is there only where these kernels run.
+# The bodies are Triton code, and triton is installed only where these kernels run.
 # pyright: reportMissingImports=false, reportOperatorIssue=false
 
 import triton
@@ -27,7 +27,7 @@ import triton.language as tl
 
 @triton.jit
 def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.constexpr):
-    """Load dt of a chunk, 0 past the end; and `u`, log2 of the decay since the chunk's start, inclusive."""
+    """Load dt `(Q,)` of a chunk, 0 past the end; return dt, `u = cumsum(dt A log2(e))`, and the last `u`."""
     q = tl.arange(0, Q)
     dt = tl.load(dt_ptr + (row * length + start) * H + head + q * H, mask=q < length - start, other=0.0)
     u = tl.cumsum(dt * (tl.load(A_ptr + head) * 1.4426950408889634), 0)
@@ -36,10 +36,10 @@ def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.const
 
 @triton.jit
 def _log_decays(dt, A):
-    """log2 of the decay from token `s` to token `q`, `(s, q)`, as exact as itself, not as the running sum.
+    """Compute log2 of the decay from token `s` to `q`, `(s, q)`, without cancellation of large sums.
 
-    The sum's multiples of 1/256 are exact, and their differences too; what is left stays small. The gradients
-    of dt and A need it where decay is strong: there they hang on neighbours, far along a large sum.
+    Cumulative sums of the multiples of 1/256 and their differences are exact; the remainders stay small. With
+    strong decay, the gradients of dt and A need this: they depend on small differences of large sums.
     """
     steps = dt * (A * 1.4426950408889634)
     coarse = tl.floor(steps * 256.0) * 0.00390625
@@ -49,7 +49,7 @@ def _log_decays(dt, A):
 
 @triton.jit
 def _documents(doc_ptr, row, start, length, Q: tl.constexpr):
-    """Load the document of each token of a chunk, of its last token, and of the token before the chunk."""
+    """Load document numbers of a chunk's tokens `(Q,)`, its last token, and the token before it (or 1)."""
     q = tl.arange(0, Q)
     row_ptr = doc_ptr + row * length
     documents = tl.load(row_ptr + tl.minimum(start + q, length - 1))
@@ -60,7 +60,7 @@ def _documents(doc_ptr, row, start, length, Q: tl.constexpr):
 
 @triton.jit
 def _tile(ptr, row, start, length, column, STRIDE: tl.constexpr, Q: tl.constexpr, WIDTH: tl.constexpr):
-    """Point at `(Q, WIDTH)`: the tokens of a chunk, from `column` of their `STRIDE` numbers; and its mask."""
+    """Return pointers `(Q, WIDTH)` to a chunk of an array `(b, l, STRIDE)` from `column` on, and a mask."""
     q = tl.arange(0, Q)
     pointers = ptr + (row * length + start) * STRIDE + column + q[:, None] * STRIDE
     return pointers + tl.arange(0, WIDTH)[None, :], (q < length - start)[:, None]
@@ -68,7 +68,7 @@ def _tile(ptr, row, start, length, column, STRIDE: tl.constexpr, Q: tl.constexpr
 
 @triton.jit
 def _state_tile(ptr, index, p0, n0, P: tl.constexpr, N: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr):
-    """Point at `(BP, BN)` of the state `(P, N)` number `index`."""
+    """Return pointers to the tile `(BP, BN)` at `(p0, n0)` of state `index`, of shape `(P, N)`."""
     p, n = p0 + tl.arange(0, BP), n0 + tl.arange(0, BN)
     return ptr + index * (P * N) + p[:, None] * N + n[None, :]
 
@@ -81,10 +81,11 @@ def forward_walk(
     Q: tl.constexpr, BP: tl.constexpr, PIECES: tl.constexpr,
     SEGMENTS: tl.constexpr, WRITE_Y: tl.constexpr, WRITE_ENTERING: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk one piece, `piece_chunks` chunks, of one head, `BP` of its channels, from its entering state.
+    """Loop over the `piece_chunks` chunks of one piece, for `BP` channels of one head, carrying the state.
 
-    Grid: `(b, H * P // BP, PIECES)`. Reads `state (b, PIECES, H, P, N)`; writes `y (b, l, H, P)` if asked,
-    `final (b, PIECES, H, P, N)`, and if asked `entering (b, chunks, H, P, N)`, each chunk's entering state.
+    Grid: `(b, H * P // BP, PIECES)`. Reads `state (b, PIECES, H, P, N)`, which enters each piece; writes
+    `final (b, PIECES, H, P, N)`, with WRITE_Y `y (b, l, H, P)`, and with WRITE_ENTERING
+    `entering (b, chunks, H, P, N)`, the state that enters each chunk.
     """
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head, p0 = tl.program_id(1) // (P // BP), tl.program_id(1) % (P // BP) * BP
@@ -121,7 +122,7 @@ def forward_walk(
             if SEGMENTS:
                 from_start = tl.where(documents == doc_before, from_start, 0.0)
             scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)  # (q, s)
-            # mask before exp2: above the diagonal the difference is positive and overflows
+            # mask before exp2: above the diagonal the difference is positive and exp2 overflows
             decay = tl.exp2(tl.where(pairs, u[:, None] - u[None, :], float("-inf")))
             M = (scores * decay * dt[None, :]).to(x.dtype)
             y = tl.dot(C, tl.trans(h.to(x.dtype)), input_precision=PRECISION) * from_start[:, None]
@@ -141,11 +142,11 @@ def backward_walk(
     Q: tl.constexpr, BP: tl.constexpr, PIECES: tl.constexpr,
     SEGMENTS: tl.constexpr, WRITE_DX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Walk one piece backward: the forward walk with time reversed, dy for x and C for B.
+    """Loop backward over the chunks of one piece: `forward_walk` in reverse, with dy for x and C for B.
 
-    Grid: `(b, H * P // BP, PIECES)`. Reads `gradient (b, PIECES, H, P, N)` of the state that leaves the
-    piece; writes `first (b, PIECES, H, P, N)`, that of the state that enters it, and if asked `dx` and
-    `leaving (b, chunks, H, P, N)`, the gradient of the state that leaves each chunk.
+    Grid: `(b, H * P // BP, PIECES)`. Reads `gradient (b, PIECES, H, P, N)`, of the state that leaves each
+    piece; writes `first (b, PIECES, H, P, N)`, of the state that enters each piece, and with WRITE_DX
+    `dx (b, l, H, P)` and `leaving (b, chunks, H, P, N)`, of the state that leaves each chunk.
     """
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(2)
     head, p0 = tl.program_id(1) // (P // BP), tl.program_id(1) % (P // BP) * BP
@@ -203,12 +204,12 @@ def backward_chunks(
     Q: tl.constexpr, BP: tl.constexpr, BN: tl.constexpr,
     SEGMENTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of B, C, dt, A and D of one chunk and group, `BN` of its state channels, head after head.
+    """Compute gradients of B, C, dt, A and D for one chunk, one group and `BN` state channels.
 
-    State channels do not mix, so what `BN` of them give to dt and A is summed over blocks by the caller.
-    Grid: `(b, chunks, G * N // BN)`. Reads each chunk's entering state and its leaving state's gradient,
-    `(b, chunks, H, P, N)`; writes `dB, dC (b, l, G, N)`, `ddt (N // BN, b, l, H)`,
-    `dA (N // BN, b, chunks, H)` and `dD (b, chunks, H, P)`.
+    Loops over the group's heads. State channels do not mix; the caller sums ddt and dA over blocks of `BN`.
+    Grid: `(b, chunks, G * N // BN)`. Reads `entering`, the state that enters each chunk, and `leaving`,
+    the gradient of the state that leaves each chunk, both `(b, chunks, H, P, N)`; writes
+    `dB, dC (b, l, G, N)`, `ddt (N // BN, b, l, H)`, `dA (N // BN, b, chunks, H)` and `dD (b, chunks, H, P)`.
     """
     row, chunk = tl.program_id(0).to(tl.int64), tl.program_id(1)
     group, block = tl.program_id(2) // (N // BN), tl.program_id(2) % (N // BN)
@@ -236,10 +237,10 @@ def backward_chunks(
             kept = tl.where(doc_last == doc_before, kept, 0.0)
         if PRECISION == "tf32x3":
             between = _log_decays(dt, tl.load(A_ptr + head))
-        else:  # which 16 bits do not show
+        else:  # the cancellation error is below 16-bit precision
             between = u[None, :] - u[:, None]
         decay = tl.exp2(tl.where(pairs, between, float("-inf")))
-        # of the channels p: x_s . dy_q, and x and dy against the states
+        # contractions over the channels p: x_s . dy_q, x . g and dy . h
         products = tl.zeros((Q, Q), tl.float32)  # (s, q)
         x_left, dy_read = tl.zeros((Q, BN), tl.float32), tl.zeros((Q, BN), tl.float32)
         overlap = 0.0
@@ -262,8 +263,8 @@ def backward_chunks(
         dscores += products * dt[:, None]
         dB += x_left * (to_end * dt)[:, None]
         dC += dy_read * from_start[:, None]
-        # d(dt) as a factor of what a token writes; then d(dt A), by every decay that a step is part of:
-        # the pairs across it, those read from the entering state, those left behind, and the whole chunk
+        # ddt: first, dt as the factor of a token's input; then d(dt A), through every decay that spans the
+        # step: pairs across it, reads of the entering state, writes to the leaving state, the whole chunk
         left = to_end * tl.sum(B.to(tl.float32) * x_left, 1)
         read = from_start * tl.sum(C.to(tl.float32) * dy_read, 1)
         factor = scores * products

@@ -1,12 +1,12 @@
-r"""The scan on Ampere, Ada and Hopper through Triton: launches, pieces, and the gradient.
+r"""SSD scan on Ampere, Ada and Hopper in Triton: launches, pieces, and the custom gradient.
 
-Residuals are the inputs alone: the backward pass walks the row forward once more and writes the state that
-enters each chunk, walks it backward writing the gradient of the state that leaves each chunk, and then
-takes all chunks side by side. These states live only during one layer's backward pass.
+Residuals are the inputs alone. The backward pass repeats the forward walk and stores the state that enters
+each chunk, runs the backward walk and stores the gradient of the state that leaves each chunk, and then
+computes all chunks in parallel. These states live only during one layer's backward pass.
 
-A walk is one program per head and 64 channels, one after another in time. Where that leaves the GPU empty
-(few rows, few heads), rows are cut into pieces: each piece is first walked from nothing, the states at
-their ends are joined by a short recurrence in XLA, and then all pieces are walked at once.
+A walk is one program per head and 64 channels that loops over the chunks in order. If that is too few
+programs to fill the GPU (few rows, few heads), rows are cut into pieces: all pieces are walked in parallel
+from a zero state, a short recurrence in XLA joins their final states, and a second walk starts from these.
 """
 
 from typing import Any, NamedTuple
@@ -21,31 +21,31 @@ from mamba2_jax.pallas.triton_gpu import call as triton_call  # pyright: ignore[
 DTYPES = ("bfloat16", "float16", "float32")
 CAPABILITIES = ((8, 0), (8, 6), (8, 9), (9, 0))
 MAX_HEAD_DIM, MAX_STATE_DIM = 128, 256
-# Programs that fill a GPU: two for each of the 108 to 144 processors of an A100, L40 or H100.
+# Programs that fill a GPU: two per SM on an A100, L40 or H100 (108 to 144 SMs).
 FULL = 256
-SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
+SHARED = (2, 5)  # positions of A and D in the arguments, shared by all rows
 MIN_PIECE_CHUNKS = 8  # a piece is walked twice; shorter ones would cost more than they gain
 
 
 class Tiling(NamedTuple):
-    """Sizes of the tiles, chosen by compiling: at most 16 bytes of spills for up to 128 states in 16 bits."""
+    """Tile sizes, chosen by compiling: at most 16 bytes of register spills for 16-bit x and N <= 128."""
 
-    chunk: int  # tokens
-    channels: int  # of a head, in one program of a walk
-    states: int  # state channels in one program of the gradients' kernel
+    chunk: int  # tokens per chunk
+    channels: int  # channels of a head per program of a walk
+    states: int  # state channels per program of `backward_chunks`
     num_warps: int
     num_stages: int
 
 
 def tiling(dtype: Any, head_dim: int, state_dim: int) -> Tiling:
-    """Choose the tiles of a problem."""
+    """Choose the tile sizes for a dtype and padded sizes."""
     wide = state_dim > 128 or jnp.dtype(dtype).itemsize > 2
     channels = min(head_dim, 32 if wide else 64)
     return Tiling(32, channels, min(state_dim, 32), 8, 1 if wide else 2)
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Tell why these kernels cannot run `problem`, and what can; None if they can."""
+    """Return why these kernels cannot run `problem`, or None if they can."""
     if problem.compute_capability not in CAPABILITIES:
         have = ", ".join(f"{major}.{minor}" for major, minor in CAPABILITIES)
         major, minor = problem.compute_capability or (0, 0)
@@ -60,10 +60,10 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def ssd(x, dt, A, B, C, D, initial_state, segment_ids):
-    """Run the scan; arguments and results as the table in `mamba2_jax.pallas` says.
+    """Run the SSD scan, with the arguments and results documented in `mamba2_jax.pallas`.
 
     Raises:
-        NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
+        NotImplementedError: called inside a `jax.shard_map` with `check_vma=True`.
     """
     refuse_checked_shard_map("triton", x, dt, A, B, C, D, initial_state, segment_ids)
     num_heads, head_dim = x.shape[2:]
@@ -79,7 +79,7 @@ def ssd(x, dt, A, B, C, D, initial_state, segment_ids):
 
 
 def num_pieces(batch: int, programs_per_row: int, num_chunks: int) -> int:
-    """Into how many pieces rows are cut: as many as fill the GPU, each at least `MIN_PIECE_CHUNKS` long."""
+    """Return the pieces per row: enough to fill the GPU, each of at least `MIN_PIECE_CHUNKS` chunks."""
     wanted = -(-FULL // (batch * programs_per_row))
     return max(1, min(wanted, num_chunks // MIN_PIECE_CHUNKS))
 
@@ -106,7 +106,7 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 class Scan(NamedTuple):
-    """One call's inputs and how it is cut."""
+    """Inputs of one call, with tile sizes and pieces."""
 
     x: jax.Array
     dt: jax.Array
@@ -121,17 +121,17 @@ class Scan(NamedTuple):
 
     @property
     def num_chunks(self) -> int:
-        """Chunks of a row, the last one perhaps shorter."""
+        """Number of chunks per row; the last one may be shorter."""
         return -(-self.x.shape[1] // self.tiles.chunk)
 
     @property
     def states_shape(self) -> tuple[int, ...]:
-        """`(b, h, p, n)`."""
+        """Shape `(b, h, p, n)` of one state per row and head."""
         return (self.x.shape[0], *self.x.shape[2:], self.B.shape[3])
 
 
 def _plan(x, dt, A, B, C, D, documents) -> Scan:
-    """Cut the rows. The pieces are as even as whole chunks allow, and none is empty."""
+    """Choose tile sizes and pieces; all pieces but the last have equally many chunks, and none is empty."""
     batch, length, num_heads, head_dim = x.shape
     tiles = tiling(x.dtype, head_dim, B.shape[3])
     num_chunks = -(-length // tiles.chunk)
@@ -159,7 +159,7 @@ def _backward(x, dt, A, B, C, D, initial_state, documents, dy, dstate):
 
 
 def _piece_starts(scan: Scan, initial_state: jax.Array):
-    """State that enters each piece, `(b, pieces, h, p, n)`, and the row's last one (None: not known yet)."""
+    """Return the state that enters each piece `(b, pieces, h, p, n)`, and the final state (None: unknown)."""
     if scan.num_pieces == 1:
         return initial_state[:, None], None
     zeros = jnp.zeros((initial_state.shape[0], scan.num_pieces, *initial_state.shape[1:]), jnp.float32)
@@ -168,7 +168,7 @@ def _piece_starts(scan: Scan, initial_state: jax.Array):
 
 
 def _piece_ends(scan: Scan, dy: jax.Array, dstate: jax.Array):
-    """Gradient of the state that leaves each piece, and of the row's initial state (None: not known yet)."""
+    """Return the gradient of the state that leaves each piece, and of the initial state (None: unknown)."""
     if scan.num_pieces == 1:
         return dstate[:, None], None
     zeros = jnp.zeros((dstate.shape[0], scan.num_pieces, *dstate.shape[1:]), jnp.float32)
@@ -177,7 +177,7 @@ def _piece_ends(scan: Scan, dy: jax.Array, dstate: jax.Array):
 
 
 def _piece_decays(scan: Scan) -> jax.Array:
-    """How much of a piece's entering state is left at its end, `(b, pieces, h)`: 0 across a boundary."""
+    """Return the decay over each whole piece `(b, pieces, h)`; 0 if a document starts in the piece."""
     size = scan.piece_chunks * scan.tiles.chunk
     padding = scan.num_pieces * size - scan.dt.shape[1]
     dt = jnp.pad(scan.dt, ((0, 0), (0, padding), (0, 0)))
@@ -192,7 +192,7 @@ def _piece_decays(scan: Scan) -> jax.Array:
 
 
 def _join(state: jax.Array, decays: jax.Array, added: jax.Array, *, reverse: bool):
-    """`state <- decay * state + added`, piece after piece: the states before each, and the last."""
+    """Scan `state <- decay * state + added` over pieces; return the state before each piece, and the last."""
 
     def piece(state, inputs):
         decay, added = inputs
@@ -204,7 +204,7 @@ def _join(state: jax.Array, decays: jax.Array, added: jax.Array, *, reverse: boo
 
 
 def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write_entering: bool = False):
-    """Launch `forward_walk`: y, the states at the pieces' ends, and those entering the chunks."""
+    """Launch `forward_walk`; return y, each piece's final state, and each chunk's entering state."""
     from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
 
     inputs = (scan.x, scan.dt, scan.A, scan.B, scan.C, scan.D, starts)
@@ -214,7 +214,7 @@ def _walk_forward(scan: Scan, starts: jax.Array, *, write_y: bool = False, write
 
 
 def _walk_backward(scan: Scan, dy: jax.Array, ends: jax.Array, *, write_dx: bool = False):
-    """Launch `backward_walk`: dx, the gradients of the pieces' first states, and of those leaving chunks."""
+    """Launch `backward_walk`; return dx, and state gradients at each piece's start and each chunk's end."""
     from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
 
     inputs = (dy, scan.dt, scan.A, scan.B, scan.C, scan.D, ends)
@@ -223,7 +223,7 @@ def _walk_backward(scan: Scan, dy: jax.Array, ends: jax.Array, *, write_dx: bool
 
 
 def _walk_outputs(scan: Scan, tokens: bool, chunks: bool, states: jax.Array) -> list[Struct]:
-    """Shapes of a walk's outputs; one that is not written is a single number."""
+    """Return the output shapes of a walk; outputs that are not written have one element."""
     batch, *state = scan.states_shape
     per_chunk = (batch, scan.num_chunks, *state)
     return [
@@ -235,7 +235,7 @@ def _walk_outputs(scan: Scan, tokens: bool, chunks: bool, states: jax.Array) -> 
 
 def _launch_walk(scan: Scan, kernel, inputs, outputs, flags):
     batch, num_heads, head_dim, _ = scan.states_shape
-    documents = scan.dt if scan.documents is None else scan.documents  # not read without SEGMENTS
+    documents = scan.dt if scan.documents is None else scan.documents  # a dummy, not read without SEGMENTS
     grid = (batch, num_heads * (head_dim // scan.tiles.channels), scan.num_pieces)
     scalars = (scan.x.shape[1], scan.piece_chunks)
     return triton_call.launch(
@@ -245,7 +245,7 @@ def _launch_walk(scan: Scan, kernel, inputs, outputs, flags):
 
 
 def _gradients_of_chunks(scan: Scan, dy: jax.Array, entering: jax.Array, leaving: jax.Array):
-    """Launch `backward_chunks`: dB, dC, and ddt, dA, dD in parts that the caller sums."""
+    """Launch `backward_chunks`; return dB, dC, and partial ddt, dA, dD for the caller to sum."""
     from mamba2_jax.pallas.triton_gpu import kernels as triton_kernels  # pyright: ignore[reportMissingImports]
 
     batch, length, num_heads, head_dim = scan.x.shape
@@ -277,6 +277,6 @@ def _constants(scan: Scan) -> dict[str, Any]:
         "Q": scan.tiles.chunk,
         "BP": scan.tiles.channels,
         "SEGMENTS": scan.documents is not None,
-        # three TF32 products for a float32 one: float32's accuracy on tensor cores
+        # three TF32 products per float32 product: float32 accuracy on tensor cores
         "PRECISION": "tf32x3" if scan.x.dtype == jnp.float32 else "ieee",
     }

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton_interpreter", reason="the Triton kernels need triton")
 import jax
 import jax.numpy as jnp
-import mamba2_jax.pallas
+import mamba2_jax.pallas.triton_gpu
 import numpy as np
 import reference
 import seeding
@@ -55,7 +55,7 @@ def plant(monkeypatch, tmp_path):
 
     def plant(old, new):
         changed = seeding.rewritten(triton_kernels, old, new, tmp_path)
-        monkeypatch.setattr(mamba2_jax.pallas, "triton_kernels", changed)
+        monkeypatch.setattr(mamba2_jax.pallas.triton_gpu, "kernels", changed)
         for name in ("_forward", "_backward"):  # as new functions, which JAX has not traced before
             run = getattr(triton_gpu, name)
             monkeypatch.setattr(triton_gpu, name, lambda *arrays, run=run: run(*arrays))
