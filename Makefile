@@ -9,6 +9,8 @@ PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.14 py
 # The parity tests compare with PyTorch on the CPU. On Linux the plain name may bring gigabytes of CUDA, so
 # the CPU build is asked for by its full version.
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
+# A faster installer than pip, where one is at hand; `make test UV=` does without.
+UV ?= $(shell command -v uv)
 # More arguments for pytest: make test PYTEST_ARGS="-k generation"
 PYTEST_ARGS ?=
 
@@ -30,8 +32,10 @@ test: $(VENV)/.installed
 	@echo "==> pytest"
 	@$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder --ignore tests/kernels -m "not slow and not gpu" $(PYTEST_ARGS)
 
+install: $(VENV)/.installed
+
 test-kernels:
-	@PYTHON="$(PYTHON)" .ci/test-kernels $(KERNEL_VENVS)
+	@PYTHON="$(PYTHON)" UV="$(UV)" .ci/test-kernels $(KERNEL_VENVS)
 
 # On this machine's own Python, which has jax for CUDA, pytest and jaxtyping, and perhaps the peers to compare
 # with. Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
@@ -51,24 +55,30 @@ lint: $(VENV)/.installed
 clean:
 	rm -rf $(VENV) $(DEMO_VENV) $(KERNEL_VENVS) build dist *.egg-info .pytest_cache .ruff_cache .coverage
 
-.PHONY: help demo test test-kernels gpu lint clean
+.PHONY: help demo install test test-kernels gpu lint clean
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	$(call make-venv,$(DEMO_VENV))
 	@echo "==> installing the package (JAX, Flax, transformers): a minute or two"
-	@$(DEMO_VENV)/bin/pip install --disable-pip-version-check -e .
+	@$(call fetch,$(DEMO_VENV),-e .)
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml
 	$(call make-venv,$(VENV))
 	@echo "==> installing the package and the tools of the tests: a few minutes"
-	@$(VENV)/bin/pip install --disable-pip-version-check -e '.[dev]'
+	@$(call fetch,$(VENV),-e '.[dev]')
 	@echo "==> installing $(TORCH), and PEFT, which would bring another"
-	@$(VENV)/bin/pip install --disable-pip-version-check '$(TORCH)' \
-		&& $(VENV)/bin/pip install --disable-pip-version-check 'peft>=0.17' || { \
+	@$(VENV)/bin/pip install --no-compile --disable-pip-version-check '$(TORCH)' \
+		&& $(VENV)/bin/pip install --no-compile --disable-pip-version-check 'peft>=0.17' || { \
 		echo "==> $(TORCH) or peft is not to be had here: the tests that compare with them will be skipped."; \
 		echo "    To run them, install a CPU build of PyTorch, then peft, into $(VENV) and repeat make test."; }
 	@touch $@
+
+# $(call fetch,FOLDER,ARGUMENTS): `pip install` there, by the faster installer where there is one. PyTorch is
+# left to pip: its CPU build may be in a place that only pip's configuration knows.
+define fetch
+{ [ -n "$(UV)" ] && $(UV) pip install --python "$(1)/bin/python" $(2); } || $(1)/bin/pip install --disable-pip-version-check $(2)
+endef
 
 # $(call make-venv,FOLDER): a virtual environment there, unless it has one, from the first Python that will do.
 define make-venv

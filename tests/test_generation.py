@@ -183,6 +183,7 @@ class TestSampling:
         assert _generate._cache_size() == compiled
 
 
+@pytest.mark.xla_habits
 @pytest.mark.parametrize("batch", [1, 8])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_holds_no_second_copy_of_the_weights(dtype, batch):

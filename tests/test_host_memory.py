@@ -6,7 +6,10 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+pytestmark = [
+    pytest.mark.xla_habits,
+    pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc"),
+]
 
 PROGRAM = """
 import json, resource, sys

@@ -209,6 +209,7 @@ class TestGeneration:
         assert pieces.num_tokens == 9
         assert text == tokenizer.decode([*ids, *want])[len(tokenizer.decode(ids)) :]
 
+    @pytest.mark.xla_habits
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
     def test_decoding_holds_no_copy_of_weights_and_one_of_the_buffers(self, dtype):
         attention = {"num_heads": 16, "num_heads_kv": 16, "head_dim": 64}

@@ -87,39 +87,53 @@ def test_packed_documents_are_documents_alone():
         assert relative(grads[name], total[2][name]) < 2e-5, name  # another order of float32 sums
 
 
+def temporary_bytes(function, *args, **kwargs) -> int:
+    return function.lower(*args, **kwargs).compile().memory_analysis().temp_size_in_bytes
+
+
 def test_remat_and_slices_change_nothing_but_memory():
     structure, params, frozen = model_parts(num_hidden_layers=3)
     _, row, segments = documents_and_row()
     batch = {"input_ids": np.tile(row, 3), "segment_ids": np.tile(segments, 3)}
-    compiled = {
-        remat: gradients.lower(params, frozen, batch, structure, remat, width).compile()
-        for remat, width in (("none", 1024), ("block", 26))  # 135 positions: the last slice has a rest
-    }
-    plain, other = (compiled[remat](params, frozen, batch) for remat in ("none", "block"))
+    # 135 positions: the last slice has a rest
+    plain, other = (
+        gradients(params, frozen, batch, structure, remat, width)
+        for remat, width in (("none", 1024), ("block", 26))
+    )
     np.testing.assert_allclose(plain[0], other[0], rtol=1e-6)
     for name, want in plain[2].items():
         assert relative(other[2][name], want) < 1e-5, name
-    kept = {remat: one.memory_analysis().temp_size_in_bytes for remat, one in compiled.items()}
+
+
+@pytest.mark.xla_habits
+def test_remat_and_slices_take_less_memory():
+    structure, params, frozen = model_parts(num_hidden_layers=3)
+    _, row, segments = documents_and_row()
+    batch = {"input_ids": np.tile(row, 3), "segment_ids": np.tile(segments, 3)}
+    kept = {
+        remat: temporary_bytes(gradients, params, frozen, batch, structure, remat, width)
+        for remat, width in (("none", 1024), ("block", 26))
+    }
     assert kept["block"] < 0.8 * kept["none"], kept  # also on CPU, where XLA would undo jax.checkpoint
 
 
+@pytest.mark.xla_habits
 def test_the_logits_of_a_batch_never_exist():
     batch, length, width, vocab = 2, 2048, 8, 3000
     head = jax.ShapeDtypeStruct((vocab, width), jnp.float32)
     hidden = jax.ShapeDtypeStruct((batch, length, width), jnp.float32)
     targets = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
-    def temporary_bytes(positions):
+    def bytes_with_slices_of(positions):
         def loss(head, hidden, targets):
             logits = lambda head, x: x @ head.T  # noqa: E731
             return sliced_cross_entropy(logits, head, hidden, targets, positions_per_slice=positions)
 
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(head, hidden, targets).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        return temporary_bytes(jax.jit(jax.grad(loss, argnums=(0, 1))), head, hidden, targets)
 
     logits = 4 * batch * length * vocab
-    assert temporary_bytes(length) > logits  # the measure sees them when they are there
-    assert temporary_bytes(64) < logits / 5
+    assert bytes_with_slices_of(length) > logits  # the measure sees them when they are there
+    assert bytes_with_slices_of(64) < logits / 5
 
 
 @pytest.mark.parametrize(("trained", "products"), [((), 1), ((0,), 2), ((1,), 2), ((0, 1), 3)])
@@ -194,16 +208,20 @@ def test_a_narrow_model_takes_more_tokens_at_a_time(hidden_size, tokens):
     assert tokens_in_cache(hidden_size) == tokens
 
 
-def test_rows_take_turns_and_their_number_costs_no_memory():
+def rows_of_half(most: int) -> dict:
+    """Return six rows of half as many tokens as are taken at a time, some with more labels than others."""
+    rows, length = 6, most // 2
+    ids = random_ids(rows, length)
+    labels = np.where(np.arange(length) % 7 < np.arange(rows)[:, None], ids, -100)
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_rows_take_turns():
     most = 1024
     structure, params, frozen = model_parts()
-    rate, rows, length = 1e3, 6, most // 2
+    rate, batch = 1e3, rows_of_half(most)
+    rows, length = batch["input_ids"].shape
     optimizer = optax.sgd(rate)
-    ids = random_ids(rows, length)
-    batch = {
-        "input_ids": ids,
-        "labels": np.where(np.arange(length) % 7 < np.arange(rows)[:, None], ids, -100),
-    }
     in_two_parts = {name: array.reshape(2, 3, length) for name, array in batch.items()}
     in_turn = rows_in_turn(batch, most)
     assert in_turn["labels"].shape == (3, 2, length)
@@ -217,17 +235,30 @@ def test_rows_take_turns_and_their_number_costs_no_memory():
     assert rows_in_turn(few, most) is few
 
     nats, tokens, grads = gradients(params, frozen, batch, structure)
-    lower = partial(train_step.lower, structure=structure, optimizer=optimizer)
-    compiled = lower(fresh(params, optimizer), frozen, in_turn).compile()
-    state, metrics = compiled(fresh(params, optimizer), frozen, in_turn)
+    state, metrics = train_step(
+        fresh(params, optimizer), frozen, in_turn, structure=structure, optimizer=optimizer
+    )
     np.testing.assert_allclose(metrics.loss, nats / tokens, rtol=1e-6)
     for name, start in params.items():
         assert relative((start - state.params[name]) / rate, grads[name] / tokens) < 1e-4, name
 
-    of_few = lower(fresh(params, optimizer), frozen, few).compile().memory_analysis().temp_size_in_bytes
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.2 * of_few
+
+@pytest.mark.xla_habits
+def test_the_number_of_rows_that_take_turns_costs_no_memory():
+    most = 1024
+    structure, params, frozen = model_parts()
+    optimizer, batch = optax.sgd(1e3), rows_of_half(most)
+    few = {name: array[:2] for name, array in batch.items()}
+    of_all, of_few = (
+        temporary_bytes(
+            train_step, fresh(params, optimizer), frozen, rows, structure=structure, optimizer=optimizer
+        )
+        for rows in (rows_in_turn(batch, most), few)
+    )
+    assert of_all < 1.2 * of_few
 
 
+@pytest.mark.xla_habits
 def test_on_a_cpu_a_step_writes_over_parameters_and_moments():
     config = Mamba2Config(
         hidden_size=16, num_heads=4, head_dim=8, state_size=8, n_groups=1, num_hidden_layers=1
@@ -236,9 +267,9 @@ def test_on_a_cpu_a_step_writes_over_parameters_and_moments():
     optimizer = make_optimizer(OptimConfig(), params, steps=10)
     state = TrainState.start(params, optimizer, jax.random.key(0))
     batch = {"input_ids": np.ones((1, 8), int)}
-    compiled = train_step.lower(state, frozen, batch, structure=structure, optimizer=optimizer).compile()
+    taken = temporary_bytes(train_step, state, frozen, batch, structure=structure, optimizer=optimizer)
     size = sum(array.nbytes for array in params.values())  # next to all of it the tied embedding
-    assert compiled.memory_analysis().temp_size_in_bytes < 2.2 * size  # its gradient, in two parts
+    assert taken < 2.2 * size  # its gradient, in two parts
 
 
 def make_sgd():

@@ -78,6 +78,7 @@ def test_a_mask_of_booleans_is_a_valid_segment_ids():
     meshes.assert_equal(got, want, TOLERANCE)
 
 
+@pytest.mark.xla_habits
 @pytest.mark.parametrize("packed", [False, True])
 def test_what_is_sent_does_not_grow_with_the_length(packed):
     mesh = meshes.make_mesh({"sequence": 4, "tensor": 2})

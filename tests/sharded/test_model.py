@@ -126,6 +126,7 @@ def sent(sizes: dict[str, int], config: Mamba2Config, length: int, backward: boo
     return two - one
 
 
+@pytest.mark.xla_habits
 @pytest.mark.parametrize(("num_groups", "spans"), [(8, False), (2, True), (1, True)])
 def test_heads_split_over_devices_are_summed_once_a_block(num_groups, spans):
     config, length = small_config(num_groups), 16
@@ -136,6 +137,7 @@ def test_heads_split_over_devices_are_summed_once_a_block(num_groups, spans):
         assert sent({"tensor": 8}, config, length, backward) == want
 
 
+@pytest.mark.xla_habits
 def test_pieces_of_a_row_send_the_same_whatever_its_length():
     config = small_config(2)
     for backward in (False, True):

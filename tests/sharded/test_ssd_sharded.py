@@ -151,6 +151,7 @@ def test_a_pallas_kernel_with_its_own_gradient_runs_inside(sizes, monkeypatch):
     meshes.assert_equal(on_the_mesh(inputs, None, weights), want, TOLERANCE)
 
 
+@pytest.mark.xla_habits
 @pytest.mark.parametrize("sizes", ["sequence 8", "sequence 2, tensor 2, data 2"])
 def test_what_is_sent_does_not_grow_with_the_length(sizes):
     mesh = meshes.make_mesh(meshes.SIZES[sizes])
