@@ -38,7 +38,8 @@ def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.const
     steps = tl.maximum(dt * (tl.load(A_ptr + head) * 1.4426950408889634), -160.0)
     coarse = tl.floor(steps * 256.0) * 0.00390625
     fine, coarse = tl.cumsum(steps - coarse, 0), tl.cumsum(coarse, 0)
-    last_coarse, last_fine = (tl.sum(tl.where(q == Q - 1, part, 0.0), 0) for part in (coarse, fine))
+    last_coarse = tl.sum(tl.where(q == Q - 1, coarse, 0.0), 0)
+    last_fine = tl.sum(tl.where(q == Q - 1, fine, 0.0), 0)
     to_end = (last_coarse - coarse) + (last_fine - fine)
     return dt, coarse, fine, tl.minimum(to_end, 0.0), last_coarse + last_fine
 
@@ -281,7 +282,7 @@ def backward_chunks(
         across = tl.dot(earlier, (factor * dt[:, None]).to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)
         # without the token's own, not as the difference of two sums: beside its own the others may be small
-        before = tl.sum(tl.where(t[None, :] < t[:, None], (left * dt)[None, :], 0.0), 1)
+        before = tl.sum(tl.where(t[:, None] < t[None, :], (left * dt)[:, None], 0.0), 0)
         dlog += tl.cumsum(read, 0, reverse=True) + before
         dlog += kept * overlap
         ddt += dlog * tl.load(A_ptr + head)
