@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -76,7 +77,7 @@ mlir.register_lowering(_bilinear, mlir.lower_fun(_einsum, multiple_results=False
 def _shape(a: Any, b: Any, *, formula: str, narrow: DTypeLike | None, dtype: DTypeLike) -> Any:
     of_a, of_b, of_y = _terms(formula)
     sizes = dict(zip(of_a, a.shape, strict=True)) | dict(zip(of_b, b.shape, strict=True))
-    return jax.core.ShapedArray(tuple(sizes[axis] for axis in of_y), jnp.dtype(dtype))
+    return ShapedArray(tuple(sizes[axis] for axis in of_y), jnp.dtype(dtype))
 
 
 def _gradient_of_a(dy: Array, a: Any, b: Array, *, formula: str, narrow: DTypeLike | None, dtype) -> Array:

@@ -36,8 +36,8 @@ def ssd(
             change starts a document with a fresh state.
         chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
         implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
-            `"triton"`. A choice made by name is never replaced by another. All have reverse mode; forward
-            mode has `"recurrent"`, and off a CPU `"xla"`.
+            `"triton"`. A choice made by name is never replaced by another. `"recurrent"` and `"xla"` have
+            forward and reverse mode, of any order; the two kernels have reverse mode, once.
 
     Returns:
         y: `(b, l, h, p)` in the dtype of `x`.
