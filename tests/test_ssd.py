@@ -160,7 +160,7 @@ def test_a_kernel_named_but_absent_is_an_error_not_a_fallback(kernel):
 
 
 def test_forward_mode_by_the_recurrence_is_the_transpose_of_reverse_mode():
-    """What the scan in XLA, which has reverse mode only on a CPU, tells by its gradient."""
+    """Two implementations, each by another mode."""
     keys = iter(jax.random.split(jax.random.key(0), 4))
     x, dx, dy = (jax.random.normal(next(keys), (1, 20, 2, 4)) for _ in range(3))
     dt, B = jnp.full((1, 20, 2), 0.1), jax.random.normal(next(keys), (1, 20, 1, 8))

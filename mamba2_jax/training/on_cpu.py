@@ -98,14 +98,14 @@ def _is_float(array: Any) -> bool:
 
 def _split(arguments: Sequence[Any], jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> tuple:
     """Of what `_tangent` is given: the function of what moves, that at the point given, and its tangents."""
-    primals, dots = arguments[: len(moving)], arguments[len(moving) :]
+    primals, dots = arguments[: len(moving)], tuple(arguments[len(moving) :])
 
     def of_moving(*moved: Array) -> list[Array]:
         of_moved = iter(moved)
         every = [next(of_moved) if moves else a for a, moves in zip(primals, moving, strict=True)]
         return [out for out in jaxpr_as_fun(jaxpr)(*every) if _is_float(out)]
 
-    return of_moving, [a for a, moves in zip(primals, moving, strict=True) if moves], dots
+    return of_moving, tuple(a for a, moves in zip(primals, moving, strict=True) if moves), dots
 
 
 def _tangent_of_floats(*arguments: Array, jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> list[Array]:

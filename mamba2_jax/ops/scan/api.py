@@ -37,11 +37,11 @@ def ssd(
             change starts a document with a fresh state.
         chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
         implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
-            `"triton"`. A choice made by name is never replaced by another. All have reverse mode; forward
-            mode has `"recurrent"`, and off a CPU `"xla"`. The best is, on Hopper and in 16 bits,
-            `"mosaic_gpu"` where it can run the sizes; else `"xla"`. Arrays tell where they lie, but not
-            inside your own `jit`: there, for arrays that lie elsewhere than on JAX's default device, name
-            one, or call the jitted function under `with jax.default_device(...)`.
+            `"triton"`. A choice made by name is never replaced by another. `"recurrent"` and `"xla"` have
+            forward and reverse mode, of any order; the two kernels have reverse mode, once. The best is, on
+            Hopper and in 16 bits, `"mosaic_gpu"` where it can run the sizes; else `"xla"`. Arrays tell where
+            they lie, but not inside your own `jit`: there, for arrays that lie elsewhere than on JAX's
+            default device, name one, or call the jitted function under `with jax.default_device(...)`.
 
     Returns:
         y: `(b, l, h, p)` in the dtype of `x`.
