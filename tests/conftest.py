@@ -8,9 +8,8 @@ import tempfile
 import checkout  # noqa: F401
 import jax
 import pytest
+import shapes
 from jaxtyping import install_import_hook
-
-_CHECKED = ["mamba2_jax.ops.scan.chunked", "mamba2_jax.ops.scan.recurrent", "mamba2_jax.ops.segments"]
 
 # What needs several devices. JAX fixes their number once, so these tests want a process of their own:
 # `pytest tests/sharded` is one, and test_sharded.py starts it for everybody else.
@@ -37,7 +36,7 @@ def pytest_configure(config):
             )
         return  # and with shapes unchecked: beartype may be missing there
     jax.config.update("jax_platforms", "cpu")
-    install_import_hook(_CHECKED, "beartype.beartype")
+    install_import_hook(shapes.modules(), "shapes.checked")
     _compile_quickly_and_once()
     paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
     if paths and all(SHARDED in (path.resolve(), *path.resolve().parents) for path in paths):

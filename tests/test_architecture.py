@@ -163,3 +163,19 @@ def test_one_module_imports_pytorch():
         file.name for file in source_files() if "torch" in {n.split(".")[0] for n in imported_names(file)}
     ]
     assert users == ["torch_file.py"]
+
+
+def test_shapes_are_checked_where_no_door_does_it():
+    from mamba2_jax.ops.scan.step import ssd_one_token
+
+    x, state = jnp.ones((2, 4, 8)), jnp.ones((2, 4, 8, 16))
+    B = jnp.ones((2, 1, 16))
+    ssd_one_token(x, jnp.ones((2, 4)), -jnp.ones(4), B, B, state, None)
+    with pytest.raises(jaxtyping.TypeCheckError, match="parameter 'dt'"):
+        ssd_one_token(x, jnp.ones((2, 5)), -jnp.ones(4), B, B, state, None)
+
+
+def test_the_doors_left_unchecked_exist():
+    for door in shapes.DOORS:
+        found = pkgutil.resolve_name(f"mamba2_jax.{re.sub(r'[.](?=[^.]+([.]__call__)?$)', ':', door, count=1)}")
+        assert callable(found)

@@ -171,6 +171,10 @@ class AttentionMixer(nnx.Module):
         q, k, v, mlp = self.in_proj(hidden)
         conv = state.conv
         if self.conv1d is not None:
+            if not isinstance(conv, AttentionConvState):
+                raise ValueError(
+                    "AttentionMixer: state lacks that of the convolution; give that of the model"
+                )
             q, k, v, conv = self.conv1d(q, k, v, conv, rows, one_token)
         q, k, v = (x.reshape(batch, length, -1, self.attention.head_dim) for x in (q, k, v))
         q, k = self._rotate(q, positions), self._rotate(k, positions)

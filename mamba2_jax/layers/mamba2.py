@@ -141,7 +141,7 @@ class Mamba2Mixer(nnx.Module):
 
         self.in_proj = InProjection(config, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.conv1d = CausalConv1d(config, param_dtype=param_dtype, rngs=rngs)
-        self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs).astype(param_dtype))
+        self.dt_bias = nnx.Param(_initial_dt_bias(config, rngs.params()).astype(param_dtype))
         A = jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, 1.0, 16.0)
         self.A_log = nnx.Param(jnp.log(A).astype(param_dtype))
         skips = (config.num_heads, self.head_dim) if config.D_has_hdim else (config.num_heads,)
@@ -187,18 +187,21 @@ class Mamba2Mixer(nnx.Module):
 
     def mix(self, hidden: Array, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
         """`__call__` on one device: of the whole, or inside a `shard_map` of a part of it."""
+        conv, ssm = state.conv, state.ssm
+        if not isinstance(conv, ConvState) or ssm is None:
+            raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
         z, x, BC, dt = self.in_proj(hidden)
         dt = jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype))
         dt = jnp.clip(dt, *self.time_step_limit)  # (b, l, h) float32
         if rows.mask is not None:
             dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a token that does not count changes nothing
         scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
-        y, state = scan(x, BC, dt, state, rows, part)
+        y, conv, ssm = scan(x, BC, dt, conv, ssm, rows, part)
         y = self._gate(y, z, part)
         beside = self.in_proj.mlp(hidden)
         if beside is not None:
             y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
-        return self.out_proj(y), state
+        return self.out_proj(y), LayerState(conv, ssm, None)
 
     def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
         if self.norm is None:
@@ -213,30 +216,34 @@ class Mamba2Mixer(nnx.Module):
             combine=partial(part.mean_over_group, num_groups=self._groups),
         )
 
-    def _sequence(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
-        x, BC, conv = self.conv1d(x, BC, state.conv, rows, part.num_pieces)
+    def _sequence(
+        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
+    ) -> tuple[Array, ConvState, Array]:
+        x, BC, conv = self.conv1d(x, BC, conv, rows, part.num_pieces)
         B, C = self._split_BC(BC, part)
-        y, ssm = ssd_of_a_piece(
+        y, after = ssd_of_a_piece(
             x.reshape(*dt.shape, self.head_dim),
             dt,
             self._A(),
             B,
             C,
             self.D[...],
-            state.ssm,
+            ssm,
             rows.segment_ids,
             num_pieces=part.num_pieces,
             implementation=self.ssd_implementation,
         )
-        return y.reshape(x.shape), LayerState(conv, ssm.astype(state.ssm.dtype), None)
+        return y.reshape(x.shape), conv, after.astype(ssm.dtype)
 
-    def _one_token(self, x, BC, dt, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
-        x, BC, conv = self.conv1d.step(x[:, 0], BC[:, 0], state.conv)
-        conv = keep_rows(rows.mask, conv, state.conv)
+    def _one_token(
+        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
+    ) -> tuple[Array, ConvState, Array]:
+        x, BC, after = self.conv1d.step(x[:, 0], BC[:, 0], conv)
+        conv = keep_rows(rows.mask, after, conv)
         B, C = self._split_BC(BC, part)
         heads = x.reshape(x.shape[0], -1, self.head_dim)
-        y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, state.ssm, D=self.D[...])
-        return y.reshape(x.shape[0], 1, -1), LayerState(conv, ssm, None)
+        y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, ssm, D=self.D[...])
+        return y.reshape(x.shape[0], 1, -1), conv, ssm
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
         """Take B and C apart, the groups of this device's heads only."""
@@ -256,9 +263,9 @@ class Mamba2Mixer(nnx.Module):
         return -jnp.exp(jnp.minimum(A_log, 88.0))
 
 
-def _initial_dt_bias(config: Mamba2Config, rngs: nnx.Rngs) -> Float[Array, " h"]:
+def _initial_dt_bias(config: Mamba2Config, key: Array) -> Float[Array, " h"]:
     """Inverse softplus of step sizes drawn log-uniformly from `time_step_min .. time_step_max`."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
-    dt = jnp.exp(jax.random.uniform(rngs.params(), (config.num_heads,), jnp.float32, low, high))
+    dt = jnp.exp(jax.random.uniform(key, (config.num_heads,), jnp.float32, low, high))
     dt = jnp.maximum(dt, config.time_step_floor)
     return dt + jnp.log(-jnp.expm1(-dt))

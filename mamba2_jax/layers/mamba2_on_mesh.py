@@ -13,15 +13,14 @@ Here the whole mixer is one `shard_map`, and what it sends is written down:
 Gradients of what devices hold in common are summed over them. A device's heads never need another's.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mamba2_jax.layers.mamba2 import Mamba2Mixer
-from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
+from mamba2_jax.layers.state import LayerState, Part, Rows
 from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR
 from mamba2_jax.ops.pieces import pad_tokens
 from mamba2_jax.sharding import parameter_spec, splits_batch
@@ -60,12 +59,11 @@ def mix_on_mesh(
         hidden, rows = pad_tokens(hidden, padding), _pad_rows(rows, batch, length, padding)
 
     batch_axes = BATCH if splits_batch(mesh, batch) else None
-    by_row: Any = P(batch_axes)
-    by_token: Any = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
+    by_token = P(batch_axes, SEQUENCE if num_pieces > 1 else None)
+    rows_specs = jax.tree.map(lambda marks: by_token if marks.ndim == 2 else P(batch_axes), rows)
     groups = None if part.devices_per_group > 1 else TENSOR
-    channels_x: Any = P(batch_axes, None, TENSOR)
-    channels_BC: Any = P(batch_axes, None, None, groups)
-    state_specs = LayerState(ConvState(channels_x, channels_BC), P(batch_axes, TENSOR), None)
+    conv_specs = P(batch_axes, None, TENSOR), P(batch_axes, None, None, groups)  # of x, of B and C
+    state_specs = jax.tree.unflatten(jax.tree.structure(state), (*conv_specs, P(batch_axes, TENSOR)))
     leaves, treedef = jax.tree.flatten_with_path(mixer)
     paths = [_path(path) for path, _ in leaves]
     specs = [parameter_spec(path, config, mesh) for path in paths]
@@ -81,7 +79,7 @@ def mix_on_mesh(
     mix = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(specs, by_token, state_specs, Rows(by_token, by_token, by_row, by_token)),
+        in_specs=(specs, by_token, state_specs, rows_specs),
         # One update for each device of `tensor`, which are added up outside: inside, the sum's gradient
         # would be summed once more.
         out_specs=(P(TENSOR, *by_token), state_specs),
@@ -127,6 +125,6 @@ def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
     return leaf
 
 
-def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
     """What the backward pass may keep: a matrix kept whole would undo what `fsdp` is for."""
     return primitive is not jax.lax.all_gather_p

@@ -1,7 +1,7 @@
 """What passes between layers: the marks of a batch's tokens, and what each layer remembers."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
@@ -61,8 +61,8 @@ class Rows(NamedTuple):
 class LayerState(NamedTuple):
     """One layer's part of `Mamba2Cache`."""
 
-    conv: Any  # ConvState, or for attention AttentionConvState or None
-    ssm: Any  # (b, h, p, n), or for attention None
+    conv: ConvState | AttentionConvState | None  # None: attention without a convolution
+    ssm: Float[Array, "b h p n"] | None  # None: attention
     attention: KeyValues | None
 
 
