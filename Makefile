@@ -83,7 +83,7 @@ $(VENV)/.installed: pyproject.toml
 # $(call fetch,FOLDER,ARGUMENTS): `pip install` there, by the faster installer where there is one. PyTorch is
 # left to pip: its CPU build may be in a place that only pip's configuration knows.
 define fetch
-{ [ -n "$(UV)" ] && $(UV) pip install --python "$(1)/bin/python" $(2); } || $(1)/bin/pip install --disable-pip-version-check $(2)
+{ [ -n "$(UV)" ] && $(UV) pip install --quiet --python "$(1)/bin/python" $(2); } || $(1)/bin/pip install --disable-pip-version-check $(2)
 endef
 
 # $(call make-venv,FOLDER): a virtual environment there, unless it has one, from the first Python that will do.

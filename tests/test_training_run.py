@@ -250,6 +250,21 @@ def test_a_run_goes_on_only_as_it_began(copied, change, message):
     assert sorted(path.name for path in copied.rglob("*")) == before
 
 
+def test_rows_take_turns_on_a_cpu_or_where_the_option_says_so(tmp_path, monkeypatch):
+    batch = {"input_ids": np.ones((8, 48), int)}
+
+    def shape(**options):
+        return make_trainer(tmp_path / "run", **options)._in_turns(batch)["input_ids"].shape
+
+    monkeypatch.setattr("mamba2_jax.training.trainer.tokens_in_cache", lambda hidden_size: 96 + hidden_size)
+    assert shape() == (4, 2, 48)
+    assert shape(tokens_per_turn=48) == (8, 1, 48)
+    assert shape(tokens_per_turn=0) == (8, 48)
+    monkeypatch.setattr("mamba2_jax.training.on_cpu.platform", lambda: "gpu")
+    assert shape() == (8, 48)
+    assert shape(tokens_per_turn=192) == (2, 4, 48)
+
+
 def test_steps_that_are_not_finite_end_the_run_and_name_the_tensor(tmp_path):
     trainer = make_trainer(tmp_path / "run", max_skipped=2)
     name = "backbone.layers.0.norm.weight"
@@ -286,6 +301,7 @@ def test_weights_and_biases_gets_the_numbers_and_goes_on_with_its_run(tmp_path, 
         (["--lora.rank", "0"], "rank=0; want an integer of at least 1"),
         (["--lora.rank", "2", "--lora.targets", "q_proj"], "no module 'q_proj' that takes an adapter"),
         (["--steps", "0"], "steps=0 must be an integer of at least 1"),
+        (["--tokens-per-turn", "-1"], "tokens_per_turn=-1 must be an integer of at least 0"),
         (["--optim.warmup", "20"], "warmup=20 leaves nothing of 20 steps"),
         (["--data", "missing.jsonl"], "missing.jsonl: no such file or folder"),
         (["--data", "empty.jsonl"], "no usable record in empty.jsonl"),

@@ -61,6 +61,14 @@ def test_a_product_over_the_rows_widens_half_precision():
     assert not widened(contract_last)
 
 
+def test_half_precision_is_not_multiplied_over_two_axes():
+    """What `as_matrix` is for: a gradient by the rows, without it."""
+    a, b = jnp.ones((64, 2, 32), jnp.bfloat16), jnp.ones((48, 2, 32), jnp.bfloat16)
+    run = jax.jit(lambda a, b: jnp.einsum("rve,dve->rd", a, b, preferred_element_type=jnp.float32))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="BF16 x BF16 = F32"):
+        run(a, b).block_until_ready()
+
+
 def test_a_sum_over_a_repeated_axis_calls_a_library():
     def called(expand):
         def gradient(ct):

@@ -38,7 +38,11 @@ def _transposed(rows: Float[Array, "r d"]) -> Float[Array, "d r"]:
 
 
 def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d o"]:
-    """Flatten the output axes of a weight: XLA on a CPU copies a gradient that has more."""
+    """Flatten the output axes of a weight.
+
+    With several, a gradient is a sum over several axes: half precision XLA on a CPU cannot multiply so (it
+    fails with "Unsupported element type", JAX 0.10.2), and float32 it copies first.
+    """
     return weight.reshape(weight.shape[0], -1) if platform() == "cpu" else weight
 
 
