@@ -177,5 +177,7 @@ def test_shapes_are_checked_where_no_door_does_it():
 
 def test_the_doors_left_unchecked_exist():
     for door in shapes.DOORS:
-        found = pkgutil.resolve_name(f"mamba2_jax.{re.sub(r'[.](?=[^.]+([.]__call__)?$)', ':', door, count=1)}")
+        found = pkgutil.resolve_name(
+            f"mamba2_jax.{re.sub(r'[.](?=[^.]+([.]__call__)?$)', ':', door, count=1)}"
+        )
         assert callable(found)
