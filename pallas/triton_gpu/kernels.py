@@ -282,7 +282,7 @@ def backward_chunks(
         across = tl.dot(earlier, (factor * dt[:, None]).to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)
         # without the token's own, not as the difference of two sums: beside its own the others may be small
-        before = tl.sum(tl.where(t[:, None] < t[None, :], (left * dt)[:, None], 0.0), 0)
+        before = tl.sum(tl.where(t[None, :] < t[:, None], (left * dt)[None, :], 0.0), 1)
         dlog += tl.cumsum(read, 0, reverse=True) + before
         dlog += kept * overlap
         ddt += dlog * tl.load(A_ptr + head)
