@@ -279,11 +279,12 @@ def backward_chunks(
         read = from_start * tl.sum(C.to(tl.float32) * dy_read, 1)
         factor = scores * products
         ddt = tl.sum(factor, 1) + left
-        across = tl.dot(earlier, (factor * dt[:, None]).to(B.dtype), input_precision=PRECISION)
+        # What tokens before t leave at the chunk's end joins the pairs as if the last token read it. Not as the
+        # difference of two running sums: beside the token's own the others may be small.
+        spans = factor * dt[:, None] + tl.where(t[None, :] == Q - 1, (left * dt)[:, None], 0.0)
+        across = tl.dot(earlier, spans.to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)
-        # without the token's own, not as the difference of two sums: beside its own the others may be small
-        before = tl.sum(tl.where(t[None, :] < t[:, None], (left * dt)[None, :], 0.0), 1)
-        dlog += tl.cumsum(read, 0, reverse=True) + before
+        dlog += tl.cumsum(read, 0, reverse=True)
         dlog += kept * overlap
         ddt += dlog * tl.load(A_ptr + head)
         base = ddt_ptr + ((block * num_rows + row) * length + start) * H + head
