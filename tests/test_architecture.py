@@ -3,11 +3,16 @@
 import ast
 import importlib
 import pathlib
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+import shapes
 
 import mamba2_jax
 
@@ -175,5 +180,7 @@ def test_shapes_are_checked_where_no_door_does_it():
 
 def test_the_doors_left_unchecked_exist():
     for door in shapes.DOORS:
-        found = pkgutil.resolve_name(f"mamba2_jax.{re.sub(r'[.](?=[^.]+([.]__call__)?$)', ':', door, count=1)}")
+        found = pkgutil.resolve_name(
+            f"mamba2_jax.{re.sub(r'[.](?=[^.]+([.]__call__)?$)', ':', door, count=1)}"
+        )
         assert callable(found)
