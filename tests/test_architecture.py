@@ -3,11 +3,16 @@
 import ast
 import importlib
 import pathlib
+import pkgutil
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+import jaxtyping
 import pytest
+import shapes
 
 import mamba2_jax
 
