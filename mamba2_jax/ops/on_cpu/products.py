@@ -15,8 +15,8 @@ def computed_once(array: Array) -> Array:
     """`array`, computed before what reads it, and not inside.
 
     A softmax's gradient would be computed inside the transposition of `contract_last`, ten times slower:
-    without this, loss and gradients of a small model take 18 per cent longer (3 layers of width 256, bfloat16,
-    JAX 0.10.2).
+    without this, loss and gradients of a small model take 18 per cent longer (3 layers of width 256,
+    bfloat16, JAX 0.10.2).
     """
     return jax.lax.optimization_barrier(array) if platform() == "cpu" else array
 
@@ -42,9 +42,9 @@ def _transposed(rows: Float[Array, "r d"]) -> Float[Array, "d r"]:
 def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d o"]:
     """Flatten the output axes of a weight.
 
-    The gradient of a weight with several is a product over the rows with three axes or more: in half
-    precision XLA on a CPU fails on it ("Unsupported element type", JAX 0.10.2), and float32 it copies first
-    (loss and gradients of a small model take 5 per cent longer).
+    With several, XLA on a CPU fails on the gradients' products in half precision ("Unsupported element
+    type", JAX 0.10.2), and in float32 it copies a gradient first (loss and gradients of a small model take 5
+    per cent longer).
     """
     return weight.reshape(weight.shape[0], -1) if platform() == "cpu" else weight
 
