@@ -61,12 +61,18 @@ def test_a_product_over_the_rows_widens_half_precision():
     assert not widened(contract_last)
 
 
-def test_half_precision_is_not_multiplied_over_two_axes():
-    """What `as_matrix` is for: a gradient by the rows, without it."""
-    a, b = jnp.ones((64, 2, 32), jnp.bfloat16), jnp.ones((48, 2, 32), jnp.bfloat16)
-    run = jax.jit(lambda a, b: jnp.einsum("rve,dve->rd", a, b, preferred_element_type=jnp.float32))
+def test_half_precision_has_no_gradient_by_a_weight_of_several_axes(monkeypatch):
+    """What `as_matrix` is for."""
+    x, weight = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((32, 2, 48))
+
+    def gradient():
+        run = jax.grad(lambda x, weight: jnp.sin(linear(x, weight, dtype=x.dtype)).sum(), (0, 1))
+        return jax.block_until_ready(jax.jit(run)(x, weight))
+
+    assert jnp.isfinite(gradient()[1]).all()
+    monkeypatch.setattr("mamba2_jax.ops.linear.as_matrix", lambda weight: weight)
     with pytest.raises(jax.errors.JaxRuntimeError, match="BF16 x BF16 = F32"):
-        run(a, b).block_until_ready()
+        gradient()
 
 
 def test_a_sum_over_a_repeated_axis_calls_a_library():

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_integer, check_shape
-from mamba2_jax.ops.on_cpu.gradients import for_every, gradient_at_once
+from mamba2_jax.ops.on_cpu.gradients import for_every
 from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
@@ -121,7 +121,7 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
             term = _where(same_document, term)
         y = y + term
     if activation is not None:
-        y = jax.nn.silu(gradient_at_once(y))
+        y = jax.nn.silu(y)
     return y.astype(extended.dtype)
 
 

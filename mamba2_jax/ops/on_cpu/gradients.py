@@ -1,6 +1,9 @@
 """Gradients that XLA on a CPU computes faster than JAX's own, which are taken on other devices.
 
-Found in profiles of training steps with JAX 0.10 and 0.12. They are the same but for rounding.
+Found in profiles of training steps with JAX 0.10 and 0.12. They are the same but for rounding. What each is
+worth, in loss and gradients of 3 layers of width 256 and 4 x 512 tokens on two cores, JAX 0.10.2: without
+`product` they take 5 to 6 per cent longer, without `repeat` 4 to 6, by the fastest of ten runs; without
+`for_every` a quarter more memory.
 """
 
 import math
@@ -69,18 +72,3 @@ def for_every(shape: tuple[int, ...], array: Array) -> Array:
     if platform() != "cpu":
         return jnp.broadcast_to(array, (*shape, *array.shape))
     return _repeat(array, math.prod(shape), 0).reshape(*shape, *array.shape)
-
-
-def gradient_at_once(array: Array) -> Array:
-    """`array`, whose gradient is computed once and kept; XLA would do it in every loop that reads it."""
-    return _gradient_at_once(array) if platform() == "cpu" else array
-
-
-@jax.custom_jvp
-def _gradient_at_once(array: Array) -> Array:
-    return array
-
-
-@_gradient_at_once.defjvp
-def _gradient_behind_a_barrier(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    return arrays[0], jax.lax.optimization_barrier(tangents[0])
