@@ -279,8 +279,8 @@ def backward_chunks(
         read = from_start * tl.sum(C.to(tl.float32) * dy_read, 1)
         factor = scores * products
         ddt = tl.sum(factor, 1) + left
-        # What tokens before t leave at the chunk's end joins the pairs as if the last token read it. Not as the
-        # difference of two running sums: beside the token's own the others may be small.
+        # What tokens before t leave at the chunk's end joins the pairs, as if the last token read it. Not the
+        # difference of two running sums: beside the token's own share the others' may be small.
         spans = factor * dt[:, None] + tl.where(t[None, :] == Q - 1, (left * dt)[:, None], 0.0)
         across = tl.dot(earlier, spans.to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)
