@@ -10,10 +10,9 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.state import Rows
 from mamba2_jax.models.cache import Mamba2Cache, bucket
 from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
+from mamba2_jax.ops.cross_entropy import IGNORED_LABEL
 from mamba2_jax.ops.segments import document_starts
 from mamba2_jax.typing import Array, Int
-
-IGNORED_LABEL = -100  # transformers' label for positions without loss
 
 
 def check_inputs(

@@ -17,7 +17,6 @@ from mamba2_jax.layers.parts import Embedding, RMSNorm
 from mamba2_jax.layers.state import LayerState, Rows
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import (
-    IGNORED_LABEL,
     batch_and_length,
     check_inputs,
     check_labels,
@@ -26,6 +25,7 @@ from mamba2_jax.models.inputs import (
 )
 from mamba2_jax.models.pretrained import PretrainedModel
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
 from mamba2_jax.ops.device import on_device_of
 from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.segments import document_index, document_positions
@@ -290,10 +290,8 @@ _run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, row
 def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
     """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
     targets = next_token_targets(labels, rows)
-    counts = targets != IGNORED_LABEL
-    chosen = jnp.take_along_axis(logits, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(logits, axis=-1) - chosen
-    return jnp.where(counts, nats, 0.0).sum() / jnp.maximum(counts.sum(), 1)
+    count = (targets != IGNORED_LABEL).sum()
+    return summed_cross_entropy(logits, targets) / jnp.maximum(count, 1)
 
 
 def _positions(past: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, "b l"]:

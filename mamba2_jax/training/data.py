@@ -12,8 +12,8 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from mamba2_jax.models.inputs import IGNORED_LABEL
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.ops.cross_entropy import IGNORED_LABEL
 from mamba2_jax.training.records import Source, Text, Unusable, read_texts
 
 _TEXTS_AT_ONCE = 512

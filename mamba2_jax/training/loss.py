@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from mamba2_jax.models.inputs import IGNORED_LABEL, join_rows, next_token_targets
+from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
 from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
@@ -169,8 +170,4 @@ def _inner_product(gradient: Array, tangent: Array) -> Array:
 
 def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
     """Sum over one slice `hidden (b, s, d)` and `targets (b, s)`."""
-    scores = score(weights, hidden)  # (b, s, v) float32
-    counts = targets != IGNORED_LABEL
-    chosen = jnp.take_along_axis(scores, jnp.where(counts, targets, 0)[..., None], axis=-1)[..., 0]
-    nats = jax.nn.logsumexp(scores, axis=-1) - chosen
-    return jnp.where(counts, nats, 0.0).sum(dtype=jnp.float32)
+    return summed_cross_entropy(score(weights, hidden), targets).astype(jnp.float32)
