@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import program
 from forward_programs import SHAPES
 from jax.sharding import PartitionSpec
 from mamba2_jax.pallas.mosaic_gpu import backward as mosaic_backward
@@ -16,43 +17,15 @@ NARROW, WIDE = 112, 160
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Program(program.Program):
     """A shape and its options. Two kernels: the walk, then the chunks."""
 
-    name: str
-    b: int = 1
-    l: int = 4096
-    h: int = 128
-    g: int = 8
-    p: int = 64
-    n: int = 128
-    dtype: str = "bfloat16"
-    D: str | None = "h"
-    documents: bool = False
     spill_budget: int = dataclasses.field(default=NARROW, kw_only=True)  # bytes a thread stores and loads
-    smoke: bool = dataclasses.field(default=False, kw_only=True)
-    slow: bool = dataclasses.field(default=False, kw_only=True)
-
-    def __str__(self) -> str:
-        return self.name
 
     @property
     def budget(self) -> int:
         """Bytes that a thread may spill with the jax that runs."""
         return self.spill_budget + (NEXT_JAX if jax.__version_info__ >= (0, 12) else 0)
-
-    @property
-    def kwargs(self) -> dict:
-        """What `build` takes."""
-        fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("name", "spill_budget", "smoke", "slow")}
-
-    @property
-    def described(self) -> str:
-        """The shape and options in one line."""
-        options = [self.dtype, "documents" * self.documents]
-        shape = f"b{self.b} l{self.l} h{self.h} g{self.g} p{self.p} n{self.n}"
-        return ", ".join(filter(None, [shape, *options]))
 
 
 # jax 0.12 hands the compiler the same kernel in another order, for which it misses up to 14 words more.

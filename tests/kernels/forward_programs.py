@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import program
 from mamba2_jax.pallas.mosaic_gpu import forward as mosaic_forward
 from mamba2_jax.pallas.mosaic_gpu import plan as mosaic_plan
 
@@ -13,41 +14,17 @@ NARROW, WIDE = 64, 128
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Program(program.Program):
     """A shape and its options."""
 
-    name: str
-    b: int = 1
-    l: int = 4096
-    h: int = 128
-    g: int = 8
-    p: int = 64
-    n: int = 128
-    dtype: str = "bfloat16"
-    D: str | None = "h"
-    documents: bool = False
     save_states: bool = False
     pieces: int | None = None
     spill_budget: int = dataclasses.field(default=NARROW, kw_only=True)  # bytes a thread stores and loads
-    smoke: bool = dataclasses.field(default=False, kw_only=True)
-    slow: bool = dataclasses.field(default=False, kw_only=True)
-
-    def __str__(self) -> str:
-        return self.name
 
     @property
-    def kwargs(self) -> dict:
-        """What `build` takes."""
-        fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("name", "spill_budget", "smoke", "slow")}
-
-    @property
-    def described(self) -> str:
-        """The shape and options in one line."""
-        options = [self.dtype, "documents" * self.documents, "saved states" * self.save_states]
-        options += ["one piece" * (self.pieces == 1)]
-        shape = f"b{self.b} l{self.l} h{self.h} g{self.g} p{self.p} n{self.n}"
-        return ", ".join(filter(None, [shape, *options]))
+    def options(self) -> list[str]:
+        """Further options in words."""
+        return ["saved states" * self.save_states, "one piece" * (self.pieces == 1)]
 
 
 SHAPES = {
