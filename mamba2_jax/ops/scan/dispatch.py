@@ -135,7 +135,7 @@ def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
 
 
 def _xla_tuning(chunk_size: int | None, platform: str) -> dict[str, int]:
-    """Return the chunking of XLA: one chunk of 64 per step, the fastest on a CPU; elsewhere all, not tuned."""
+    """Return XLA's chunking: one chunk of 64 per step, fastest on a CPU; elsewhere all chunks, untuned."""
     if platform == "cpu":
         return {"chunk_size": chunk_size or 64, "chunks_per_step": 1}
     return {"chunk_size": chunk_size or 128, "chunks_per_step": 1 << 30}
