@@ -104,7 +104,7 @@ _BY_DESIGN = "fewer groups than devices"
 
 
 def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None, str]]:
-    """Per axis of the leaf, return the mesh axis that should shard it, and why that fails ("": no failure)."""
+    """Per axis of the leaf, return the mesh axis that should shard it, and why that axis cannot ("": can)."""
     result = []
     for word, units in _meaning(path, config):
         axis = _CUT_BY.get(word)

@@ -149,7 +149,7 @@ class Mamba2Model(PretrainedModel):
     ) -> Mamba2Output:
         """Run `__call__` without argument checks and without `jit`, for callers that are jitted themselves.
 
-        `wrap_block` transforms the function that runs one block; training applies `jax.checkpoint`.
+        `wrap_block` transforms the function that runs one block; training passes remat policies.
         """
         run_block = _run_block if wrap_block is None else wrap_block(_run_block)
         rows = join_rows(attention_mask, segment_ids)
