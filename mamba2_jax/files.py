@@ -1,6 +1,6 @@
-"""The files of a checkpoint by name, and small JSON files read with one error message.
+"""File names of a checkpoint, and a reader of small JSON files with a clear error message.
 
-Who downloads, reads, replaces or copies files takes their names from here.
+All modules that download, read, replace or copy checkpoint files take the names from here.
 """
 
 import json
@@ -9,22 +9,22 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIG_FILES = ("config.json", "params.json")
-"""Model configs in the order of preference: transformers' and state-spaces', then Mistral's."""
+"""Config files in the order of preference: that of transformers and state-spaces, then Mistral's."""
 GENERATION_CONFIG = "generation_config.json"
 TOKENIZER_FILES = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("vocab.json", "merges.txt"),
 )
-"""Patterns of what makes up a tokenizer."""
+"""Patterns of the names of tokenizer files."""
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The names of a checkpoint's weight files: one for all tensors, or an index and shards.
+    """Names of a checkpoint's weight files: a single file, or an index file and checkpoint shards.
 
     Args:
-        stem: what every name begins with.
-        suffix: what every weight file's name ends with.
+        stem: common beginning of all names.
+        suffix: common ending of the weight files' names.
     """
 
     stem: str
@@ -32,21 +32,21 @@ class WeightFiles:
 
     @property
     def single(self) -> str:
-        """The file that holds all tensors."""
+        """Return the name of the single file that holds all tensors."""
         return f"{self.stem}{self.suffix}"
 
     @property
     def index(self) -> str:
-        """The file that says which shard holds which tensor."""
+        """Return the name of the index file, which maps each tensor to its shard."""
         return f"{self.single}.index.json"
 
     def shard(self, number: int, count: int) -> str:
-        """The file of shard `number`, from 1, out of `count`."""
+        """Return the file name of shard `number` of `count`, counted from 1."""
         return f"{self.stem}-{number:05}-of-{count:05}{self.suffix}"
 
     @property
     def patterns(self) -> tuple[str, str]:
-        """What matches the single file and every shard."""
+        """Return glob patterns that match the single file and every shard."""
         return self.single, f"{self.stem}-*-of-*{self.suffix}"
 
 
@@ -55,14 +55,14 @@ WEIGHT_FILES = (
     WeightFiles("consolidated", ".safetensors"),  # Mistral
     WeightFiles("pytorch_model", ".bin"),  # state-spaces, and older transformers
 )
-"""The kinds of weight files in the order of preference. Codestral ships its weights in the first two."""
+"""Weight file names in the order of preference. Codestral ships its weights under the first two."""
 
 
 def read_json(file: pathlib.Path) -> Any:
     """Parse a JSON file of a few kilobytes.
 
     Raises:
-        ValueError: broken JSON, bytes that are not UTF-8, or endless nesting; names the file.
+        ValueError: invalid JSON, bytes that are not UTF-8, or too deep nesting; the message names the file.
     """
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -71,5 +71,5 @@ def read_json(file: pathlib.Path) -> Any:
 
 
 def first_line(error: BaseException, limit: int = 300) -> str:
-    """Return the first line of an error's message, or the name of its type where it has none."""
+    """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]

@@ -1,15 +1,15 @@
-"""Where a model's arrays lie on a mesh of devices, in import, training, checkpoints and generation.
+"""Shardings of a model's arrays on a mesh of devices, for import, training, checkpoints and generation.
 
-| mesh axis | what it splits |
+| mesh axis | what is sharded |
 |---|---|
-| `data` | rows of the batch; every group of devices keeps all parameters |
-| `fsdp` | rows of the batch too; parameters, gradients and moments are split and gathered block by block |
+| `data` | batch rows; parameters are replicated |
+| `fsdp` | batch rows too; parameters, gradients and moments are sharded, and all-gathered block by block |
 | `sequence` | tokens of a row |
-| `tensor` | heads with all that is theirs (channels of z and x, dt), groups of B and C, the vocabulary |
+| `tensor` | heads with their channels of z and x and their dt, groups of B and C, the vocabulary |
 
 A block sums over `tensor` once, after the output projection: everything between the two projections is local
-to a head, except the gated norm where its group spans devices, and B and C, which are repeated when there are
-fewer groups than devices.
+to a head, except the gated norm where its group spans devices, and B and C, which are replicated when there
+are fewer groups than devices.
 
 >>> from mamba2_jax.config import Mamba2Config
 >>> mesh = make_mesh()  # all devices on the data axis
@@ -32,31 +32,31 @@ from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
 __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
 
-# Which mesh axis cuts what a leaf's axis counts; all else is whole.
+# First word of a leaf's axis name -> the mesh axis that shards the axis; all other axes are whole.
 _CUT_BY = {
     "width": "fsdp",
     **dict.fromkeys(("vocabulary", "heads", "groups", "mixed", "query_heads", "key_heads"), "tensor"),
     **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP"), "tensor"),
 }
-# An adapter's B is the weight with its input axis replaced by the rank; its A is that axis, then the rank.
+# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
 
 def splits_batch(mesh: Mesh, batch: int) -> bool:
-    """Whether the mesh divides so many rows; if not, every device has them all."""
+    """Return whether the mesh divides `batch` rows; if not, every device holds all rows."""
     return batch % axis_size(mesh, *BATCH) == 0
 
 
 def token_sharding(mesh: Mesh, batch: int, length: int) -> NamedSharding:
-    """Place an array `(b, l, ...)`: rows over `data` and `fsdp`, tokens over `sequence`, where they divide.
+    """Shard an array `(b, l, ...)`: rows over `data` and `fsdp`, tokens over `sequence`, where these divide.
 
     Args:
-        mesh: with axes out of `AXES`.
-        batch: rows, `b`.
-        length: tokens of a row, `l`.
+        mesh: mesh with axes from `AXES`.
+        batch: number of rows, `b`.
+        length: tokens per row, `l`.
 
     Returns:
-        For the first two axes of an array; the others are whole on every device.
+        The sharding of the first two axes; all other axes are whole on every device.
     """
     rows = BATCH if splits_batch(mesh, batch) else None
     tokens = None if length % axis_size(mesh, "sequence") else "sequence"
@@ -64,27 +64,27 @@ def token_sharding(mesh: Mesh, batch: int, length: int) -> NamedSharding:
 
 
 def parameter_spec(path: str, config: Mamba2Config, mesh: Mesh) -> PartitionSpec:
-    """Look up how a parameter is split.
+    """Look up the `PartitionSpec` of a parameter.
 
     Args:
-        path: dot-joined path in the model; adapters and moments end like the parameter they belong to.
-        config: of the model.
-        mesh: with axes out of `AXES`.
+        path: dot-joined path of a parameter or adapter array; a moment's path ends in its parameter's path.
+        config: config of the model.
+        mesh: mesh with axes from `AXES`.
 
     Returns:
-        One entry per axis of the leaf, none for a vector along `d`. An axis that does not divide is not
-        split.
+        One entry per axis of the leaf, none for a vector along `d`. An axis that the mesh axis does not
+        divide is not sharded.
     """
     return PartitionSpec(*(None if axis is None or why else axis for axis, why in _axes(path, config, mesh)))
 
 
 def parameter_shardings(paths: Iterable[str], config: Mamba2Config, mesh: Mesh) -> dict[str, NamedSharding]:
-    """Place every parameter, with one warning that names those which the mesh does not divide.
+    """Compute the sharding of every parameter; one warning names all that the mesh does not divide.
 
     Args:
-        paths: of the parameters.
-        config: of the model.
-        mesh: with axes out of `AXES`.
+        paths: dot-joined paths of the parameters.
+        config: config of the model.
+        mesh: mesh with axes from `AXES`.
 
     Returns:
         Shardings by path.
@@ -104,7 +104,7 @@ _BY_DESIGN = "fewer groups than devices"
 
 
 def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None, str]]:
-    """Per axis of the leaf: the mesh axis it wants, and why it cannot have it ("": it can)."""
+    """Per axis of the leaf, return the mesh axis that should shard it, and why that axis cannot ("": can)."""
     result = []
     for word, units in _meaning(path, config):
         axis = _CUT_BY.get(word)
@@ -120,11 +120,11 @@ def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None,
 
 
 def _meaning(path: str, config: Mamba2Config) -> tuple[tuple[str, int], ...]:
-    """What each axis of the leaf at `path` counts, and how many of it there are."""
+    """Per axis of the leaf at `path`, return the first word of the axis name and that word's size."""
     adapter = _ADAPTER.fullmatch(path)
     if adapter is None:
         axes = _words(leaf_at(config, path))
-        # What lies along the residual stream alone, a norm's weight or a bias, is repeated everywhere.
+        # Vectors along the residual stream, the weights of norms and biases, are replicated.
         return axes if [word for word, _ in axes] != ["width"] else ()
     module = "lm_head" if adapter["module"] == "head" else adapter["module"]
     weight = adapter["weight"]
@@ -136,20 +136,20 @@ def _meaning(path: str, config: Mamba2Config) -> tuple[tuple[str, int], ...]:
 
 
 def _words(leaf: Leaf | None) -> tuple[tuple[str, int], ...]:
-    """The first word of each axis, between which it may be cut, and how many of it there are."""
+    """Per axis, return the first word of its name and that word's size; shards begin between such units."""
     if leaf is None:
         return ()
     return tuple((axis.split()[0], units) for axis, units in zip(leaf.axes, leaf.units, strict=True))
 
 
 def _pieces(word: str, units: int, config: Mamba2Config) -> tuple[str, int]:
-    """Into how many pieces an axis may be cut, and of what they are: heads and groups stay whole."""
+    """Return the unit in which an axis is sharded, for messages, and the largest number of shards."""
     heads = math.gcd(config.num_heads, config.parallel_mlp_width)  # gcd(n, 0) is n
-    if word in ("heads", "parallel_MLP"):  # the MLP beside the heads goes with them
+    if word in ("heads", "parallel_MLP"):  # the parallel MLP is sharded like the heads
         return "heads", heads
     if word == "mixed":
         attention = config.attn_cfg
-        # Where an MLP runs beside the heads, its rows come first, and a cut would not fall between the two.
+        # The channels of a parallel MLP come before those of the heads; equal shards would mix the two.
         beside = config.parallel_mlp_width or (attention and attention.mlp_width)
         return word, 1 if beside else math.gcd(heads, attention.num_heads if attention else 0)
     return word.replace("_", " "), units

@@ -1,4 +1,4 @@
-"""What a model looks like: `Mamba2Config`, the published forms of config files, and the checks of both."""
+"""Model configuration: `Mamba2Config`, readers and writers of the published forms, and field checks."""
 
 from mamba2_jax.config.attention import AttentionConfig
 from mamba2_jax.config.mamba2 import Mamba2Config

@@ -1,4 +1,4 @@
-"""Attention layers of the hybrid checkpoints: their fields, checked and completed."""
+"""Configuration of the attention layers in hybrid checkpoints: fields, defaults and checks."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -9,11 +9,11 @@ from mamba2_jax.config import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """Attention layers of the hybrid checkpoints: the arguments of the original's `MHA`.
+    """Options of the attention layers in hybrid checkpoints: the arguments of the original's `MHA`.
 
-    `num_heads_kv` and `head_dim` become integers when the model's config takes this one in. `d_conv` is
-    the number of taps of the convolution over q, k and v (0: none). `rotary_emb_dim` of each head's
-    channels are rotated by their position. `mlp_dim` adds a gated MLP beside the heads (0: none).
+    `Mamba2Config` replaces None in `num_heads_kv` and `head_dim` by integers. `d_conv` is the number of taps
+    of the convolution over q, k and v (0: none). Rotary embeddings rotate the first `rotary_emb_dim` channels
+    of each head. `mlp_dim` adds a gated MLP in parallel to the heads (0: none).
     """
 
     num_heads: int
@@ -31,22 +31,22 @@ class AttentionConfig:
 
     @property
     def query_width(self) -> int:
-        """Channels of all query heads: `num_heads * head_dim`."""
+        """Return the channels of all query heads: `num_heads * head_dim`."""
         return self.num_heads * (self.head_dim or 0)
 
     @property
     def key_width(self) -> int:
-        """Channels of all key heads, and of all value heads: `num_heads_kv * head_dim`."""
+        """Return the channels of all key heads, and of all value heads: `num_heads_kv * head_dim`."""
         return (self.num_heads_kv or 0) * (self.head_dim or 0)
 
     @property
     def mlp_width(self) -> int:
-        """Channels of the MLP's value, and of its gate: half of `mlp_dim` rounded up to 256."""
+        """Return the channels of the MLP's value, and of its gate: half of `mlp_dim` rounded up to 256."""
         return -(-self.mlp_dim // 256) * 128
 
 
 def attention_config(value: Any, hidden_size: int) -> AttentionConfig | None:
-    """Turn a mapping into an `AttentionConfig`, with the sizes that follow from others filled in."""
+    """Convert a mapping to a checked `AttentionConfig`, with default head counts and sizes filled in."""
     if value is None:
         return None
     if isinstance(value, Mapping):

@@ -1,6 +1,6 @@
-"""What a `Mamba2Config` accepts: canonical values for its fields, and every problem in words.
+"""Checks of `Mamba2Config` fields: conversion to canonical values, and a message for each invalid field.
 
-The functions return a list of problems instead of raising at the first, so that one error names them all.
+The functions return a list of messages instead of raising at the first, so that one error names all problems.
 """
 
 import math
@@ -22,13 +22,13 @@ _TOKEN_IDS = ("pad_token_id", "bos_token_id")
 
 
 def canonical_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Check every field by itself.
+    """Convert every field to its canonical type and check each value independently of the other fields.
 
     Args:
-        fields: values as the user or a file gave them: lists, numpy integers, 0 for 0.0.
+        fields: values from a user or a file: lists, numpy integers, 0 for 0.0.
 
     Returns:
-        The same fields in hashable form (tuples, Python numbers), and the problems found.
+        The fields as hashable values (tuples, Python numbers), and a message for each invalid field.
     """
     values, problems = dict(fields), []
 
@@ -62,12 +62,12 @@ def canonical_fields(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[st
 
 
 def derived_fields(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Work out `d_ssm=None` and `time_step_rank="auto"` from the sizes they follow from."""
+    """Compute `d_ssm` when None, and `time_step_rank` when "auto", from `hidden_size` and `expand`."""
     derived = {}
     try:
         hidden_size, expand = (_integer_from(1)(fields[name]) for name in ("hidden_size", "expand"))
     except (TypeError, ValueError):
-        hidden_size = expand = 1  # canonical_fields names what is wrong with them
+        hidden_size = expand = 1  # canonical_fields reports the invalid value
     if fields["d_ssm"] is None:
         derived["d_ssm"] = expand * hidden_size
     if fields["time_step_rank"] == "auto":
@@ -76,7 +76,7 @@ def derived_fields(fields: Mapping[str, Any]) -> dict[str, int]:
 
 
 def relation_problems(fields: Mapping[str, Any]) -> list[str]:
-    """List contradictions between fields that are each valid by themselves."""
+    """List contradictions between fields whose values are each valid."""
     problems = []
 
     def require(holds: bool, problem: str) -> None:
@@ -129,7 +129,7 @@ def _attention_problems(fields: Mapping[str, Any]) -> list[str]:
 
 
 def attention_problems(fields: Mapping[str, Any]) -> list[str]:
-    """List what is wrong with the fields of an `AttentionConfig`."""
+    """List the invalid fields of an `AttentionConfig`, with a message each."""
     problems = []
     for name in ("num_heads", "num_heads_kv", "head_dim"):
         if not _is_integer_from(1, fields[name]):

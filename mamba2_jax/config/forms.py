@@ -1,16 +1,15 @@
-"""The published spellings of a Mamba-2 configuration, read into the fields of `Mamba2Config`.
+"""Read and write the published forms of a Mamba-2 config file.
 
-Four forms are in circulation: transformers' `config.json`, the older form of the `-av` conversions,
-the original state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and
-returns keyword arguments for `Mamba2Config`; nothing here knows that class, so that it stays one table of
-names per form.
+Four forms are in use: transformers' `config.json`, the older form of the `-av` conversions, the original
+state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and returns keyword
+arguments for `Mamba2Config`; this module does not import that class.
 """
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
-# state-spaces ssm_cfg key -> field. The originals of these names are arguments of mamba_ssm's Mamba2 module.
+# state-spaces ssm_cfg key -> field. The keys are arguments of mamba_ssm's Mamba2 module.
 _SSM_CFG_FIELDS = {
     "d_state": "state_size",
     "d_conv": "conv_kernel",
@@ -29,7 +28,7 @@ _SSM_CFG_FIELDS = {
     "conv_bias": "use_conv_bias",
     "chunk_size": "chunk_size",
 }
-# Initialisation and kernel choices of the original that change no number of a loaded model.
+# Initialisation and kernel options of the original, which do not affect the results of a loaded model.
 _SSM_CFG_IGNORED = {"layer", "A_init_range", "conv_init", "use_mem_eff_path", "sequence_parallel"}
 
 _STATE_SPACES_KEYS = {
@@ -41,10 +40,10 @@ _MISTRAL_KEYS = {
     *("n_groups", "rms_norm"),
 }
 
-# In state-spaces repositories and in Codestral's tokenizer; neither config file states them.
+# Ids of the state-spaces and Codestral tokenizers, which neither config file contains.
 _GPT_NEOX_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-_CODESTRAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # it has no pad token: eos
-# What the original initialises a new model with.
+_CODESTRAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # no pad token: eos is used
+# Initialisation of a new model in the original.
 _ORIGINAL_INIT = {"initializer_range": 0.02, "rescale_prenorm_residual": True}
 
 _PRESET_SIZES = {  # name -> hidden_size, num_hidden_layers
@@ -58,7 +57,7 @@ PRESET_NAMES = (*_PRESET_SIZES, "codestral-7b")
 
 
 def preset_fields(name: str) -> dict[str, Any]:
-    """Give the fields of a published model by its short name; see `PRESET_NAMES`."""
+    """Return the `Mamba2Config` fields of a published model by its short name, one of `PRESET_NAMES`."""
     if name == "codestral-7b":
         return parse_fields({"dim": 4096, "n_layers": 64, "vocab_size": 32768, "n_groups": 8})
     if name not in _PRESET_SIZES:
@@ -76,18 +75,18 @@ def preset_fields(name: str) -> dict[str, Any]:
 
 
 def parse_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Read a parsed config file of any published form into keyword arguments for `Mamba2Config`.
+    """Convert a parsed config file of any published form to keyword arguments for `Mamba2Config`.
 
     Args:
-        config: the parsed JSON. `d_model` marks the state-spaces form, `dim` with `n_layers` Mistral's,
-            `hidden_size` transformers'.
+        config: the parsed JSON. The key `d_model` identifies the state-spaces form, `dim` with `n_layers`
+            Mistral's, `hidden_size` transformers'.
 
     Returns:
-        Field names and values.
+        Field values by name.
 
     Raises:
-        ValueError: the file describes something other than a Mamba-2, or no known form.
-        NotImplementedError: it asks for something this package does not have.
+        ValueError: the file is in no known form, or its model is not a Mamba-2.
+        NotImplementedError: the model needs a feature that this package lacks, such as LayerNorm blocks.
     """
     if "d_model" in config:
         return _state_spaces_fields(config)
@@ -114,7 +113,7 @@ def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         raise NotImplementedError(
             "config: the weights are quantized (quantization_config); use the unquantized checkpoint"
         )
-    # Every other key that is not listed is ignored, as in transformers. `norm_before_gate` is among them:
+    # All keys outside this list are ignored, as in transformers. One of these is `norm_before_gate`:
     # Codestral's file says true, but transformers has no such field and the model was not trained that way.
     names = [
         *("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "num_hidden_layers"),
@@ -127,7 +126,7 @@ def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = {name: config[name] for name in names if name in config}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), int) and fields[name] < 0:
-            fields[name] = None  # sentencepiece writes -1 for "there is none"
+            fields[name] = None  # sentencepiece writes -1 for "no such token"
     if "time_step_limit" in fields:
         fields["time_step_limit"] = _floats(fields["time_step_limit"])
     fields.setdefault("num_heads", _heads(fields))
@@ -137,13 +136,13 @@ def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_av_form(config: Mapping[str, Any], fields: dict[str, Any]) -> None:
-    """Fill in what the class of the `-av` conversions defaulted differently from transformers."""
-    fields.setdefault("n_groups", 1)  # that class knew one group only; transformers' 8 is wrong here
+    """Set fields in which the defaults of the `-av` conversions' config class differ from transformers'."""
+    fields.setdefault("n_groups", 1)  # that class supported one group only, not transformers' default of 8
     fields.setdefault("tie_word_embeddings", config.get("tie_embedding_weights", True))
     fields.setdefault("initializer_range", config.get("emb_initializer_range", 0.02))
     for name, value in _GPT_NEOX_IDS.items():
         fields.setdefault(name, value)
-    fields["num_heads"] = _heads(fields)  # that class derived them; the number in the file may be stale
+    fields["num_heads"] = _heads(fields)  # that class derived num_heads; the file's value may be stale
 
 
 def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,7 +171,7 @@ def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields["d_intermediate"] = config.get("d_intermediate", 0)
     fields["attn_layer_idx"] = config.get("attn_layer_idx") or ()
     attention = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
-    # The original's default is not causal, which the config refuses.
+    # The original's default is causal=False, which `Mamba2Config` rejects.
     fields["attn_cfg"] = {"causal": False} | attention if isinstance(attention, dict) else attention
     fields["layer_norm_epsilon"] = config.get("norm_epsilon", 1e-5)
     return fields
@@ -188,7 +187,7 @@ def _mistral_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _common_fields(
     config: Mapping[str, Any], keys: set[str], *, hidden_size: str, num_layers: str, tied: bool = True
 ) -> dict[str, Any]:
-    """Read what the state-spaces and the Mistral form share: sizes, vocabulary padding, tying."""
+    """Read the fields that the state-spaces and Mistral forms share: sizes, vocabulary padding, tying."""
     missing = [key for key in (hidden_size, num_layers, "vocab_size") if key not in config]
     if missing:
         raise ValueError(f"config: {missing} missing; this form has the keys {sorted(keys)}")
@@ -211,18 +210,18 @@ def _common_fields(
 
 
 def _heads(fields: Mapping[str, Any]) -> Any:
-    """Derive num_heads, which these two forms do not state: d_ssm / head_dim."""
+    """Derive `num_heads`, which not every form contains, as `d_ssm / head_dim`."""
     d_ssm = fields.get("d_ssm")
     sizes = (fields.get("expand", 2), fields["hidden_size"], fields.get("head_dim", 64))
     if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(d_ssm, int | None):
-        return 1  # the config's own checks name what is wrong with them
+        return 1  # the checks of `Mamba2Config` report the invalid size
     return (sizes[0] * sizes[1] if d_ssm is None else d_ssm) // sizes[2] or 1
 
 
 def _floats(values: Any) -> Any:
-    """Decode numbers that JSON cannot write: transformers 5 spells them `{"__float__": "Infinity"}`."""
+    """Decode the numbers that JSON lacks, which transformers 5 writes as `{"__float__": "Infinity"}`."""
     if not isinstance(values, list | tuple):
-        return values  # the config's own check says what it wants
+        return values  # the checks of `Mamba2Config` report the invalid value
     named = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
     return tuple(
         named.get(str(value.get("__float__")), value) if isinstance(value, Mapping) else value
@@ -231,7 +230,7 @@ def _floats(values: Any) -> Any:
 
 
 def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Write fields as a `config.json` of transformers; infinity as `{"__float__": "Infinity"}`."""
+    """Convert fields to the content of transformers' `config.json`; inf is `{"__float__": "Infinity"}`."""
     written = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
     for name, value in fields.items():
         if isinstance(value, tuple):
@@ -240,7 +239,7 @@ def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-# What mamba_ssm's Mamba2 module takes when ssm_cfg does not say.
+# Defaults of mamba_ssm's Mamba2 module for keys that ssm_cfg lacks.
 _SSM_CFG_DEFAULTS = {
     **{"state_size": 128, "conv_kernel": 4, "expand": 2, "head_dim": 64, "n_groups": 1, "chunk_size": 256},
     **{"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
@@ -250,7 +249,7 @@ _SSM_CFG_DEFAULTS = {
 
 
 def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Write fields as a `config.json` of state-spaces, with no key that mamba_ssm's MambaConfig lacks."""
+    """Convert fields to the content of a state-spaces `config.json`, limited to MambaConfig's keys."""
     ssm_cfg = {"layer": "Mamba2"}
     for key, name in _SSM_CFG_FIELDS.items():
         default = _SSM_CFG_DEFAULTS.get(name, fields["expand"] * fields["hidden_size"])  # d_ssm
@@ -274,7 +273,7 @@ def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _unpadded(padded: int, real: int | None) -> tuple[int, int]:
-    """Find the multiple that pads `real` tokens to `padded`; without one, all count as real."""
+    """Return the real vocabulary size and the multiple that pads it; `(padded, 1)` if there is none."""
     for multiple in (16, 8, 32, 64, 128, 256):  # 16 in every published file
         if real is not None and -(-real // multiple) * multiple == padded:
             return real, multiple

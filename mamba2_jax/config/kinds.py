@@ -1,7 +1,7 @@
-"""The kinds of layers, and the one table of all parameters of a model.
+"""The kinds of layers, and the single table of all parameters of a model.
 
-A layer's kind is data: `Mamba2Config.layer_kinds` names one of `KINDS` for each layer. A new kind states its
-tensors here; its module, with its empty state, stands in `mamba2_jax.layers.kinds`.
+`Mamba2Config.layer_kinds` names a key of `KINDS` for each layer. A new kind declares its tensors here, and
+its module with its empty state in `mamba2_jax.layers.kinds`.
 
 >>> from mamba2_jax.config import Mamba2Config
 >>> config = Mamba2Config.preset("mamba2-130m")
@@ -63,8 +63,8 @@ def _mamba2_numbers(config: "Mamba2Config") -> Mapping[str, int]:
     }
 
 
-# The rows of `in_proj.weight` are z, x, B, C and dt. They are leaves by meaning, because only then can heads
-# and groups be split over devices; so are q, k and v of an attention layer.
+# The stored rows of `in_proj.weight` are z, x, B, C and dt. Each meaning is its own leaf, so that heads and
+# groups can be sharded over devices; likewise q, k and v of an attention layer.
 _MAMBA2 = Part(
     (
         *projection(
@@ -128,11 +128,11 @@ _ATTENTION = Part(
 
 @dataclass(frozen=True)
 class LayerKind:
-    """What a kind of layer has in the mixer's place.
+    """Declaration of the mixer of one kind of layer.
 
     Args:
-        mixer: its tensors.
-        attends: it keeps every token of the document, and needs the place of each.
+        mixer: tensors of the mixer.
+        attends: the mixer caches keys and values per token, and needs token positions.
     """
 
     mixer: Part
@@ -141,7 +141,7 @@ class LayerKind:
 
 KINDS = {"mamba2": LayerKind(_MAMBA2), "attention": LayerKind(_ATTENTION, attends=True)}
 
-# What every layer has before its mixer, and some have after it.
+# The norm before every mixer, and the optional norm and MLP after it.
 _NORM = Part((vector("norm.weight", "width"),), lambda config: {"width": config.hidden_size})
 _MLP = Part(
     (
@@ -162,15 +162,15 @@ _MODEL = Part(
 
 
 def checkpoint_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredTensor, ...]:
-    """List every tensor of a checkpoint with its shape and the parameters that it holds.
+    """List every tensor of a checkpoint with its shape and the model's leaves stored in it.
 
     Args:
-        config: the model.
+        config: config of the model.
         head: whether the model has an output head (False: the bare Mamba2Model).
 
     Returns:
-        The tensors by canonical name, transformers'. `lm_head.weight` is always last; it has no leaves when
-        the head is tied or not wanted.
+        The tensors under their canonical names, those of transformers. `lm_head.weight` is always last; it
+        has no leaves when the head is tied or `head` is False.
     """
     embedding, norm, output = _MODEL.stored(config)
     if config.tie_word_embeddings or not head:
@@ -183,7 +183,7 @@ def checkpoint_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredT
 
 
 def count_parameters(config: "Mamba2Config") -> int:
-    """Add up the sizes of all leaves; a tied head counts once."""
+    """Sum the sizes of all leaves; a tied head adds none."""
     embedding, norm, output = _MODEL.stored(config)
     total = _count([embedding, norm] if config.tie_word_embeddings else [embedding, norm, output])
     for kind, layers in Counter(config.layer_kinds).items():
@@ -192,13 +192,13 @@ def count_parameters(config: "Mamba2Config") -> int:
 
 
 def leaf_at(config: "Mamba2Config", path: str) -> Leaf | None:
-    """Find the leaf that a path ends in, whatever stands before the layer's or the model's own name for it.
+    """Find the leaf whose name, below its layer or the model, is a suffix of a path.
 
-    A path without a layer's number, such as a mixer's own, may be of any kind of layer that the model has:
-    leaves of one name have the same axes in all of them.
+    A path without a layer number, such as a path inside a mixer, may belong to any kind of layer in the
+    model: leaves of one name have the same axes in all kinds.
 
     Returns:
-        The leaf as its layer names it, or None when the path is no leaf's: an adapter's, for example.
+        The leaf, with its path below the layer; None when no leaf matches, as for an adapter.
 
     >>> from mamba2_jax.config import Mamba2Config
     >>> leaf_at(Mamba2Config(), "moments.backbone.layers.3.mixer.A_log").axes
@@ -209,14 +209,14 @@ def leaf_at(config: "Mamba2Config", path: str) -> Leaf | None:
 
 
 def weight_at(config: "Mamba2Config", module: str) -> Leaf | None:
-    """Find the first leaf of the weight of the module that a path ends in."""
+    """Find the first leaf of the weight of the module whose name is a suffix of a path."""
     leaves = _leaves(config, _kind_at(config, module)).values()
     found = (leaf for end in _ends(module) for leaf in leaves if leaf.path.startswith(f"{end}.weight"))
     return next(found, None)
 
 
 def role_of(path: str) -> Role | None:
-    """Say what the parameter at a path is for, in any model; None when no part of a model declares it."""
+    """Return the role of the parameter at a path, for any config; None for an undeclared parameter."""
     return next((_ROLES[end] for end in _ends(path) if end in _ROLES), None)
 
 
@@ -229,13 +229,13 @@ _ROLES = {
 
 
 def _layer(kind: str, config: "Mamba2Config") -> list[StoredTensor]:
-    """The tensors of one block, by their names below the layer."""
+    """List the tensors of one block, with names below the layer."""
     parts = (_NORM, KINDS[kind].mixer, _MLP)
     return [stored for part in parts for stored in part.stored(config)]
 
 
 def _kind_at(config: "Mamba2Config", path: str) -> str | None:
-    """The kind of the layer whose number a path has; None without a number, or for one of no layer."""
+    """Return the kind of the layer whose number is in a path; None without a number of an existing layer."""
     number = re.search(r"\blayers\.(\d+)\.", path)
     if number is None or int(number[1]) >= config.num_hidden_layers:
         return None
@@ -244,9 +244,9 @@ def _kind_at(config: "Mamba2Config", path: str) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def _leaves(config: "Mamba2Config", kind: str | None) -> dict[str, Leaf]:
-    """The leaves of the model itself and of a layer, by their names below it; None: of any kind it has.
+    """Map names to the leaves outside all layers and of one kind of layer (None: all kinds of the model).
 
-    The head is among them also when it is tied, because adapters may have one of their own.
+    The head is included also when tied, because its adapters are separate from the embedding's.
     """
     tensors = list(_MODEL.stored(config))
     for one in dict.fromkeys(config.layer_kinds) if kind is None else [kind]:
@@ -259,7 +259,7 @@ def _count(tensors: list[StoredTensor]) -> int:
 
 
 def _ends(path: str) -> Iterator[str]:
-    """The path, and what is left of it after each dot: the longest first."""
+    """Yield the path and its suffix after each dot, the longest first."""
     while path:
         yield path
         path = path.partition(".")[2]

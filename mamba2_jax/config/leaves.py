@@ -1,11 +1,11 @@
-"""What a parameter is: its name, what its axes count, the stored rows it takes, and what it is for.
+"""Declarations of parameters: name, named axes, range of stored rows, and role.
 
-The parts of a model (`config.kinds`) declare their tensors in words, without sizes; a config gives the words
-sizes. Import and export, sharding, optimizer, adapters and the number of parameters all read the result.
+`config.kinds` declares the tensors of a model with named axes, and a config gives each name its size.
+Import and export, sharding, optimizer, adapters and the parameter count all read the result.
 
-An axis is named by what it counts, the outermost first: "heads head_dim" has `num_heads * head_dim` numbers
-and may be cut between heads. Projections and convolutions are stored `(out, in)` and used `(in, out)`;
-embeddings are `(v, d)` on both sides.
+An axis is named by what it counts, the outermost first: "heads head_dim" has size `num_heads * head_dim` and
+may be sharded between heads. Projections and convolutions are stored `(out, in)` and used `(in, out)`;
+embeddings are `(v, d)` both in files and in the model.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Role:
-    """What a parameter is for, and what follows from it.
+    """Role of a parameter, which decides its training, precision and layout.
 
     Args:
-        decays: weight decay acts on it.
-        is_matrix: it maps between two widths of a block, input first, output last: Muon's.
-        keep_precision: it is never narrowed below what is stored.
+        decays: weight decay applies.
+        is_matrix: maps between two widths of a block, input axis first, output axes last; Muon trains these.
+        keep_precision: never cast to a narrower dtype than the stored one.
         rows_last: the stored rows are the leaf's last axes (the matrix is transposed), not its first.
-        input_axis: the axis that is summed over; of an embedding, the one that is looked up.
+        input_axis: the contracted axis; for an embedding, the axis of the lookup.
     """
 
     decays: bool = False
@@ -47,15 +47,15 @@ VECTOR = Role()  # weights of norms, and biases
 
 @dataclass(frozen=True)
 class Leaf:
-    """One parameter of the model: rows `rows[0]` to `rows[1]` of a stored tensor.
+    """One parameter of the model: stored rows `rows[0]` to `rows[1]` of a stored tensor.
 
     Args:
         path: dot-joined path in the model.
-        axes: what each axis counts, in the words of the part that declares it.
-        units: how many of the axis's first word each axis has: the most pieces it may be cut into.
-        shape: its shape in the model.
+        axes: name of each axis, in the words of the declaring `Part`.
+        units: size of the first word of each axis name: the largest number of shards along that axis.
+        shape: shape in the model.
         rows: begin and end along the stored tensor's first axis.
-        role: what it is for.
+        role: role of the parameter.
     """
 
     path: str
@@ -67,21 +67,21 @@ class Leaf:
 
     @property
     def name(self) -> str:
-        """The last part of its path."""
+        """Return the last component of the path."""
         return self.path.rpartition(".")[2]
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor of a checkpoint under its canonical name, and the leaves that its rows fill, in order.
+    """One tensor of a checkpoint under its canonical name, with the leaves in the order of its stored rows.
 
-    `leaves` is empty for a head that the file may repeat but the model does not have. `reason` is the option
-    that asks for a tensor which not every model has, in words; often empty.
+    `leaves` is empty for a head that the file may contain but the model does not have. `reason` says, for
+    messages, which option requires an optional tensor; "" for other tensors.
     """
 
     name: str
@@ -90,21 +90,21 @@ class StoredTensor:
     reason: str = ""
 
     def below(self, at: str) -> "StoredTensor":
-        """The same tensor with `at` in front of its name and its leaves' paths."""
+        """Return a copy with the prefix `at` on the tensor's name and on the leaves' paths."""
         leaves = tuple(dataclasses.replace(leaf, path=at + leaf.path) for leaf in self.leaves)
         return StoredTensor(at + self.name, self.shape, leaves, self.reason)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A stored tensor as a part of the model declares it, before a config gives it sizes.
+    """Declaration of a stored tensor, before a config gives its axes sizes.
 
     Args:
-        name: below the layer.
-        role: of its leaves.
-        leaves: what each leaf adds to the name, and the axes that its rows count.
+        name: name below the layer.
+        role: role of the leaves.
+        leaves: suffix of each leaf's name -> the axes along its stored rows.
         row: the axes of one stored row; only the last is an axis of the model's leaf.
-        when: the option or size without which there is no such tensor ("": there always is).
+        when: option or size that must be nonzero for the tensor to exist ("": the tensor always exists).
     """
 
     name: str
@@ -116,11 +116,11 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the model: its tensors, and the sizes and options that they are declared in.
+    """A group of tensor declarations, with the sizes and options that the declarations name.
 
     Args:
-        tensors: in the order of checkpoints.
-        numbers: of a config: each word's size, and each option as true or false.
+        tensors: declarations in the order of checkpoints.
+        numbers: function from a config to the size of each axis word and the value of each option.
         options: where a user sets the options, for messages.
     """
 
@@ -129,7 +129,7 @@ class Part:
     options: str = "the config"
 
     def stored(self, config: "Mamba2Config") -> Iterator[StoredTensor]:
-        """Give the tensors their sizes. What would hold no number is left out."""
+        """Yield the tensors with the sizes of a config; tensors and leaves of size 0 are left out."""
         numbers = self.numbers(config)
         for tensor in self.tensors:
             if tensor.when and not numbers[tensor.when]:
@@ -145,24 +145,24 @@ class Part:
 def projection(
     name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = ""
 ) -> tuple[Tensor, ...]:
-    """Declare a matrix stored `(rows, width)`, and its bias where there is an option for one."""
+    """Declare a matrix stored `(rows, width)`, and its bias if `bias` names an option."""
     weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,))
     return (weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)) if bias else (weight,)
 
 
 def convolution(name: str, leaves: Mapping[str, tuple[str, ...]], bias: str) -> tuple[Tensor, ...]:
-    """Declare a depthwise convolution stored `(rows, 1, taps)`, and its bias."""
+    """Declare a depthwise convolution stored `(rows, 1, taps)`, and its bias under the option `bias`."""
     weight = Tensor(f"{name}.weight", CONVOLUTION, leaves, ("1", "taps"))
     return weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)
 
 
 def vector(name: str, *axes: str, role: Role = VECTOR, when: str = "") -> Tensor:
-    """Declare what is stored as one row of numbers."""
+    """Declare a tensor with one number per stored row."""
     return Tensor(name, role, {"": axes}, when=when)
 
 
 def _leaves(tensor: Tensor, numbers: Mapping[str, int]) -> Iterator[Leaf]:
-    """Lay the leaves one after the other along the stored tensor's rows."""
+    """Yield the leaves of a tensor, with consecutive ranges of its stored rows."""
     row = 0
     for ending, axes in tensor.leaves.items():
         end = row + math.prod(_size(axis, numbers) for axis in axes)
@@ -176,5 +176,5 @@ def _leaves(tensor: Tensor, numbers: Mapping[str, int]) -> Iterator[Leaf]:
 
 
 def _size(axis: str, numbers: Mapping[str, int]) -> int:
-    """Multiply the sizes of an axis's words; a digit stands for itself."""
+    """Return the size of an axis: the product of its words' sizes, where a literal number is its own size."""
     return math.prod(int(word) if word.isdecimal() else numbers[word] for word in axis.split())

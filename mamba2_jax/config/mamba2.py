@@ -1,4 +1,4 @@
-"""What a Mamba-2 model looks like: every field, checked once, hashable, from any published config file.
+"""Configuration of a Mamba-2 model: immutable, hashable, checked, and read from any published config file.
 
 >>> config = Mamba2Config.preset("mamba2-130m")
 >>> config.intermediate_size, config.num_heads, config.conv_dim, config.vocab_size
@@ -26,50 +26,50 @@ __all__ = ["Mamba2Config"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mamba2Config:
-    """A Mamba-2 language model. Names and defaults are those of transformers' `Mamba2Config`.
+    """Configuration of a Mamba-2 language model, with the field names and defaults of transformers.
 
-    The defaults are Mamba-Codestral-7B's sizes. Beyond transformers' fields stand those that only
-    the original implementation has, from `d_ssm` on.
+    The default sizes are those of Mamba-Codestral-7B. The fields from `d_ssm` on are options of the original
+    implementation that transformers lacks.
 
     Args:
         num_heads: heads of the SSM; `num_heads * head_dim` is `d_ssm`.
         head_dim: channels per head.
-        vocab_size: width of embedding and logits, padding included.
+        vocab_size: width of embedding and logits, including padding.
         hidden_size: width of the residual stream.
-        state_size: state per channel.
+        state_size: size of the state per channel.
         num_hidden_layers: number of blocks.
         layer_norm_epsilon: epsilon of every RMSNorm.
-        pad_token_id: id or None. The tokenizer's ids win over these three.
+        pad_token_id: id or None. A tokenizer's pad, bos and eos ids override these fields.
         bos_token_id: id or None.
         eos_token_id: id, several ids, or None.
         expand: `intermediate_size / hidden_size`.
         conv_kernel: taps of the causal convolution.
-        n_groups: groups that share B and C; also the groups of the gated norm.
+        n_groups: groups of heads that share B and C; also the groups of the gated norm.
         use_bias: bias of the input and output projections.
         use_conv_bias: bias of the convolution.
         hidden_act: activation after the convolution: "silu" or "swish", the same function.
         initializer_range: standard deviation of the embeddings at initialisation.
         residual_in_fp32: keep the residual stream in float32.
-        time_step_rank: not used by Mamba-2; kept for transformers' file ("auto" becomes a number).
-        time_step_min: smallest dt that dt_bias is initialised for.
-        time_step_max: largest dt that dt_bias is initialised for.
-        time_step_floor: lower bound of that dt.
+        time_step_rank: unused by Mamba-2; kept for transformers' file ("auto" becomes a number).
+        time_step_min: smallest dt drawn to initialise dt_bias.
+        time_step_max: largest dt drawn to initialise dt_bias.
+        time_step_floor: lower bound of the drawn dt.
         time_step_limit: (low, high) that dt is clamped to, in prefill and in decoding.
         rescale_prenorm_residual: divide out_proj by sqrt(num_hidden_layers) at initialisation.
         use_cache: kept for transformers' file; a cache is always returned.
         chunk_size: chunk length of the SSD algorithm; changes speed, not results.
         tie_word_embeddings: use the embedding as the output head.
-        unpadded_vocab_size: number of real tokens when `vocab_size` is padded, else None.
-        d_ssm: channels that go through the SSM, the rest are a gated MLP. None: `intermediate_size`.
+        unpadded_vocab_size: number of token ids in use when `vocab_size` is padded, else None.
+        d_ssm: channels of the SSM; the other inner channels are a gated MLP. None: `intermediate_size`.
         D_has_hdim: D is per channel instead of per head.
         rmsnorm: gated RMSNorm before the output projection; False: gate only.
         norm_before_gate: normalise before the gate. False for every published model.
         d_intermediate: width of an MLP after each mixer; 0: none.
-        attn_layer_idx: layers whose mixer is attention.
-        attn_cfg: what these layers look like; a mapping is turned into an `AttentionConfig`.
+        attn_layer_idx: indices of the layers whose mixer is attention.
+        attn_cfg: options of the attention layers; a mapping is converted to an `AttentionConfig`.
 
     Raises:
-        ValueError: a field is out of range or contradicts another; every problem is listed.
+        ValueError: a field is out of range or contradicts another; the message lists every problem.
     """
 
     num_heads: int = 128
@@ -100,7 +100,7 @@ class Mamba2Config:
     chunk_size: int = 256
     tie_word_embeddings: bool = False
     unpadded_vocab_size: int | None = None
-    # None is accepted and becomes an integer, so that readers of the field always see one.
+    # Typed as int although None is accepted: `__post_init__` replaces None by an integer.
     d_ssm: int = None  # pyright: ignore[reportAssignmentType]
     D_has_hdim: bool = False
     rmsnorm: bool = True
@@ -110,7 +110,7 @@ class Mamba2Config:
     attn_cfg: AttentionConfig | None = None
 
     def __post_init__(self) -> None:
-        """Bring fields to hashable canonical form, then check each and how they fit together."""
+        """Convert the fields to canonical hashable values, then check each field and their relations."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields |= checks.derived_fields(fields)
         fields, problems = checks.canonical_fields(fields)
@@ -124,32 +124,32 @@ class Mamba2Config:
 
     @property
     def intermediate_size(self) -> int:
-        """Inner width of a block, `expand * hidden_size`."""
+        """Return the inner width of a block, `expand * hidden_size`."""
         return self.expand * self.hidden_size
 
     @property
     def groups_state_size(self) -> int:
-        """Width of B, and of C: `n_groups * state_size`."""
+        """Return the width of B, and of C: `n_groups * state_size`."""
         return self.n_groups * self.state_size
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the convolution: x, B and C."""
+        """Return the number of channels of the convolution: those of x, B and C."""
         return self.d_ssm + 2 * self.groups_state_size
 
     @property
     def parallel_mlp_width(self) -> int:
-        """Channels that go around the SSM, through a gated MLP beside it: `intermediate_size - d_ssm`."""
+        """Return the width of the gated MLP in parallel to the SSM: `intermediate_size - d_ssm`."""
         return self.intermediate_size - self.d_ssm
 
     @property
     def mlp_width(self) -> int:
-        """Width of the MLP after each mixer: `d_intermediate` rounded up to a multiple of 128."""
+        """Return the width of the MLP after each mixer: `d_intermediate` rounded up to a multiple of 128."""
         return -(-self.d_intermediate // 128) * 128
 
     @functools.cached_property
     def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each layer, one of `config.kinds.KINDS`."""
+        """Return the kind of each layer, a key of `config.kinds.KINDS`."""
         attention = frozenset(self.attn_layer_idx)
         return tuple(
             "attention" if index in attention else "mamba2" for index in range(self.num_hidden_layers)
@@ -157,23 +157,23 @@ class Mamba2Config:
 
     @property
     def attends(self) -> bool:
-        """Whether some layer keeps every token of the document, and needs the place of each."""
+        """Return whether any layer caches keys and values per token, and so needs token positions."""
         return any(kinds.KINDS[kind].attends for kind in set(self.layer_kinds))
 
     @property
     def real_vocab_size(self) -> int:
-        """Number of ids that stand for a token: `vocab_size` without the padding."""
+        """Return the number of token ids in use: `vocab_size` without the padding."""
         return self.vocab_size if self.unpadded_vocab_size is None else self.unpadded_vocab_size
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """All end-of-sequence ids, possibly none."""
+        """Return all end-of-sequence ids as a tuple, empty without any."""
         if self.eos_token_id is None:
             return ()
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def replace(self, **changes: Any) -> "Mamba2Config":
-        """Copy with other fields; `d_ssm` and `time_step_rank` follow `hidden_size` unless set apart."""
+        """Return a copy with changed fields; default `d_ssm` and `time_step_rank` are computed anew."""
         if self.d_ssm == self.intermediate_size:
             changes.setdefault("d_ssm", None)
         if self.time_step_rank == math.ceil(self.hidden_size / 16):
@@ -181,24 +181,24 @@ class Mamba2Config:
         return dataclasses.replace(self, **changes)
 
     def num_parameters(self) -> int:
-        """Count the parameters; a tied head counts once."""
+        """Count the parameters of the model; a tied head adds none."""
         return kinds.count_parameters(self)
 
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":
-        """Build a published size: "mamba2-130m", "-370m", "-780m", "-1.3b", "-2.7b", or "codestral-7b"."""
+        """Build the config of "mamba2-130m", "-370m", "-780m", "-1.3b", "-2.7b", or "codestral-7b"."""
         return cls(**forms.preset_fields(name))
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "Mamba2Config":
-        """Read a parsed config file: transformers', the older `-av`, state-spaces' or Mistral's form.
+        """Build a config from a parsed file in the transformers, `-av`, state-spaces or Mistral form.
 
         Args:
             config: the parsed JSON; the form is recognised by its keys.
 
         Raises:
-            ValueError: not a Mamba-2, no known form, or fields that do not fit together.
-            NotImplementedError: something this package does not have, such as quantized weights.
+            ValueError: not a Mamba-2, no known form, or invalid or contradictory fields.
+            NotImplementedError: the model needs a feature that this package lacks, such as quantized weights.
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"Mamba2Config.from_dict: wants a mapping, got {type(config).__name__}")
@@ -208,18 +208,18 @@ class Mamba2Config:
     def from_pretrained(
         cls, path: str | pathlib.Path | None = None, revision: str | None = None
     ) -> "Mamba2Config":
-        """Read the config of a checkpoint.
+        """Read the config of a checkpoint from a folder, the hub or the package.
 
-        When the file does not say how much of the vocabulary is padding and a `tokenizer.json` lies beside
-        it, `unpadded_vocab_size` comes from there, so that sampling never picks an id without a token.
+        When the config file does not state how much of the vocabulary is padding, `unpadded_vocab_size` is
+        read from a `tokenizer.json` in the same folder, so that sampling never picks a padding id.
 
         Args:
             path: a folder with `config.json` or `params.json`, or a hub id; None: the embedded model.
             revision: branch, tag or commit on the hub.
 
         Raises:
-            FileNotFoundError: no such folder, or neither file in it.
-            ValueError: the file is broken or is not a Mamba-2's; the message names the file.
+            FileNotFoundError: the folder does not exist or has neither file.
+            ValueError: the file is corrupt or describes another model; the message names the file.
         """
         folder = hub.resolve_folder(path, revision, allow_patterns=["*.json"])
         files = [folder / name for name in CONFIG_FILES]
@@ -240,10 +240,10 @@ class Mamba2Config:
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """Write a `config.json` that transformers loads.
+        """Return the content of a `config.json` that transformers loads.
 
         Raises:
-            NotImplementedError: the model has something that transformers' Mamba-2 lacks.
+            NotImplementedError: the model uses an option that transformers' Mamba-2 lacks.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         own = {name: fields.pop(name) for name in ("d_ssm", *_ORIGINAL_ONLY)}
@@ -260,10 +260,10 @@ class Mamba2Config:
         return forms.transformers_dict(fields)
 
     def to_state_spaces_dict(self) -> dict[str, Any]:
-        """Write a `config.json` that mamba_ssm loads. It has no place for the special token ids.
+        """Return the content of a `config.json` that mamba_ssm loads, without the special token ids.
 
         Raises:
-            NotImplementedError: the model has something that mamba_ssm's config cannot say.
+            NotImplementedError: the model uses an option that mamba_ssm's config lacks.
         """
         if self.layer_norm_epsilon != 1e-5:
             raise NotImplementedError(
@@ -275,7 +275,7 @@ class Mamba2Config:
         return forms.state_spaces_dict(fields)
 
 
-# What transformers' Mamba-2 does not have, and the value at which it agrees.
+# Fields that transformers' Mamba-2 lacks, with the value that corresponds to its behaviour.
 _ORIGINAL_ONLY: dict[str, Any] = {
     "D_has_hdim": False,
     "rmsnorm": True,
@@ -287,7 +287,7 @@ _ORIGINAL_ONLY: dict[str, Any] = {
 
 
 def _count_tokens(file: pathlib.Path) -> int | None:
-    """Number of ids a `tokenizer.json` knows (its largest id + 1), or None if it does not say."""
+    """Return the largest token id in a `tokenizer.json` plus 1; None without a readable vocabulary."""
     if not file.is_file():
         return None
     content = read_json(file)
@@ -297,4 +297,4 @@ def _count_tokens(file: pathlib.Path) -> int | None:
         ids += [token["id"] for token in content.get("added_tokens") or ()]
         return max(ids) + 1
     except (KeyError, TypeError, ValueError, AttributeError):
-        return None  # load_tokenizer says what is wrong with it; the config stands without it
+        return None  # optional for a config; `load_tokenizer` reports the defect

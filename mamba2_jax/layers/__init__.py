@@ -1,4 +1,4 @@
-"""The layers as Flax NNX modules: mixers, MLP and the residual block around them."""
+"""Flax NNX modules of the layers: mixers, MLP and the residual block around them."""
 
 from mamba2_jax.layers.attention import AttentionMixer
 from mamba2_jax.layers.block import Mamba2Block

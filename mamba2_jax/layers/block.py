@@ -1,4 +1,4 @@
-"""The residual block: norm and mixer, then norm and MLP where the config has one."""
+"""The residual block: norm and mixer, then norm and MLP if the config has an MLP."""
 
 import warnings
 from functools import partial
@@ -16,15 +16,15 @@ from mamba2_jax.typing import Array, DTypeLike, Float
 
 
 class Mamba2Block(nnx.Module):
-    """Norm, mixer, residual; with `d_intermediate` then norm, MLP, residual.
+    """Residual block: norm, mixer, residual sum; with `d_intermediate` then norm, MLP, residual sum.
 
     Args:
         config: sizes and options.
-        kind: of layer: which mixer the block has.
-        dtype: further arguments as for `Mamba2Mixer`.
-        param_dtype: see there.
-        ssd_implementation: see there.
-        rngs: see there.
+        kind: kind of layer, which selects the mixer: a key of `layers.kinds.MIXERS`.
+        dtype: as for `Mamba2Mixer`.
+        param_dtype: as for `Mamba2Mixer`.
+        ssd_implementation: as for `Mamba2Mixer`.
+        rngs: as for `Mamba2Mixer`.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Mamba2Block(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
-        """Add the updates to the residual stream; returns it and the layer's state."""
+        """Add the updates to the residual stream `(b, l, d)`; return the stream and the layer's new state."""
         update, state = self._mix(self.norm(hidden).astype(self.dtype), state, rows)
         stream = jnp.promote_types(self.dtype, jnp.float32) if self.residual_in_fp32 else self.dtype
         hidden = hidden.astype(stream) + update.astype(stream)
@@ -58,13 +58,13 @@ class Mamba2Block(nnx.Module):
         return hidden, state
 
     def _mix(self, normed: Array, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:
-        """Run the mixer: on a mesh each device its own part, where the sizes allow it."""
+        """Run the mixer; on a mesh as a `shard_map` where the sizes allow, else partitioned by XLA."""
         mixer = self.mixer
         if isinstance(mixer, Mamba2Mixer) and mixer.mesh is not None:
             reason = left_to_compiler(mixer, mixer.mesh)
             if reason is None:
                 return mix_on_mesh(mixer, mixer.mesh, normed, state, rows)
-            warnings.warn(  # while the layer is traced: once, not at each step
+            warnings.warn(  # while the layer is traced: once per compilation
                 f"XLA partitions the mixers over the mesh, which may send more than needed: {reason}",
                 stacklevel=2,
             )

@@ -1,8 +1,8 @@
-"""The module of each kind of layer: the mixer of a block, with the state that it begins from.
+"""The mixer module of each kind of layer, with its empty state.
 
-The tensors of a kind stand in `mamba2_jax.config.kinds` under the same name, because files, shardings and the
-number of parameters are read off them where there is no module. A mixer is made with the arguments of
-`Mamba2Mixer`, and has its `empty_state`.
+The tensors of a kind are declared in `mamba2_jax.config.kinds` under the same name, because files, shardings
+and the parameter count need them without a module. A mixer takes the constructor arguments of `Mamba2Mixer`
+and has a static method `empty_state`.
 """
 
 from mamba2_jax.layers.attention import AttentionMixer

@@ -5,8 +5,8 @@
                       ssd(x, dt, A, B, C) -> y
                       gated norm(y, z) -> out_proj -> + hidden
 
-The input projection and the convolution keep one leaf per meaning (z and x, B and C, dt), so that
-heads and groups can be split over devices. In a hybrid some blocks have attention in the mixer's place.
+The input projection and the convolution have one leaf per meaning (z and x, B and C, dt), so that heads and
+groups can be sharded over devices. In a hybrid the mixer of some blocks is attention.
 """
 
 import math
@@ -38,9 +38,9 @@ from mamba2_jax.typing import Array, DTypeLike, Float
 
 
 class InProjection(Adaptable):
-    """`d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
+    """Input projection `d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
 
-    Where a gated MLP runs beside the SSM, a fourth for its gate and value `(d, 2, m)`.
+    A fourth matrix `(d, 2, m)` gives gate and value of a gated MLP in parallel to the SSM, if there is one.
     """
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
@@ -65,7 +65,7 @@ class InProjection(Adaptable):
         return *split_pair(zx), BC, dt
 
     def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
-        """Return the gated MLP beside the SSM, `silu(z0) * x0`, or None."""
+        """Compute the gated MLP in parallel to the SSM, `silu(z0) * x0`; None if there is none."""
         if self.weight_z0x0 is None:
             return None
         gate, value = split_pair(self.project(hidden, "_z0x0").astype(self.dtype))
@@ -73,7 +73,7 @@ class InProjection(Adaptable):
 
 
 class CausalConv1d(Adaptable):
-    """The depthwise convolution over x, B and C: taps `(k, e)` and `(k, 2, gn)`, then silu."""
+    """Depthwise convolution over x, B and C, with taps `(k, e)` and `(k, 2, gn)`, then silu."""
 
     def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
         taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
@@ -92,7 +92,7 @@ class CausalConv1d(Adaptable):
         rows: Rows,
         num_pieces: int,
     ) -> tuple[Array, Array, ConvState]:
-        """Convolve a sequence, or one of `num_pieces` of it; returns x, BC and the state after it."""
+        """Convolve a sequence, or one of its `num_pieces` pieces; return x, BC and the final state."""
         marks = None if rows.marks is None else rows.marks.astype(jnp.int32)
         convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
         x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, marks)
@@ -102,21 +102,21 @@ class CausalConv1d(Adaptable):
     def step(
         self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
     ) -> tuple[Array, Array, ConvState]:
-        """Convolve one token; returns x, BC and the state after it."""
+        """Convolve one token per row; return x, BC and the new state."""
         x, state_x = causal_conv1d_step(x, self.taps("weight_x"), value_of(self.bias_x), state.x)
         BC, state_BC = causal_conv1d_step(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
 
 class Mamba2Mixer(nnx.Module):
-    """The sequence mixer: projection, convolution, SSD, gated norm (or gate alone), projection.
+    """Sequence mixer: input projection, convolution, SSD, gated norm (or gate alone), output projection.
 
     Args:
         config: sizes and options.
         dtype: compute dtype of the matrix products.
-        param_dtype: dtype of the parameters made here.
-        ssd_implementation: passed to `ops.ssd`, not to `ops.ssd_step`, which has no kernel yet: a kernel
-            named for the model does not keep it from decoding.
+        param_dtype: dtype of the initial parameters.
+        ssd_implementation: `implementation` of `ops.ssd`. Not used for `ops.ssd_step`, which has no kernel:
+            a model with a named kernel still decodes.
         rngs: source of the initial values.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
@@ -161,7 +161,7 @@ class Mamba2Mixer(nnx.Module):
     def empty_state(
         config: Mamba2Config, batch: int, *, dtype: DTypeLike, ssm_dtype: DTypeLike, capacity: int
     ) -> LayerState:
-        """The state before any token, however many may come; arguments of `Mamba2Cache.zeros`."""
+        """Return the state before any token, of a size independent of `capacity`; see `Mamba2Cache.zeros`."""
         reach = config.conv_kernel - 1
         conv = ConvState(
             x=jnp.zeros((batch, reach, config.d_ssm), dtype),
@@ -173,12 +173,12 @@ class Mamba2Mixer(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
-        """Mix a sequence.
+        """Mix a sequence of tokens.
 
         Args:
             hidden: normed hidden states `(b, l, d)`.
-            state: what the layer remembers of the tokens before.
-            rows: which tokens count, and where documents begin.
+            state: state of the layer after the preceding tokens.
+            rows: mask and segment ids of the tokens.
 
         Returns:
             The float32 update of the residual stream `(b, l, d)`, and the state after the sequence.
@@ -186,7 +186,7 @@ class Mamba2Mixer(nnx.Module):
         return self.mix(hidden, state, rows, Part())
 
     def mix(self, hidden: Array, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
-        """`__call__` on one device: of the whole, or inside a `shard_map` of a part of it."""
+        """Run `__call__` on whole arrays, or on one device's shards inside a `shard_map` as `part` says."""
         conv, ssm = state.conv, state.ssm
         if not isinstance(conv, ConvState) or ssm is None:
             raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
@@ -194,7 +194,7 @@ class Mamba2Mixer(nnx.Module):
         dt = jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype))
         dt = jnp.clip(dt, *self.time_step_limit)  # (b, l, h) float32
         if rows.mask is not None:
-            dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a token that does not count changes nothing
+            dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a masked token leaves the state unchanged
         scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
         y, conv, ssm = scan(x, BC, dt, conv, ssm, rows, part)
         y = self._gate(y, z, part)
@@ -246,7 +246,7 @@ class Mamba2Mixer(nnx.Module):
         return y.reshape(x.shape[0], 1, -1), conv, ssm
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
-        """Take B and C apart, the groups of this device's heads only."""
+        """Split BC into B and C, with only the groups of this device's heads."""
         BC = BC.reshape(*BC.shape[:-1], self._groups, self.state_dim)
         if part.devices_per_group > 1:
             BC = own_group(BC, part.devices_per_group, axis=BC.ndim - 2)
@@ -254,17 +254,17 @@ class Mamba2Mixer(nnx.Module):
 
     @property
     def _groups(self) -> int:
-        """How many groups of B and C there are: on a mesh, on this device."""
+        """Return the number of groups of B and C; inside a `shard_map`, those of this device."""
         return self.in_proj.weight_BC.shape[-1] // self.state_dim
 
     def _A(self) -> Float[Array, " h"]:
-        """Return A, finite: beyond `exp(88)` float32 has only inf, whose gradient would be inf * 0."""
+        """Return A, finite: above `exp(88)` float32 overflows to inf, with the gradient inf * 0."""
         A_log = self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32))
         return -jnp.exp(jnp.minimum(A_log, 88.0))
 
 
 def _initial_dt_bias(config: Mamba2Config, key: Array) -> Float[Array, " h"]:
-    """Inverse softplus of step sizes drawn log-uniformly from `time_step_min .. time_step_max`."""
+    """Draw step sizes log-uniformly from `time_step_min .. time_step_max`; return their inverse softplus."""
     low, high = math.log(config.time_step_min), math.log(config.time_step_max)
     dt = jnp.exp(jax.random.uniform(key, (config.num_heads,), jnp.float32, low, high))
     dt = jnp.maximum(dt, config.time_step_floor)

@@ -1,16 +1,16 @@
-"""A Mamba-2 mixer on a mesh of devices: each runs its own rows, tokens and heads, and says when to send.
+"""Run a Mamba-2 mixer on a mesh as one `shard_map`: each device its own rows, tokens and heads.
 
-Left to itself, the compiler adds up the gradients of z and x, of B and C, and of dt over `tensor` one by one.
-Here the whole mixer is one `shard_map`, and what it sends is written down:
+XLA's own partitioning would all-reduce the gradients of z and x, of B and C, and of dt over `tensor` one by
+one. Here the whole mixer is one `shard_map` with explicit communication:
 
 | over | forward | backward |
 |---|---|---|
 | `tensor` | the sum of all heads' updates `(b, l, d)` | the sum of the gradients of `hidden` `(b, l, d)` |
 | | where a group of the gated norm spans devices: its mean square `(b, l, g)` | as many |
-| `fsdp` | the matrices, gathered before use and dropped after | gathered again; gradients, summed and split |
+| `fsdp` | the matrices, all-gathered before use, freed after | gathered again; gradients, reduce-scattered |
 | `sequence` | see `ops.ssd_sharded` and `ops.causal_conv1d_sharded` | |
 
-Gradients of what devices hold in common are summed over them. A device's heads never need another's.
+Gradients of replicated arrays are summed over their devices. No device's heads need another device's heads.
 """
 
 import jax
@@ -28,9 +28,9 @@ from mamba2_jax.typing import Array, DTypeLike
 
 
 def left_to_compiler(mixer: Mamba2Mixer, mesh: Mesh) -> str | None:
-    """Tell why a mixer cannot run by hand on a mesh, so that XLA partitions it; None: it can.
+    """Return why XLA must partition a mixer on a mesh; None if `mix_on_mesh` can run the mixer.
 
-    Each device needs whole heads and groups of its own, and chance that it can draw alone.
+    `mix_on_mesh` needs whole heads and groups on each device, and no random numbers shared between devices.
     """
     config, tensor = mixer.config, mesh.shape[TENSOR]
     if config.num_heads % tensor:
@@ -48,7 +48,7 @@ def left_to_compiler(mixer: Mamba2Mixer, mesh: Mesh) -> str | None:
 def mix_on_mesh(
     mixer: Mamba2Mixer, mesh: Mesh, hidden: Array, state: LayerState, rows: Rows
 ) -> tuple[Array, LayerState]:
-    """`Mamba2Mixer.mix` over `mesh`: the same numbers, differentiable."""
+    """Run `Mamba2Mixer.mix` sharded over `mesh`: same numbers, differentiable."""
     config = mixer.config
     batch, length, _ = hidden.shape
     tensor = mesh.shape[TENSOR]
@@ -80,10 +80,10 @@ def mix_on_mesh(
         run,
         mesh=mesh,
         in_specs=(specs, by_token, state_specs, rows_specs),
-        # One update for each device of `tensor`, which are added up outside: inside, the sum's gradient
-        # would be summed once more.
+        # One update per device of `tensor`, summed outside the `shard_map`: inside, the backward pass would
+        # sum the gradient once more.
         out_specs=(P(TENSOR, *by_token), state_specs),
-        check_vma=False,  # a kernel and its custom gradient do not say over which axes their results vary
+        check_vma=False,  # kernels and custom gradients do not declare over which axes their results vary
     )
     if mesh.shape["fsdp"] > 1:
         mix = jax.checkpoint(mix, policy=_all_but_gathered)
@@ -92,7 +92,7 @@ def mix_on_mesh(
 
 
 def _count_pieces(length: int, devices: int, reach: int) -> int:
-    """Cut a row over `devices`, unless the convolution would reach past its neighbour."""
+    """Return the number of pieces: `devices`, or 1 when the taps would reach past the left neighbour."""
     return devices if length > 1 and -(-length // devices) >= reach else 1
 
 
@@ -109,14 +109,14 @@ def _pad_rows(rows: Rows, batch: int, length: int, padding: int) -> Rows:
 
 
 def _path(path: tuple) -> str:
-    """Where a leaf is in a model; a weight set aside while adapters are merged lies like the weight."""
+    """Return a leaf's path in a block; the copy of a weight with merged adapters has the weight's path."""
     name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
     return f"mixer.{name}".replace(".unmerged.", ".")
 
 
 def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
-    """A parameter as a device uses it: gathered over `fsdp`, in the compute dtype if that is narrower."""
-    if path == "mixer.out_proj.bias":  # the devices' updates are added up
+    """All-gather a parameter over `fsdp`, in the compute dtype if that dtype is narrower."""
+    if path == "mixer.out_proj.bias":  # on one device only: updates are summed over `tensor`
         return jnp.where(jax.lax.axis_index(TENSOR) == 0, leaf, 0)
     for axis, name in enumerate(spec):
         if name == "fsdp" and jax.lax.axis_size("fsdp") > 1:
@@ -126,5 +126,5 @@ def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
 
 
 def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
-    """What the backward pass may keep: a matrix kept whole would undo what `fsdp` is for."""
+    """Remat policy: save all but all-gathered matrices, which would defeat the memory savings of `fsdp`."""
     return primitive is not jax.lax.all_gather_p

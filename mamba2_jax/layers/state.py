@@ -1,4 +1,4 @@
-"""What passes between layers: the marks of a batch's tokens, and what each layer remembers."""
+"""Types passed between layers: masks and segment ids of a batch, and the state of each layer."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,10 +21,10 @@ class ConvState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class AttentionConvState:
-    """The last `k - 1` inputs of the convolution of an attention layer, oldest first.
+    """The last `k - 1` inputs of an attention layer's convolution, oldest first.
 
-    The original's prefill keeps the convolution's outputs here and its decoding takes them for inputs, so
-    that its first `k - 1` decoded tokens differ from its own prefill. These are the inputs in both.
+    The original's prefill stores the convolution's outputs here, and its decoding reads them as inputs, so
+    that its first `k - 1` decoded tokens differ from its own prefill. Here both store and read inputs.
     """
 
     q: Float[Array, "b k-1 hp"]
@@ -35,9 +35,9 @@ class AttentionConvState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys, rotated, and values of an attention layer: token `i` of the row's document in slot `i`.
+    """Key-value cache of an attention layer: token `i` of the row's document in slot `i`, keys rotated.
 
-    Slots from the row's `position` on hold nothing that counts.
+    Slots from the row's `position` on are unused.
     """
 
     keys: Float[Array, "b s kv p"]
@@ -45,21 +45,21 @@ class KeyValues:
 
 
 class Rows(NamedTuple):
-    """Which tokens of a batch count, and where documents begin. None: all of them, one document a row."""
+    """Mask and segment ids of a batch's tokens; None: no padding, and one document per row."""
 
     mask: Bool[Array, "b l"] | None = None
     segment_ids: Int[Array, "b l"] | None = None  # 0 wherever the mask is false
-    past: Int[Array, " b"] | None = None  # for attention: tokens that a row's first document had before,
-    positions: Int[Array, "b l"] | None = None  # and the place of each token in its document
+    past: Int[Array, " b"] | None = None  # for attention: cached tokens of each row's first document,
+    positions: Int[Array, "b l"] | None = None  # and each token's position in its document
 
     @property
     def marks(self) -> Array | None:
-        """Segment ids, or the mask in their place, as the operators take them."""
+        """Return the `segment_ids` argument of the ops: the segment ids, or else the mask."""
         return self.mask if self.segment_ids is None else self.segment_ids
 
 
 class LayerState(NamedTuple):
-    """One layer's part of `Mamba2Cache`."""
+    """State of one layer in a `Mamba2Cache`."""
 
     conv: ConvState | AttentionConvState | None  # None: attention without a convolution
     ssm: Float[Array, "b h p n"] | None  # None: attention
@@ -67,15 +67,15 @@ class LayerState(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What a device must know of the others; by default there are none."""
+    """How a mixer is sharded over the devices of a mesh; the defaults are those of one device."""
 
     num_pieces: int = 1
-    """That the tokens are cut into."""
+    """Number of pieces of the token axis, one per device of `sequence`."""
     devices_per_group: int = 1
-    """Neighbours on `tensor` whose heads share a group; 1 also when each has several groups."""
+    """Neighbouring devices of `tensor` whose heads share a group; 1 also when each has several groups."""
 
     def mean_over_group(self, mean_square: Array, num_groups: int) -> Array:
-        """Average over the channels of a group that lie on other devices."""
+        """Average a mean square over all devices that hold channels of the same group."""
         if self.devices_per_group == 1:
             return mean_square
         return mean_over_group(mean_square, num_groups, self.devices_per_group)

@@ -1,4 +1,4 @@
-"""Which weights can take an adapter: read off the one table of checkpoint names, none is listed here."""
+"""Find the weights that can take an adapter, from the table of checkpoint tensors."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ class Target:
     """A module whose weight, one stored tensor, can take an adapter.
 
     Args:
-        name: the module's path, transformers', such as `backbone.layers.0.mixer.in_proj`.
-        stored: the weight as checkpoints have it, and the leaves that its rows fill.
+        name: path of the module in transformers, such as `backbone.layers.0.mixer.in_proj`.
+        stored: the weight in a checkpoint, with the leaves that its stored rows fill.
     """
 
     name: str
@@ -21,27 +21,27 @@ class Target:
 
     @property
     def is_embedding(self) -> bool:
-        """Whether it is looked up, not multiplied: its input axis is the vocabulary."""
+        """Return whether the weight is the embedding, whose input axis is the vocabulary of a lookup."""
         return self.stored.name == EMBEDDING
 
     @property
     def in_size(self) -> int:
-        """Length of the input axis: of `A`'s first."""
+        """Return the size of the weight's input axis, the first axis of `A`."""
         return self.stored.shape[0 if self.is_embedding else -1]
 
     @property
     def out_size(self) -> int:
-        """Length of all output axes together."""
+        """Return the total size of the weight's output axes."""
         return self.stored.shape[-1 if self.is_embedding else 0]
 
     def shape_of_B(self, leaf: Leaf, rank: int) -> tuple[int, ...]:
-        """A leaf's shape, its input axis replaced by the rank."""
+        """Return the shape of `B` for a leaf: the leaf's shape with `rank` as the input axis."""
         axis = leaf.role.input_axis
         return (*leaf.shape[:axis], rank, *leaf.shape[axis + 1 :])
 
 
 def adapter_targets(config: Mamba2Config, head: bool = True) -> dict[str, Target]:
-    """Every module whose weight is a matrix, by path; the head also when it is tied to the embedding."""
+    """Map the path of every module with a weight of several axes to its target; includes a tied head."""
     table = checkpoint_table(config.replace(tie_word_embeddings=False), head)
     return {
         name: Target(name, stored)
@@ -52,10 +52,10 @@ def adapter_targets(config: Mamba2Config, head: bool = True) -> dict[str, Target
 
 
 def match_targets(op: str, targets: dict[str, Target], wanted: Iterable[str]) -> list[Target]:
-    """The targets whose path is, or ends in, one of the wanted names, in the model's order.
+    """Select the targets whose path is, or ends in, one of the wanted names, in the model's order.
 
     Raises:
-        ValueError: a name that is no target's; lists what exists.
+        ValueError: a name matches no target; the message lists the valid names.
     """
     wanted = tuple(wanted)
     for name in wanted:
@@ -69,5 +69,5 @@ def match_targets(op: str, targets: dict[str, Target], wanted: Iterable[str]) ->
 
 
 def ends_in(path: str, end: str) -> bool:
-    """Whether a path is `end` or ends in it, from a dot on."""
+    """Return whether the dot-joined path is `end` or ends in the components of `end`."""
     return path == end or path.endswith(f".{end}")

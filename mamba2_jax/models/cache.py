@@ -1,6 +1,6 @@
-"""What a Mamba-2 remembers of the tokens it has read: a fixed number of floats, however many they were.
+"""The decoding cache of a Mamba-2: a state of fixed size, independent of the number of tokens read.
 
-A hybrid's attention layers remember every token of the document, in buffers of a stated capacity.
+Attention layers of a hybrid store keys and values of every token of the document, up to a fixed capacity.
 """
 
 from dataclasses import dataclass, replace
@@ -17,11 +17,11 @@ from mamba2_jax.typing import Array, DTypeLike, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mamba2Cache:
-    """The state of every layer, row by row: a pytree that `jit`, `vmap` and Orbax take as it is.
+    """State of every layer for each batch row: a pytree, usable with `jit`, `vmap` and Orbax.
 
-    Attention layers have buffers of a fixed `capacity`. `generate`, `stream` and a model called outside
-    `jit` enlarge them as needed. Inside your own `jit` a shape cannot follow the text: `reserve` room before.
-    There, a row that would overflow becomes NaN rather than wrong.
+    Attention layers have buffers of a fixed `capacity`. `generate`, `stream` and a model called outside `jit`
+    enlarge the buffers as needed. Inside your own `jit` shapes are static: call `reserve` before. There, a
+    row that overflows its buffer becomes NaN, not silently wrong.
 
     >>> from mamba2_jax import Mamba2Config
     >>> cache = Mamba2Cache.zeros(Mamba2Config.preset("mamba2-130m"), batch=2)
@@ -30,13 +30,13 @@ class Mamba2Cache:
     """
 
     conv: tuple[ConvState | AttentionConvState | None, ...]
-    """Per layer, in the compute dtype; None for attention without a convolution."""
+    """Convolution state per layer, in the compute dtype; None for attention without a convolution."""
     ssm: tuple[Float[Array, "b h p n"] | None, ...]
-    """Per layer, float32 unless asked otherwise; None for attention."""
+    """SSM state per layer, float32 by default; None for attention."""
     position: Int[Array, " b"]
-    """How many tokens of its current document each row has read."""
+    """Number of tokens that each row has read of its current document."""
     attention: tuple[KeyValues | None, ...]
-    """Per layer, in the compute dtype; None for all but attention."""
+    """Keys and values per layer, in the compute dtype; None for all layers but attention."""
 
     @classmethod
     def zeros(
@@ -48,18 +48,18 @@ class Mamba2Cache:
         ssm_dtype: DTypeLike = jnp.float32,
         capacity: int = 0,
     ) -> "Mamba2Cache":
-        """The state before any token.
+        """Build the cache of `batch` rows before any token.
 
         Args:
-            config: of the model.
-            batch: rows.
-            dtype: of the convolution's inputs, keys and values; the model's compute dtype.
-            ssm_dtype: of the SSM state.
-            capacity: tokens that the buffers of attention layers hold; without such layers it means nothing.
-                Empty buffers take the length of the first input.
+            config: config of the model.
+            batch: number of rows.
+            dtype: dtype of convolution inputs, keys and values; the model's compute dtype.
+            ssm_dtype: dtype of the SSM state.
+            capacity: tokens that the buffers of attention layers hold; ignored without such layers. Empty
+                buffers take the length of the first input.
 
         Raises:
-            ValueError: `batch` is not positive, or `capacity` negative.
+            ValueError: `batch` is not positive, or `capacity` is negative.
         """
         if batch < 1:
             raise ValueError(f"Mamba2Cache.zeros: batch={batch} must be at least 1")
@@ -74,7 +74,7 @@ class Mamba2Cache:
         return cls(conv, ssm, jnp.zeros((batch,), jnp.int32), attention)
 
     def __getitem__(self, rows) -> "Mamba2Cache":
-        """Pick rows by a slice, a list or an index array; a single integer keeps the batch axis."""
+        """Select rows by a slice, a list or an index array; a single integer keeps the batch axis."""
         if isinstance(rows, int):
             if not -self.batch <= rows < self.batch:
                 raise IndexError(f"Mamba2Cache: row {rows} of a batch of {self.batch}")
@@ -84,15 +84,15 @@ class Mamba2Cache:
 
     @classmethod
     def concatenate(cls, caches: "list[Mamba2Cache]") -> "Mamba2Cache":
-        """Join the rows of several caches into one batch, with the largest capacity among them."""
+        """Concatenate the rows of several caches to one batch, with the largest of their capacities."""
         capacity = max(cache.capacity or 0 for cache in caches)
         caches = [cache.reserve(capacity) for cache in caches]
         return jax.tree.map(lambda *rows: jnp.concatenate(rows, axis=0), *caches)
 
     def reserve(self, capacity: int) -> "Mamba2Cache":
-        """Enlarge the buffers of attention layers to hold `capacity` tokens a row; never smaller.
+        """Return a cache whose attention buffers hold at least `capacity` tokens per row.
 
-        Without attention layers, or with room enough, this is the cache itself.
+        Without attention layers, or when the capacity suffices, returns the cache itself.
         """
         if self.capacity is None or capacity <= self.capacity:
             return self
@@ -102,22 +102,25 @@ class Mamba2Cache:
 
     @property
     def capacity(self) -> int | None:
-        """Tokens of a document that the buffers of attention layers hold; None without such layers."""
+        """Return the tokens per row that the attention buffers hold; None without attention layers."""
         return next((kept.keys.shape[1] for kept in self.attention if kept is not None), None)
 
     @property
     def batch(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
         return self.position.shape[0]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states together."""
+        """Return the total size of all states in bytes."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
 
 def bucket(length: int) -> int:
-    """The next of 1, 16, 24, 32, 48, 64, 96, 128, ...: at most half as much again, few compilations."""
+    """Round a length up to a bucket: 1, 16, 24, 32, 48, 64, 96, 128, ..., which keeps compilations few.
+
+    Above 16, a bucket is at most half as long again as the length.
+    """
     if length == 1:
         return 1
     power = max(16, 1 << (length - 1).bit_length())

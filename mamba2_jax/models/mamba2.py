@@ -1,4 +1,4 @@
-"""The models: embeddings, blocks, final norm, head; from a PyTorch checkpoint or from scratch."""
+"""The models: embeddings, blocks, final norm and head, loaded from a checkpoint or newly initialised."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -36,40 +36,40 @@ from mamba2_jax.typing import Array, DTypeLike, Float, Int
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mamba2Output:
-    """What `Mamba2Model` returns."""
+    """Output of `Mamba2Model`."""
 
     last_hidden_state: Float[Array, "b l d"]
-    """After the final norm, in the compute dtype."""
+    """Output of the final norm, in the compute dtype."""
     cache: Mamba2Cache
-    """The state after the row's last token that counts."""
+    """State after each row's last token that is not padding."""
     hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
-    """On request: the output of each block, then the final norm's."""
+    """With `output_hidden_states`: the output of each block, then of the final norm."""
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Mamba2CausalLMOutput:
-    """What `Mamba2ForCausalLM` returns."""
+    """Output of `Mamba2ForCausalLM`."""
 
     logits: Float[Array, "b l v"]
-    """float32, as wide as the padded vocabulary."""
+    """Logits of the next token over the padded vocabulary, float32."""
     cache: Mamba2Cache
-    """The state after the row's last token that counts."""
+    """State after each row's last token that is not padding."""
     hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
-    """On request: the output of each block, then the final norm's."""
+    """With `output_hidden_states`: the output of each block, then of the final norm."""
     loss: Float[Array, ""] | None = None
     """With `labels`: mean cross entropy in nats over the tokens that have a label."""
 
 
 class Mamba2Model(PretrainedModel):
-    """Embeddings, blocks and the final norm.
+    """Mamba-2 without a head: embeddings, blocks and the final norm.
 
     Args:
         config: sizes and options.
         dtype: compute dtype of matrix products and activations.
-        param_dtype: dtype of the parameters made here.
-        ssd_implementation: passed to `ops.ssd`; decoding one token chooses for itself.
-        rngs: source of the initial values, `nnx.Rngs(0)`.
+        param_dtype: dtype of the initial parameters.
+        ssd_implementation: `implementation` of `ops.ssd`; decoding steps always use the default.
+        rngs: source of the initial values, such as `nnx.Rngs(0)`.
     """
 
     _checkpoint_prefix = "backbone."
@@ -113,19 +113,19 @@ class Mamba2Model(PretrainedModel):
         inputs_embeds: Float[Array, "b l d"] | None = None,
         output_hidden_states: bool = False,
     ) -> Mamba2Output:
-        """Run the blocks. Compiled at the first call of each shape; also inside your own `jit`.
+        """Run all blocks on `(b, l)` tokens; jitted, compiled once per input shape, callable inside a `jit`.
 
         Args:
             input_ids: `(b, l)` token ids.
             attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
-                or the right end of a row. A padded row gives the numbers of the row alone.
-            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
-            cache: the state to go on from; any number of new tokens.
+                or the right end of a row. Padding does not change the results of a row.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document independent of all others.
+            cache: the state to continue from, with any number of new tokens.
             inputs_embeds: `(b, l, d)` instead of `input_ids`.
             output_hidden_states: also return every block's output.
 
         Raises:
-            ValueError: arguments that do not fit, named.
+            ValueError: an invalid argument; the message names it.
         """
         inputs = check_inputs(
             type(self).__name__, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds
@@ -134,7 +134,7 @@ class Mamba2Model(PretrainedModel):
             return _run_backbone(self, *inputs, output_hidden_states=output_hidden_states)
 
     def on_its_device(self) -> AbstractContextManager:
-        """Return a context to trace a computation in that runs where the parameters are committed to."""
+        """Return a context that traces computations for the device to which the parameters are committed."""
         return on_device_of(self.embeddings.weight[...])
 
     def forward(
@@ -147,9 +147,9 @@ class Mamba2Model(PretrainedModel):
         output_hidden_states=False,
         wrap_block: Callable[[Callable], Callable] | None = None,
     ) -> Mamba2Output:
-        """`__call__` on checked arguments, uncompiled: what other code inside a `jit` uses.
+        """Run `__call__` without argument checks and without `jit`, for callers that are jitted themselves.
 
-        `wrap_block` is given the function that runs a block: training makes it one that recomputes.
+        `wrap_block` transforms the function that runs one block; training passes remat policies.
         """
         run_block = _run_block if wrap_block is None else wrap_block(_run_block)
         rows = join_rows(attention_mask, segment_ids)
@@ -181,7 +181,7 @@ class Mamba2Model(PretrainedModel):
 
 
 class Mamba2ForCausalLM(PretrainedModel):
-    """`Mamba2Model` with a head that scores the next token. Arguments as for `Mamba2Model`.
+    """Mamba-2 with a language-model head: `Mamba2Model`, then logits of the next token; same arguments.
 
     >>> model = Mamba2ForCausalLM.from_pretrained()  # the model inside the package
     >>> model(jnp.array([[1, 2, 3]])).logits.shape
@@ -218,22 +218,22 @@ class Mamba2ForCausalLM(PretrainedModel):
         logits_to_keep: int = 0,
         output_hidden_states: bool = False,
     ) -> Mamba2CausalLMOutput:
-        """Score the next token after each position. Compiled at the first call of each shape.
+        """Compute the next-token logits `(b, l, v)`; jitted, compiled once per input shape.
 
         Args:
             input_ids: `(b, l)` token ids.
             attention_mask: `(b, l)` of 0/1 for these tokens (not the cached ones); padding at the left
-                or the right end of a row. A padded row gives the numbers of the row alone.
-            segment_ids: `(b, l)`; 0 is padding, any change starts a document that sees no other.
-            cache: the state to go on from; any number of new tokens.
+                or the right end of a row. Padding does not change the results of a row.
+            segment_ids: `(b, l)`; 0 is padding, any change starts a document independent of all others.
+            cache: the state to continue from, with any number of new tokens.
             inputs_embeds: `(b, l, d)` instead of `input_ids`.
-            labels: `(b, l)`, usually `input_ids`: position t is scored on label t + 1. A label of -100,
-                a padding token, and the first token of a document cost nothing.
-            logits_to_keep: only the last so many positions' logits; 0 keeps all.
+            labels: `(b, l)`, usually `input_ids`: the loss at position t is that of label t + 1. A label of
+                -100, a padding token, and the first token of a document are not in the loss.
+            logits_to_keep: compute logits for this many last positions only; 0: for all positions.
             output_hidden_states: also return every block's output.
 
         Raises:
-            ValueError: arguments that do not fit, named.
+            ValueError: an invalid argument; the message names it.
         """
         name = type(self).__name__
         inputs = check_inputs(name, self.config, input_ids, attention_mask, segment_ids, cache, inputs_embeds)
@@ -254,12 +254,12 @@ class Mamba2ForCausalLM(PretrainedModel):
             )
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Score the vocabulary, float32."""
+        """Compute float32 logits `(..., v)` of hidden states `(..., d)`."""
         return self.head(hidden, self.output_weight, dtype=self.dtype)
 
     @property
     def output_weight(self) -> Float[Array, "v d"]:
-        """The head's matrix, or the embedding's when they are tied."""
+        """Return the matrix `(v, d)` of the head, or of the embedding when the head is tied."""
         table = self.backbone.embeddings if self.lm_head is None else self.lm_head
         return table.weight[...]
 
@@ -283,26 +283,26 @@ def _run_causal_lm(
     return Mamba2CausalLMOutput(logits, out.cache, out.hidden_states, loss)
 
 
-# Layers are alike: under jit this is traced once and called per layer.
+# Layers of one kind have equal shapes: under `jit` this is traced once and called per layer.
 _run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, rows))
 
 
 def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:
-    """Mean cross entropy in nats of label t + 1 at position t, over the labels that count."""
+    """Compute the mean cross entropy in nats of label t + 1 at position t, over labels not ignored."""
     targets = next_token_targets(labels, rows)
     count = (targets != IGNORED_LABEL).sum()
     return summed_cross_entropy(logits, targets) / jnp.maximum(count, 1)
 
 
 def _positions(past: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, "b l"]:
-    """Each token's place in its document."""
+    """Compute each token's position in its document, `(b, l)`."""
     if rows.marks is None:
         return past[:, None] + jnp.arange(length)
     return document_positions(rows.marks.astype(jnp.int32), past)
 
 
 def _advance(position: Int[Array, " b"], rows: Rows, length: int) -> Int[Array, " b"]:
-    """Count the tokens of the row's current document."""
+    """Update `position`, the token count of each row's current document, by `length` new tokens."""
     if rows.mask is None:
         return position + length
     if rows.segment_ids is None:

@@ -1,9 +1,9 @@
-"""Products of two arrays whose derivatives are such products again: their axes in order, in every mode.
+"""A product of two arrays whose gradients are products of the same kind, with no transposes, in every mode.
 
-JAX's own gradient of a product comes with its axes in another order, to be transposed, and widens a
-half-precision operand to the float32 of the gradient it meets. Both follow from how `dot_general` is
-transposed, and `jax.custom_vjp` would mend them at the price of forward mode. So the tangent is an operation
-of its own here, linear in either operand: JAX derives all modes and orders from that.
+JAX's own gradient of an operand needs a transpose, because its axes come in another order, and widens a
+half-precision operand to the float32 of the incoming gradient. Both follow from the transpose rule of
+`dot_general`. `jax.custom_vjp` would avoid both but has no forward mode. So the tangent is a bilinear
+primitive of its own: JAX derives forward and reverse mode of every order from that primitive.
 """
 
 from functools import partial
@@ -24,17 +24,17 @@ from mamba2_jax.typing import Array, DTypeLike
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 3))
 def product(formula: str, a: Array, b: Array, narrow: DTypeLike | None = None) -> Array:
-    """`jnp.einsum` of two arrays, summed in float32 (float64 when `a` is), with all its derivatives.
+    """Compute `jnp.einsum` of two arrays in float32 (float64 when `a` is), differentiable in every mode.
 
     Args:
-        formula: names all axes, each in two of the three terms at least, as in `"bqn,bnk->bqk"`.
-        a: `(b, q, n)` there.
-        b: `(b, n, k)` there.
-        narrow: dtype in which the operands are multiplied, and each gradient with the other operand; None:
-            as they are.
+        formula: einsum formula in which each axis is in at least two of the three terms: `"bqn,bnk->bqk"`.
+        a: `(b, q, n)` in that example.
+        b: `(b, n, k)` in that example.
+        narrow: dtype that the operands are cast to before the product, in the backward pass too; None: the
+            operands' own dtypes.
 
     Returns:
-        `(b, q, k)` there, float32; a gradient has the dtype of its operand, and is not rounded before.
+        `(b, q, k)` in that example, float32. A gradient has its operand's dtype and is rounded only once.
 
     >>> a, b = jnp.ones((2, 3)), jnp.ones((3, 4), jnp.bfloat16)
     >>> y, tangent = jax.jvp(lambda a: product("qn,nk->qk", a, b, jnp.bfloat16), (a,), (2 * a,))
@@ -50,7 +50,7 @@ def _product_jvp(
 ) -> tuple[Array, Array]:
     (a, b), (a_dot, b_dot) = primals, tangents
     bind = partial(_bilinear.bind, formula=formula, narrow=narrow, dtype=_sum_dtype(a, narrow))
-    # Plain, so that the policies of `jax.checkpoint` that keep products know it for one.
+    # The plain einsum, because remat policies that save products recognise only `dot_general`.
     y = _einsum(a, b, formula=formula, narrow=narrow, dtype=_sum_dtype(a, narrow))
     terms = [] if isinstance(a_dot, SymbolicZero) else [bind(a_dot, b)]
     terms += [] if isinstance(b_dot, SymbolicZero) else [bind(a, b_dot)]
@@ -117,5 +117,5 @@ batching.primitive_batchers[_bilinear] = _batched
 
 
 def _terms(formula: str) -> list[str]:
-    """The axes of both operands and of the result."""
+    """Split a formula into the axes of the left operand, of the right operand and of the result."""
     return formula.replace("->", ",").split(",")

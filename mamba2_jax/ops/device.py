@@ -1,4 +1,4 @@
-"""The device that a computation traced now will use."""
+"""Find the device on which a computation will run, while that computation is traced."""
 
 import contextlib
 from typing import Any
@@ -8,15 +8,15 @@ from jax.core import Tracer
 
 
 def platform() -> str:
-    """Where a computation traced now will run: `"cpu"`, `"gpu"` or `"tpu"`."""
+    """Return the platform that a computation traced now will run on: `"cpu"`, `"gpu"` or `"tpu"`."""
     return default_device().platform
 
 
 def default_device() -> Any:
     """Return the device, or one of the devices, that a computation traced now will use.
 
-    JAX has no more to tell inside a `jit`: a tracer does not know where its array lies. Public doors enter
-    `on_device_of` their arrays first.
+    This is JAX's default device: inside a `jit` a tracer does not know the device of its array. Public
+    functions therefore enter the context `on_device_of(*arrays)` before they trace.
     """
     device = jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
     if device is None or isinstance(device, str):
@@ -25,10 +25,10 @@ def default_device() -> Any:
 
 
 def on_device_of(*arrays: Any) -> contextlib.AbstractContextManager:
-    """Return a context in which `default_device` is where a computation on `arrays` will run.
+    """Return a context in which `default_device` is the device that a computation on `arrays` will use.
 
-    It differs from JAX's default where an array is committed to another kind of device: a model on the CPU of
-    a machine with a GPU. Inside a `jit`, where arrays are tracers, the context changes nothing.
+    That device differs from JAX's default when an array is committed to another kind of device: a model on
+    the CPU of a machine with a GPU. Inside a `jit`, where arrays are tracers, the context has no effect.
 
     >>> with on_device_of(jax.device_put(1.0, jax.devices("cpu")[0])):
     ...     platform()
@@ -41,7 +41,7 @@ def on_device_of(*arrays: Any) -> contextlib.AbstractContextManager:
 
 
 def committed_device(*arrays: Any) -> Any:
-    """Return a device of this process that an array is committed to; None if none is, or can be known."""
+    """Return a device of this process that an array is committed to; None without one, or for tracers."""
     for array in arrays:
         if not isinstance(array, Tracer) and getattr(array, "committed", False):
             for device in array.sharding.addressable_devices:
@@ -50,6 +50,6 @@ def committed_device(*arrays: Any) -> Any:
 
 
 def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Return `(8, 9)` and the like for an NVIDIA GPU, None for anything else."""
+    """Return the compute capability of an NVIDIA GPU, such as `(8, 9)`; None for any other device."""
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None

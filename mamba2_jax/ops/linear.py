@@ -1,4 +1,4 @@
-"""Products with weights: operands in the compute dtype, sums in float32."""
+"""Matrix products of activations with weights: operands in the compute dtype, accumulation in float32."""
 
 import math
 
@@ -17,16 +17,16 @@ def linear(
     *,
     dtype: DTypeLike,
 ) -> Float[Array, "..."]:
-    """`x @ weight + bias` over the last axis of `x`; the weight may have several output axes.
+    """Compute `x @ weight + bias` over the last axis of `x`, for a weight with one or more output axes.
 
     Args:
         x: `(..., d)`.
         weight: `(d, *out)`.
         bias: `(*out)`.
-        dtype: of both operands, in the gradient too.
+        dtype: dtype that both operands are cast to, in the backward pass too.
 
     Returns:
-        `(..., *out)` in float32 (float64 when `dtype` is); the caller narrows it.
+        `(..., *out)` in float32 (float64 when `dtype` is float64); the caller casts the result down.
     """
     rows, count = _rows(x, dtype)
     y = _product(rows, weight, dtype, over=0)
@@ -37,15 +37,15 @@ def linear(
 def vocabulary_logits(
     x: Float[Array, "*b d"], embedding: Float[Array, "v d"], *, dtype: DTypeLike
 ) -> Float[Array, "*b v"]:
-    """Scores of every token, `x @ embedding.T`, in float32.
+    """Compute the logits of every token id, `x @ embedding.T`, in float32.
 
     Args:
         x: `(..., d)`.
-        embedding: `(v, d)`, the head's or the tied embedding's matrix.
-        dtype: of both operands, in the gradient too.
+        embedding: `(v, d)`, the matrix of the head or of the tied embedding.
+        dtype: dtype that both operands are cast to, in the backward pass too.
 
     Returns:
-        `(..., v)` in float32 (float64 when `dtype` is).
+        `(..., v)` in float32 (float64 when `dtype` is float64).
     """
     rows, count = _rows(x, dtype)
     y = _product(rows, embedding, dtype, over=1)
@@ -53,12 +53,12 @@ def vocabulary_logits(
 
 
 def _product(rows: Array, weight: Array, dtype: DTypeLike, over: int) -> Array:
-    """Sum over axis 1 of `rows (r, d)` and an end axis of `weight`: float32 `(r, *others)`."""
+    """Contract axis 1 of `rows (r, d)` with axis `over` of `weight`: float32 `(r, *others)`."""
     others = weight.shape[:over] + weight.shape[over + 1 :]
     weight = as_matrix(weight)
     if jnp.dtype(dtype).itemsize == 2:
-        # JAX's own gradient would widen one operand of each product to that of the other, the float32
-        # gradient of the result: several times as slow, on a GPU as well. It would also round the sum over
+        # JAX's own backward pass would widen the half-precision operand of each product to the float32 of
+        # the result's gradient: several times as slow, on a GPU as well. It would also round the sum over
         # the rows to half precision.
         of_weight = "dvwxyz"[: weight.ndim] if over == 0 else "vd"
         y = product(f"rd,{of_weight}->r{of_weight.replace('d', '')}", rows, weight, dtype)
@@ -70,6 +70,6 @@ def _product(rows: Array, weight: Array, dtype: DTypeLike, over: int) -> Array:
 
 
 def _rows(x: Array, dtype: DTypeLike) -> tuple[Array, int]:
-    """Fold `x` to `(rows, d)`; and how many of these are its own."""
+    """Reshape `x` to `(rows, d)`; return the matrix and the number of its rows that are not padding."""
     rows = x.astype(dtype).reshape(-1, x.shape[-1])
     return at_least_two_rows(rows, dtype), math.prod(x.shape[:-1])

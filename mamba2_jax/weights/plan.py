@@ -1,4 +1,4 @@
-"""Does a checkpoint fit the config? Asked of names, shapes and types, before anything is allocated."""
+"""Check a checkpoint's tensor names, shapes and dtypes against the config before allocating any array."""
 
 import numpy as np
 
@@ -10,25 +10,25 @@ from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, match_names
 
 
 def label(info: TensorInfo) -> str:
-    """Name a tensor and its file for a message."""
+    """Format a tensor's name and file for a message."""
     return f"tensor {show(info.name)} in {info.file.name}"
 
 
 def show_shape(shape: tuple[int, ...]) -> str:
-    """Write a shape as Python does."""
+    """Format a shape as a Python tuple."""
     return "(" + ", ".join(map(str, shape)) + ("," if len(shape) == 1 else "") + ")"
 
 
 def plan_load(
     checkpoint: Checkpoint, config: Mamba2Config, table: tuple[StoredTensor, ...], head: bool
 ) -> tuple[list[tuple[StoredTensor, TensorInfo]], list[str]]:
-    """Check a checkpoint against the config before any array is made.
+    """Check a checkpoint against the config, and list the tensors to load.
 
     Returns:
-        What to load, a stored tensor of the table with its place in a file each; and notes for the user.
+        Pairs of a stored tensor of the table and its location in a file; and notes for the user.
 
     Raises:
-        CheckpointError: tensors that are missing, unexpected, or of another shape or kind; lists all.
+        CheckpointError: tensors are missing, unexpected, or of a wrong shape or dtype; lists them all.
     """
     tied = config.tie_word_embeddings
     found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
@@ -63,14 +63,14 @@ def plan_load(
 
 
 def _why_missing(stored: StoredTensor) -> str:
-    """Explain the commonest reasons for a missing tensor."""
+    """Return the likely reason for a missing tensor, "" if unknown."""
     if stored.name == HEAD:
         return " (tie_word_embeddings is false; a tied head, or a bare Mamba2Model, has none)"
     return f" ({stored.reason})" if stored.reason else ""
 
 
 def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> str:
-    """Explain an embedding or head whose rows are not the config's vocabulary."""
+    """Explain an embedding or head whose stored rows differ from `vocab_size`; "" for other tensors."""
     if name not in (EMBEDDING, HEAD) or len(shape) != 2 or shape[1] != config.hidden_size:
         return ""
     rows = shape[0]
@@ -82,7 +82,7 @@ def _why_vocabulary(name: str, shape: tuple[int, ...], config: Mamba2Config) -> 
 
 
 def _same_bytes(checkpoint: Checkpoint, first: TensorInfo, second: TensorInfo) -> bool:
-    """Whether two tensors of one shape hold the same bytes."""
+    """Return whether two tensors of equal shape have the same dtype and bytes."""
     if first.dtype != second.dtype:
         return False
     if (first.file, first.start) == (second.file, second.start):  # one storage in a PyTorch file

@@ -1,7 +1,7 @@
-"""Checkpoint files and the one table of parameters: names there, and rows of numbers, in both directions.
+"""Map stored tensors of a checkpoint to the model's leaves and back: tensor names and stored rows.
 
-A stored tensor splits by rows into the model's leaves, as `mamba2_jax.config.kinds` declares them. Importing
-and exporting both go through `as_rows`.
+The stored rows of a tensor are divided among the model's leaves as `mamba2_jax.config.kinds` declares. Import
+and export both use `as_rows`.
 """
 
 from collections.abc import Collection, Mapping
@@ -26,9 +26,9 @@ __all__ = [
 
 
 def as_rows(leaf: Leaf, array: np.ndarray) -> np.ndarray:
-    """View a contiguous array of the leaf's shape as `(rows, numbers per row)`, as the file orders them.
+    """View a contiguous array of the leaf's shape as `(stored rows, numbers per row)` in the file's order.
 
-    Importing writes through this view, exporting reads through it.
+    Import writes through this view, export reads through it.
     """
     count = leaf.rows[1] - leaf.rows[0]
     if leaf.role.rows_last:
@@ -37,16 +37,16 @@ def as_rows(leaf: Leaf, array: np.ndarray) -> np.ndarray:
 
 
 def assemble(stored: StoredTensor, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Build the stored tensor from arrays by leaf path: the way out, the inverse of reading."""
+    """Build a stored tensor for export from the arrays of its leaves, given by leaf path."""
     parts = [as_rows(leaf, np.ascontiguousarray(arrays[leaf.path])) for leaf in stored.leaves]
     return np.concatenate(parts).reshape(stored.shape)
 
 
 def stored_names(name: str) -> tuple[str, ...]:
-    """Every name under which a file may hold the tensor, the canonical one first.
+    """Return every name under which a file may hold a tensor, the canonical name first.
 
-    state-spaces writes `embedding` for `embeddings`, Mistral puts `model.` in front, and a bare Mamba2Model
-    has no `backbone.`.
+    state-spaces writes `embedding` for `embeddings`, Mistral adds the prefix `model.`, and a bare Mamba2Model
+    has no prefix `backbone.`.
     """
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
     names += [f"model.{other}" for other in names] + [other.removeprefix(BACKBONE) for other in names]
@@ -54,7 +54,7 @@ def stored_names(name: str) -> tuple[str, ...]:
 
 
 def written_name(name: str, form: str, head: bool) -> str:
-    """Return the name that a form writes a tensor under; a bare Mamba2Model's have no `backbone.`."""
+    """Return the name of a tensor in a form; names of a bare Mamba2Model have no prefix `backbone.`."""
     if form == "state-spaces":
         return name.replace("backbone.embeddings.", "backbone.embedding.")
     return name if head else name.removeprefix(BACKBONE)
@@ -63,16 +63,16 @@ def written_name(name: str, form: str, head: bool) -> str:
 def match_names(
     table: tuple[StoredTensor, ...], present: Collection[str], tied: bool
 ) -> tuple[dict[str, str], list[str], list[str]]:
-    """Find each tensor of the table among the names that a checkpoint has.
+    """Find each tensor of the table among the tensor names of a checkpoint.
 
     Args:
-        table: what the model needs, from `checkpoint_table`.
-        present: the stored names.
-        tied: head and embedding are one tensor: either may stand for both.
+        table: the tensors of the model, from `checkpoint_table`.
+        present: the tensor names in the checkpoint.
+        tied: head and embedding are one tensor, which may be stored under either name.
 
     Returns:
-        `(found, missing, unexpected)`: canonical name -> stored name, and what is left over on each side. A
-        second name for a tensor already found is unexpected.
+        `(found, missing, unexpected)`: canonical name -> stored name, canonical names without a stored
+        tensor, and unused stored names. A second name of a tensor already found is unexpected.
     """
     found: dict[str, str] = {}
     missing = []

@@ -20,28 +20,28 @@ def causal_conv1d(
     segment_ids: Int[Array, "b l"] | None = None,
     activation: str | None = "silu",
 ) -> tuple[Float[Array, "b l *c"], Float[Array, "b k-1 *c"]]:
-    r"""Causal depthwise convolution, then the activation.
+    r"""Apply a causal depthwise convolution over the tokens, then the activation.
 
     $$y_t = \mathrm{act}\Big(\mathrm{bias} + \sum_{j=0}^{k-1} \mathrm{weight}_j\, x_{t-(k-1)+j}\Big)$$
 
-    A tap reads zero where it would leave its document. A 0/1 attention mask is a valid `segment_ids`.
+    A tap that would read another document reads zero. A 0/1 attention mask is a valid `segment_ids`.
 
     Args:
         x: `(b, l, *channels)`; any number of channel axes.
-        weight: `(k, *channels)`; the last tap is the current token's.
+        weight: `(k, *channels)`; the last tap multiplies the current token.
         bias: `(*channels)`.
-        initial_state: the `k - 1` inputs before the row's first token, `(b, k - 1, *channels)`;
-            zeros when absent. It belongs to the row's first document.
-        segment_ids: `(b, l)`, 0 is padding, any change starts a document. At padding `y` means nothing.
+        initial_state: the `k - 1` inputs before the first token of the row's first document,
+            `(b, k - 1, *channels)`; None: zeros.
+        segment_ids: `(b, l)`; 0 is padding, any change starts a document. `y` is unspecified at padding.
         activation: `"silu"` or None.
 
     Returns:
         y: `(b, l, *channels)` in the dtype of `x`; accumulated in float32.
         final_state: `(b, k - 1, *channels)` in the dtype of `x`: the last inputs of the row's last
-            document, from which `causal_conv1d` and `causal_conv1d_step` go on.
+            document, the state from which `causal_conv1d` and `causal_conv1d_step` continue.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape, dtype or option; the message names the argument.
     """
     batch, length, num_taps = check_arguments(
         "causal_conv1d", x, weight, bias, initial_state, segment_ids, activation
@@ -58,8 +58,8 @@ def causal_conv1d(
     valid = segment_ids != 0
     padding = jnp.zeros_like(initial_state)
     extended = jnp.concatenate([padding, _where(valid, x)], axis=1)
-    # Behind left padding the state moves up to the first valid token: position t of the row is
-    # position t + k - 1 here, so the k - 1 places before token `first` begin at `first`.
+    # After left padding the initial state belongs right before the first valid token. Token t of the row is
+    # at position t + k - 1 of `extended`, so the k - 1 positions before token `first` begin at `first`.
     first = jnp.argmax(valid, axis=1)  # (b,), 0 for an all-padding row
     insert = jax.vmap(lambda row, state, start: jax.lax.dynamic_update_slice_in_dim(row, state, start, 0))
     extended = insert(extended, initial_state, first)
@@ -83,11 +83,11 @@ def causal_conv1d_step(
     *,
     activation: str | None = "silu",
 ) -> tuple[Float[Array, "b *c"], Float[Array, "b k-1 *c"]]:
-    """`causal_conv1d` for one token.
+    """Apply `causal_conv1d` to one token per row.
 
     Args:
         x: `(b, *channels)`.
-        weight: `(k, *channels)`; the last tap is the current token's.
+        weight: `(k, *channels)`; the last tap multiplies the current token.
         bias: `(*channels)`.
         state: the last `k - 1` inputs, oldest first, `(b, k - 1, *channels)`.
         activation: `"silu"` or None.
@@ -97,7 +97,7 @@ def causal_conv1d_step(
         state: `(b, k - 1, *channels)` in the dtype of `state`, with `x` as its newest entry.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, named.
+        ValueError: an invalid shape, dtype or option; the message names the argument.
     """
     _, _, num_taps = _check("causal_conv1d_step", x[:, None], weight, bias, activation)
     _check_state("causal_conv1d_step", "state", state, x[:, None], num_taps - 1)
@@ -106,13 +106,13 @@ def causal_conv1d_step(
     return y.astype(x.dtype), extended[:, 1:]
 
 
-@partial(jax.checkpoint, static_argnums=(3, 4))  # keeps the inputs, and not a float32 copy of them per tap
+@partial(jax.checkpoint, static_argnums=(3, 4))  # saves the inputs, not one float32 copy per tap
 def _convolve(extended, weight, bias, activation, length, documents=None):
-    """Sum the shifted inputs tap by tap: elementwise, so XLA fuses it with what comes after."""
+    """Sum the shifted inputs tap by tap: elementwise operations, which XLA fuses with the next ones."""
     full = jnp.promote_types(extended.dtype, jnp.float32)
     reach = weight.shape[0] - 1
     tokens = (extended.shape[0], length)
-    wide = extended.astype(full)  # before it is cut: the gradients of the pieces are summed in float32
+    wide = extended.astype(full)  # before the slices, so that their gradients are summed in float32
     y = jnp.zeros((), full) if bias is None else for_every(tokens, bias.astype(full))
     for tap in range(reach + 1):
         term = wide[:, tap : tap + length] * for_every(tokens, weight[tap].astype(full))
@@ -126,12 +126,12 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
 
 
 def _where(rows, x):
-    """Keep x where rows (b, l) is true, zero elsewhere."""
+    """Return `x (b, l, ...)` with zeros where `rows (b, l)` is false."""
     return jnp.where(rows.reshape(*rows.shape, *(1,) * (x.ndim - 2)), x, jnp.zeros((), x.dtype))
 
 
 def check_arguments(op, x, weight, bias, initial_state, segment_ids, activation) -> tuple[int, int, int]:
-    """Raise ValueError unless the arguments of `causal_conv1d` fit; return batch, length, taps."""
+    """Raise ValueError unless the arguments of `causal_conv1d` are valid; return batch, length and taps."""
     batch, length, num_taps = _check(op, x, weight, bias, activation)
     if initial_state is not None:
         _check_state(op, "initial_state", initial_state, x, num_taps - 1)

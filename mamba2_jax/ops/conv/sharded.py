@@ -1,4 +1,4 @@
-"""The short convolution over a mesh of devices: rows, tokens and channels split."""
+"""The short convolution over a mesh of devices: batch rows, tokens and channels are sharded."""
 
 from functools import partial
 
@@ -24,32 +24,32 @@ def causal_conv1d_sharded(
     mesh: Mesh,
     channel_axis: int | None = -1,
 ) -> tuple[Float[Array, "b l *c"], Float[Array, "b k-1 *c"]]:
-    """`ops.causal_conv1d` on arrays split over a mesh: the same numbers and gradients; call it inside `jit`.
+    """Run `ops.causal_conv1d` on arrays sharded over a mesh: same numbers and gradients; call inside `jit`.
 
-    Each device convolves its own tokens after the last `k - 1` inputs of the device to its left, and the
-    gradient sends as many back: `b (k - 1) c` numbers of a device's own rows and channels, whatever the
-    length. The final state, its gradient and that of `initial_state` are one sum of that size each, where
-    they are used; `segment_ids` adds two integers a row.
+    Each device receives the last `k - 1` inputs of its left neighbour and convolves its own tokens; the
+    backward pass sends as many back: `b (k - 1) c` numbers of a device's own rows and channels, whatever the
+    length. The final state, its gradient and the gradient of `initial_state`, where used, take one all-reduce
+    of that size each; `segment_ids` adds two integers per row.
 
     Args:
         x: `(b, l, *channels)`; rows over the mesh axes `data` and `fsdp`, tokens over `sequence`, one axis of
-            channels over `tensor`. All other arguments are split the same way along the axes they share.
+            channels over `tensor`. All other arguments are sharded like `x` along shared axes.
         weight: `(k, *channels)`.
         bias: `(*channels)`.
-        initial_state: `(b, k - 1, *channels)`; the same on all devices of `sequence`.
-        segment_ids: `(b, l)`; documents may cross from device to device.
+        initial_state: `(b, k - 1, *channels)`; replicated over `sequence`.
+        segment_ids: `(b, l)`; a document may span several devices.
         activation: `"silu"` or None.
         mesh: with the axes `data`, `fsdp`, `sequence` and `tensor`, of any sizes, all `AxisType.Auto`.
-        channel_axis: which axis of `channels` is split over `tensor`; None: none, each device of `tensor`
-            wants and computes all channels (B and C with fewer groups than devices).
+        channel_axis: which axis of `channels` is sharded over `tensor`; None: none, and each device of
+            `tensor` takes and computes all channels (B and C with fewer groups than devices).
 
     Returns:
-        y: `(b, l, *channels)`, split like `x`.
-        final_state: `(b, k - 1, *channels)` after the whole row, the same on all devices of `sequence`.
+        y: `(b, l, *channels)`, sharded like `x`.
+        final_state: `(b, k - 1, *channels)` after the whole row, replicated over `sequence`.
 
     Raises:
-        ValueError: what `ops.causal_conv1d` raises; rows or channels that do not divide, with the axis; fewer
-            than `k - 1` tokens a device. A length that does not divide is padded, as in `ops.ssd_sharded`.
+        ValueError: as `ops.causal_conv1d`; also rows or channels that their mesh axis does not divide, and
+            fewer than `k - 1` tokens per device. Other lengths are padded, as in `ops.ssd_sharded`.
 
     >>> import jax, jax.numpy as jnp
     >>> from jax.sharding import AxisType
@@ -74,7 +74,7 @@ def causal_conv1d_sharded(
             f"device, and {num_taps} taps reach {num_taps - 1} back; make that axis smaller"
         )
     if padding and segment_ids is None:
-        segment_ids = jnp.ones((batch, length), jnp.int32)  # so that what is added at the end is padding
+        segment_ids = jnp.ones((batch, length), jnp.int32)  # the added tokens get id 0: padding
     if segment_ids is not None:
         segment_ids = pad_tokens(segment_ids.astype(jnp.int32), padding)
 
@@ -91,9 +91,9 @@ def causal_conv1d_sharded(
 
 
 def convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces, activation):
-    """Run one device's part inside a `shard_map`: its rows, its tokens, its channels.
+    """Convolve one device's rows, piece of the tokens, and channels, inside a `shard_map`.
 
-    Arguments as in `causal_conv1d_sharded`, and `num_pieces`, which the tokens are cut into.
+    Arguments: one device's shards of those of `causal_conv1d_sharded`; the tokens have `num_pieces` pieces.
     """
     convolve = partial(causal_conv1d, weight=weight, bias=bias, activation=activation)
     if num_pieces == 1:
@@ -111,8 +111,8 @@ def convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces,
         return y, from_piece(num_pieces - 1, state)
 
     border = look_left(segment_ids)
-    # The last inputs of the document at the piece's end, as the next piece wants them. A document that goes
-    # on there from before the last `reach` tokens fills them all, so these tokens are enough to look at.
+    # The last inputs of the document at the piece's end are the next piece's initial state. A document that
+    # began before the last `reach` tokens fills all of them, so the last `reach` tokens decide the state.
     untouched = border.untouched & ~jnp.any(segment_ids[:, :-reach] != 0, axis=1)
     _, tail = convolve(
         x[:, -reach:],
@@ -126,7 +126,7 @@ def convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces,
 
 
 def _channel_spec(op: str, mesh: Mesh, channels: tuple[int, ...], axis: int | None) -> list[str | None]:
-    """Which mesh axis splits each axis of channels."""
+    """Name the mesh axis that shards each axis of channels; None for an axis that is whole."""
     spec: list[str | None] = [None] * len(channels)
     if axis is None:
         return spec

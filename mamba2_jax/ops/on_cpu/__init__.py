@@ -1,1 +1,1 @@
-"""What is there for XLA on a CPU only, each piece with the measurement that justifies it."""
+"""Workarounds for XLA on a CPU, each with the measurement that justifies it."""

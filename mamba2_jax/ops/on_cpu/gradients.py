@@ -1,9 +1,8 @@
-"""Gradients that XLA on a CPU computes faster than JAX's own, which are taken on other devices.
+"""Gradients that XLA on a CPU computes faster than JAX's own gradients, which other devices use.
 
-Found in profiles of training steps with JAX 0.10 and 0.12. They are the same but for rounding. What each is
-worth, in loss and gradients of 3 layers of width 256 and 4 x 512 tokens on two cores, JAX 0.10.2: without
-`product` they take 5 to 6 per cent longer, without `repeat` 4 to 6, by the fastest of ten runs; without
-`for_every` a quarter more memory.
+Found in profiles of training steps with JAX 0.10 and 0.12. The numbers are the same but for rounding. Loss and
+gradients of 3 layers of width 256 and 4 x 512 tokens, two cores, JAX 0.10.2, ten runs each: without `product`
+they take 5 to 8 per cent longer, without `for_every` a quarter more memory.
 """
 
 import math
@@ -18,12 +17,12 @@ from mamba2_jax.typing import Array
 
 
 def product(formula: str, a: Array, b: Array) -> Array:
-    """`jnp.einsum` of two arrays, in float32 (float64 when `a` is).
+    """Compute `jnp.einsum` of two arrays, in float32 (float64 when `a` is).
 
     `formula` names all axes, as in `"bqn,bnk->bqk"`: `a (b, q, n)`, `b (b, n, k)` and the result `(b, q, k)`.
 
-    JAX's gradient of an operand comes with its axes in another order, to be turned. XLA merges that into the
-    loop that reads it, which then walks through memory across the rows; a product can write them as wanted.
+    JAX's gradient of an operand needs a transpose. XLA on a CPU fuses the transpose into the loop that reads
+    the gradient, which then reads memory with a stride; `bilinear.product` writes the axes in order.
     """
     if platform() == "cpu":
         return bilinear.product(formula, a, b)
@@ -31,10 +30,10 @@ def product(formula: str, a: Array, b: Array) -> Array:
 
 
 def repeat(array: Array, count: int, axis: int) -> Array:
-    """`array (*left, *right)`, `count` times along a new axis: `(*left, count, *right)`, at `axis`.
+    """Broadcast `array (*left, *right)` along a new axis of size `count` at `axis`: `(*left, count, *right)`.
 
-    The gradient is a sum over that axis. XLA calls a library for it, with operands that have to be written
-    first. As a sum of two halves, again and again, it becomes part of the loops around it.
+    The gradient is a sum over that axis. XLA on a CPU calls a library for the sum, whose operands must be
+    written to memory first. Summed by repeated halving, the gradient is fused into the loops around it.
     """
     if platform() == "cpu":
         return _repeat(array, count, axis)
@@ -57,7 +56,7 @@ def _repeat(array: Array, count: int, axis: int) -> Array:
 def _repeat_by_doubling(
     count: int, axis: int, arrays: tuple[Array], tangents: tuple[Array]
 ) -> tuple[Array, Array]:
-    doublings = (count & -count).bit_length() - 1  # as often as two divides it
+    doublings = (count & -count).bit_length() - 1  # the power of two in `count`
     tangent = _broadcast(tangents[0], count >> doublings, axis)
     for _ in range(doublings):
         tangent = jnp.concatenate([tangent, tangent], axis)
@@ -65,9 +64,10 @@ def _repeat_by_doubling(
 
 
 def for_every(shape: tuple[int, ...], array: Array) -> Array:
-    """`array (*own)` for each index of `shape`: `(*shape, *own)`; its gradient is taken as that of `repeat`.
+    """Broadcast `array (*own)` to `(*shape, *own)`, with the gradient summed by halving as in `repeat`.
 
-    As one axis: a sum over what halving leaves takes XLA thirty times as long beside an axis of size 1.
+    `shape` is folded to one axis, because XLA on a CPU takes thirty times as long for the sum that halving
+    leaves when an axis of size 1 is beside it.
     """
     if platform() != "cpu":
         return jnp.broadcast_to(array, (*shape, *array.shape))

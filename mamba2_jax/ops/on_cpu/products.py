@@ -1,7 +1,7 @@
-"""Half-precision products with weights, and rows of tables, in the forms that XLA on a CPU takes as they are.
+"""Half-precision products and embedding lookups that XLA on a CPU runs without a float32 copy of the weights.
 
-XLA on a CPU has fast products of half precision, and loses them where something can be fused into an operand:
-it then widens both to float32.
+XLA on a CPU has fast half-precision products, but not where another operation can be fused into an operand:
+XLA then widens both operands to float32.
 """
 
 import jax
@@ -12,20 +12,21 @@ from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 
 def computed_once(array: Array) -> Array:
-    """`array`, computed before what reads it, and not inside.
+    """Return `array` behind an optimization barrier on a CPU, so that XLA does not fuse it into its readers.
 
-    A softmax's gradient would be computed inside the transposition of `contract_last`, ten times slower:
-    without this, loss and gradients of a small model take 18 per cent longer (3 layers of width 256,
-    bfloat16, JAX 0.10.2).
+    The gradient of a softmax would be fused into the transpose of `contract_last`, ten times slower: without
+    this, loss and gradients of a small model take 18 per cent longer (3 layers of width 256, bfloat16, median
+    of ten runs, JAX 0.10.2).
     """
     return jax.lax.optimization_barrier(array) if platform() == "cpu" else array
 
 
 def contract_last(formula: str, a: Array, b: Array) -> tuple[str, Array, Array]:
-    """Transpose the left operand of a gradient by weights, `(r, d), (r, e) -> (d, e)`, to `(d, r)`.
+    """Transpose the left operand of a weight gradient, `(r, d), (r, e) -> (d, e)`, to `(d, r)`.
 
-    In two halves, which XLA does not take into the product. Otherwise it would widen both operands to float32
-    and multiply five times as slowly: loss and gradients of that model take 14 per cent longer.
+    The transpose runs in two halves, which XLA does not fuse into the product. A fused transpose would widen
+    both operands to float32, a product five times as slow: loss and gradients of that model take 14 per cent
+    longer.
     """
     of_a, of_b, of_y = formula.replace("->", ",").split(",")
     if a.ndim != 2 or b.ndim != 2 or of_a[0] != of_b[0] or of_a[0] in of_y or a.shape[0] % 2:
@@ -40,21 +41,21 @@ def _transposed(rows: Float[Array, "r d"]) -> Float[Array, "d r"]:
 
 
 def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d o"]:
-    """Flatten the output axes of a weight.
+    """Flatten the output axes of a weight to one axis on a CPU.
 
-    With several, XLA on a CPU fails on the gradients' products in half precision ("Unsupported element
-    type", JAX 0.10.2), and in float32 it copies a gradient first (loss and gradients of a small model take 5
-    per cent longer).
+    With several output axes, a gradient contracts several axes: XLA on a CPU fails at that in half precision
+    ("Unsupported element type", JAX 0.10.2), and copies the operands first in float32 (loss and gradients of
+    a small model take 5 per cent longer).
     """
     return weight.reshape(weight.shape[0], -1) if platform() == "cpu" else weight
 
 
 def at_least_two_rows(rows: Float[Array, "r d"], dtype: DTypeLike) -> Float[Array, "s d"]:
-    """`rows`, with one of zeros after a single one in half precision.
+    """Pad a single half-precision row with a row of zeros on a CPU; return other `rows` unchanged.
 
     XLA on a CPU turns a half-precision matrix-vector product into a float32 one and hoists the conversion of
-    the weights out of the decoding loop: twice the weights' bytes in temporaries. Two rows are a matrix
-    product, which reads the weights as they are.
+    the weights out of the decoding loop: twice the weights' bytes in temporaries. Two rows make a matrix
+    product, which reads the half-precision weights directly.
     """
     if len(rows) != 1 or jnp.dtype(dtype).itemsize != 2 or platform() != "cpu":
         return rows
@@ -62,10 +63,10 @@ def at_least_two_rows(rows: Float[Array, "r d"], dtype: DTypeLike) -> Float[Arra
 
 
 def embedding_lookup(embedding: Float[Array, "v d"], ids: Int[Array, "*b"]) -> Float[Array, "*b d"]:
-    """The rows of `embedding` at `ids`, in its dtype.
+    """Look up the rows of `embedding` at `ids`, in the embedding's dtype.
 
-    XLA on a CPU looks half-precision rows up in a float32 copy of the table. Fused, that costs nothing; but
-    it hoists the copy out of the decoding loop and keeps it. Out of a branch it cannot.
+    XLA on a CPU looks half-precision rows up in a float32 copy of the table. Fused, the copy costs nothing;
+    but XLA hoists the copy out of the decoding loop and keeps it. Out of a `cond` branch XLA cannot hoist it.
     """
     if embedding.dtype.itemsize != 2 or platform() != "cpu":
         return embedding[ids]

@@ -1,1 +1,1 @@
-"""The state space scan: its public functions, its implementations, and the choice among them."""
+"""The state space scan: public functions, implementations, and the choice of an implementation."""

@@ -1,4 +1,4 @@
-"""The public doors to the scan and its step: check the arguments, choose an implementation, run it."""
+"""Public functions `ssd` and `ssd_step`: check the arguments, choose an implementation, run it."""
 
 import jax.numpy as jnp
 
@@ -21,35 +21,35 @@ def ssd(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    r"""State space duality: Mamba-2's sequence mixing, over a whole sequence.
+    r"""Run the SSD scan (state space duality), Mamba-2's sequence mixing, over a whole sequence.
 
     $$h_t = e^{dt_t A} h_{t-1} + dt_t\, x_t B_t^\top, \qquad y_t = h_t C_t + D x_t$$
 
     Args:
         x: inputs `(b, l, h, p)`; their dtype is the compute dtype of the matrix products.
-        dt: step sizes `(b, l, h)` after softplus and clamp; a token with dt = 0 leaves the state alone.
+        dt: step sizes `(b, l, h)` after softplus and clamp; a token with dt = 0 leaves the state unchanged.
         A: `(h,)`, negative: natural-log decay per unit of dt.
         B: `(b, l, g, n)`; `g` divides `h`, head `i` uses group `i // (h // g)`.
         C: `(b, l, g, n)`.
         D: skip weights `(h,)` or `(h, p)`.
-        initial_state: `(b, h, p, n)`, zeros when absent; it belongs to the row's first document.
-        segment_ids: `(b, l)` integers; 0 is padding (its dt counts as 0, its `y` means nothing), any
+        initial_state: `(b, h, p, n)`, state before the row's first document; None: zeros.
+        segment_ids: `(b, l)` integers; 0 is padding (its dt counts as 0, its `y` is unspecified), any
             change starts a document with a fresh state.
-        chunk_size: tokens per chunk of `"xla"`; any length works with any chunk. None: the platform's own.
-        implementation: None for the best that runs here, or `"recurrent"`, `"xla"`, `"mosaic_gpu"`,
-            `"triton"`. A choice made by name is never replaced by another. `"recurrent"` and `"xla"` have
-            forward and reverse mode, of any order; the two kernels have reverse mode, once. The best is, on
-            Hopper and in 16 bits, `"mosaic_gpu"` where it can run the sizes; else `"xla"`. Arrays tell where
-            they lie, but not inside your own `jit`: there, for arrays that lie elsewhere than on JAX's
-            default device, name one, or call the jitted function under `with jax.default_device(...)`.
+        chunk_size: tokens per chunk of `"xla"`, which pads any length; None: the platform's default.
+        implementation: `"recurrent"`, `"xla"`, `"mosaic_gpu"` or `"triton"`, never replaced by another; None:
+            `"mosaic_gpu"` on Hopper in 16 bits where that kernel supports the sizes, else `"xla"`.
+            `"recurrent"` and `"xla"` have forward and reverse mode of any order; the two kernels have
+            first-order reverse mode only. None reads the device from the arrays. Inside your own `jit`
+            tracers have no device: for arrays off JAX's default device, name an implementation, or call the
+            jitted function under `with jax.default_device(...)`.
 
     Returns:
         y: `(b, l, h, p)` in the dtype of `x`.
         final_state: `(b, h, p, n)` float32, after the row's last document (float64 when `x` is).
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, named.
-        NotImplementedError: a named implementation that cannot run here, with what can.
+        ValueError: an invalid shape, dtype or option; the message names the argument.
+        NotImplementedError: the named implementation cannot run here; the message says what can.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, sections 2 and 6.
 
@@ -92,28 +92,27 @@ def ssd_step(
     D: Float[Array, "h *p"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
-    r"""Advance the state by one token and read it out: `ssd` of a row of one.
+    r"""Advance the state by one token and compute the output: `ssd` on rows of one token.
 
     $$h \leftarrow e^{dt A} h + dt\, x B^\top, \qquad y = h C + D x$$
 
     Args:
-        x: inputs `(b, h, p)`; their dtype is that of B and C too.
-        dt: step sizes `(b, h)`, after softplus and clamp; 0 leaves the state as it is.
+        x: inputs `(b, h, p)`; B and C are cast to their dtype.
+        dt: step sizes `(b, h)`, after softplus and clamp; 0 leaves the state unchanged.
         A: `(h,)`, negative.
         B: `(b, g, n)`; `g` divides `h`, head `i` uses group `i // (h // g)`.
         C: `(b, g, n)`.
-        state: `(b, h, p, n)`, float32 as a rule.
+        state: `(b, h, p, n)`, usually float32.
         D: skip weights `(h,)` or `(h, p)`.
-        implementation: None for the best that runs here, or `"xla"`, the only one so far. Differentiable in
-            both modes.
+        implementation: None or `"xla"`, the only implementation, which has forward and reverse mode.
 
     Returns:
         y: `(b, h, p)` in the dtype of `x`.
         state: `(b, h, p, n)` in the dtype of `state`.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, named.
-        NotImplementedError: a named implementation that cannot run here, with what can.
+        ValueError: an invalid shape, dtype or option; the message names the argument.
+        NotImplementedError: the named implementation cannot run here; the message says what can.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 2.
 
@@ -150,7 +149,7 @@ def ssd_step(
 
 
 def check_arguments(op, x, dt, A, B, C, D, initial_state, segment_ids, chunk_size, implementation) -> None:
-    """Raise ValueError unless the arguments of a scan, as in `ssd`, fit together."""
+    """Raise ValueError unless the arguments of `ssd` are valid and their shapes agree."""
     check_shape(op, "x", x, "b l h p")
     batch, length, num_heads, head_dim = x.shape
     check_shape(op, "B", B, "b l g n", b=batch, l=length)

@@ -2,12 +2,12 @@ r"""SSD in chunks, in plain XLA: matrix products instead of a scan over tokens.
 
 Unrolled, the recurrence is one masked matrix product, `y = (L * C B^T) (dt x)` with
 `L[q, s] = exp(sum of dt A over s+1 .. q)` for `s <= q`. That matrix is semiseparable: below its
-diagonal blocks it has rank `n`. So the row is cut into chunks and
+diagonal blocks it has rank `n`. So the row is split into chunks and
 
-1. inside each chunk, the masked product is computed as it stands;
-2. each chunk is condensed into the state it would leave behind, had it begun with none;
-3. those states are passed on from chunk to chunk, a short recurrence;
-4. the state that enters a chunk is read out at each of its tokens.
+1. inside each chunk, the masked product is computed directly;
+2. each chunk is reduced to its final state for an initial state of zeros;
+3. a short recurrence over the chunks combines these into the state that enters each chunk;
+4. the entering state's contribution to `y` is added at each token of the chunk.
 
 Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
 """
@@ -25,13 +25,13 @@ from mamba2_jax.typing import Array, Float, Int
 
 
 class Chunks(NamedTuple):
-    """`c` neighbouring chunks of `q` tokens, heads gathered by the group `g` they share B and C with."""
+    """Inputs of `c` neighbouring chunks of `q` tokens; heads are split by the group `g` of their B and C."""
 
     x: Array  # (b, c, g, q, h*p) compute dtype; h is heads per group here
     dt: Array  # (b, c, g, h, q) float32
     B: Array  # (b, c, g, q, n) compute dtype
     C: Array  # (b, c, g, q, n) compute dtype
-    document: Array | None  # (b, c, q) int32, numbers the documents of the row
+    document: Array | None  # (b, c, q) int32, index of each token's document in the row
     document_before: Array | None  # (b, c) int32, the document of the token before the chunk
 
 
@@ -49,10 +49,10 @@ def ssd_chunked(
     chunk_size: int,
     chunks_per_step: int,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    """Run the four steps over the row, `chunks_per_step` chunks side by side. Arguments as in `ops.ssd`.
+    """Run the four steps over the row, `chunks_per_step` chunks per scan step. Arguments as in `ops.ssd`.
 
-    With one chunk per step everything between two states stays in a CPU's cache; with all of them in
-    one step a GPU gets the large batched products it wants. The numbers are the same.
+    With one chunk per step, all intermediates of a step stay in a CPU's cache; with all chunks in one step, a
+    GPU runs large batched products. The numbers are the same.
     """
     batch, length, num_heads, head_dim = x.shape
     num_groups, state_dim = B.shape[2:]
@@ -65,7 +65,7 @@ def ssd_chunked(
     padding = num_steps * chunks_per_step * chunk_size - length
 
     def split(array, pad_mode="constant"):
-        """(b, l, ...) -> (steps, b, c, q, ...); the tokens added at the end have dt = 0."""
+        """Reshape (b, l, ...) to (steps, b, c, q, ...); tokens padded at the end have dt = 0."""
         if padding:
             array = jnp.pad(array, ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2), mode=pad_mode)
         array = array.reshape(batch, num_steps, chunks_per_step, chunk_size, *array.shape[2:])
@@ -91,10 +91,10 @@ def ssd_chunked(
     A = A.reshape(num_groups, heads)
     D = None if D is None else D.reshape(num_groups, heads, -1).astype(dt.dtype)  # (g, h, 1 or p)
     state = initial_state.reshape(batch, num_groups, heads * head_dim, state_dim).swapaxes(2, 3)
-    # Recompute a step in the backward pass instead of keeping its pair matrices: memory O(l), not O(l q).
+    # Recompute a step in the backward pass instead of saving its pair matrices: memory O(l), not O(l q).
     step = jax.checkpoint(partial(_step, A=A, D=D), prevent_cse=False)
-    # Two steps to a turn: what does not need the first one's state can run beside it on a CPU's other cores.
-    # Not of an odd number: the last one would be cut off, which copies everything.
+    # Unroll by two: what in the second step does not depend on the first one's state runs on other CPU cores.
+    # Not for an odd number of steps: XLA would slice off the last step, which copies all inputs.
     unroll = 2 - num_steps % 2
     state, y = jax.lax.scan(step, state, chunks, unroll=unroll)  # y (steps, b, c, q, g, h, p)
 
@@ -105,18 +105,18 @@ def ssd_chunked(
 def _step(
     state: Float[Array, "b g n hp"], chunks: Chunks, A: Float[Array, "g h"], D: Float[Array, "g h _"] | None
 ) -> tuple[Float[Array, "b g n hp"], Float[Array, "b c q g h p"]]:
-    """The four steps on the chunks given."""
+    """Run the four steps on the chunks of one scan step; return the final state and `y`."""
     x, dt, B, C, document, document_before = chunks
     compute = x.dtype
     batch, num_chunks, num_groups, chunk_size, _ = x.shape
     heads = dt.shape[3]
     head_dim = x.shape[-1] // heads
 
-    # Natural logs, <= 0: from the chunk's start through a token and from there to its end, (b, c, g, h, q);
-    # and between two tokens, (b, c, g, h, q, s).
+    # Log decays, <= 0: from the chunk's start through a token and from the token to the chunk's end, both
+    # (b, c, g, h, q); and between two tokens, (b, c, g, h, q, s).
     log_from_start, log_to_end, log_between = log_decays(log_decay(dt, A[..., None]))
 
-    # Which pairs of tokens interact, and which tokens see the state that enters or make the one that leaves.
+    # Which pairs of tokens interact, which tokens read the entering state, and which add to the final state.
     pairs = jnp.tril(jnp.ones((chunk_size, chunk_size), bool))  # (q, s)
     if document is not None and document_before is not None:
         pairs = pairs & (document[..., :, None] == document[..., None, :])  # (b, c, q, s)
@@ -135,7 +135,7 @@ def _step(
     x_dt = x_heads * repeat(dt, head_dim, axis=-1)
     y = product("bcghqs,bcghsp->bcghqp", weights.astype(compute), x_dt.astype(compute))
 
-    # 2. The state each chunk leaves: every token, decayed to the chunk's end.
+    # 2. The state each chunk adds: every token, decayed to the chunk's end.
     to_end = jnp.where(leaves, jnp.exp(log_to_end), 0.0)  # (b, c, g, h, s)
     x_to_end = (x_dt * repeat(to_end, head_dim, axis=-1)).astype(compute)
     x_to_end = jnp.moveaxis(x_to_end, 3, -2).reshape(x.shape)
@@ -154,7 +154,7 @@ def _step(
     y = y + jnp.moveaxis(read, -2, 3) * repeat(from_start, head_dim, axis=-1)
 
     if D is not None:
-        # In this order the gradient is summed over tokens first, and few numbers are left to sum over rows.
+        # In this order the gradient is summed over tokens first, which leaves few numbers to sum over rows.
         skip = jnp.broadcast_to(D, (batch, num_chunks, *D.shape))  # (b, c, g, h, 1 or p)
         if D.shape[-1] == 1:
             skip = repeat(skip[..., 0], head_dim, axis=-1)
@@ -165,7 +165,7 @@ def _step(
 def _pass_states(
     state: Float[Array, "b g n k"], kept: Float[Array, "b c g n k"], left: Float[Array, "b c g n k"]
 ) -> tuple[Float[Array, "b c g n k"], Float[Array, "b g n k"]]:
-    """`state <- kept * state + left`, chunk after chunk; returns the state entering each, and the last."""
+    """Apply `state <- kept * state + left` chunk by chunk; return the state entering each, and the last."""
     if left.shape[1] == 1:
         return state[:, None], kept[:, 0] * state + left[:, 0]
 

@@ -1,4 +1,4 @@
-"""Which implementation of an op runs: the one place that chooses, and the one import of the kernels."""
+"""Choose the implementation of an op: the only module that chooses, and the only one that imports kernels."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,19 +20,19 @@ IMPLEMENTATIONS = ("recurrent", "xla", "mosaic_gpu", "triton")
 
 
 def choose_scan(implementation: str | None, chunk_size: int | None, problem: "Problem") -> Callable:
-    """Return the function that runs `ssd`, with its tuning fixed.
+    """Return the function that runs `ssd`, with its tuning options bound.
 
     Args:
         implementation: as for `choose`.
-        chunk_size: tokens per chunk, or None for the implementation's own. Kernels have their own, so
-            that with a chunk size and no name, XLA runs.
-        problem: see `describe`.
+        chunk_size: tokens per chunk, or None for the implementation's default. Kernels have a fixed chunk
+            size, so a chunk size without a named implementation selects XLA.
+        problem: from `describe`.
 
     Returns:
         A function of `(x, dt, A, B, C, D, initial_state, segment_ids)`.
 
     Raises:
-        NotImplementedError: as `choose`, and for a kernel with a chunk size.
+        NotImplementedError: as `choose`; also when a chunk size is given for a kernel.
     """
     plain = {
         "recurrent": ssd_recurrent,
@@ -56,16 +56,16 @@ def choose_step(implementation: str | None, problem: "Problem") -> Callable:
 def choose(
     op: str, implementation: str | None, problem: "Problem", plain: Mapping[str, Callable]
 ) -> Callable:
-    """Return the function that runs an op.
+    """Return the function that runs an op with the named or the best implementation.
 
     Args:
-        op: its name in the table of kernels.
-        implementation: one of `IMPLEMENTATIONS`, or None for what `automatic` names.
-        problem: where the op will run, its dtype and sizes.
-        plain: the implementations that run everywhere, by name; `"xla"` is one of them.
+        op: name of the op in the table of kernels.
+        implementation: one of `IMPLEMENTATIONS`, or None for the choice of `automatic`.
+        problem: device, dtype and sizes of the call.
+        plain: the implementations that run on every device, by name; `"xla"` is one of them.
 
     Raises:
-        NotImplementedError: an implementation named that cannot run, with the reason and what can.
+        NotImplementedError: the named implementation cannot run; the message says why, and what can.
     """
     if implementation is None:
         implementation = automatic(op, problem)
@@ -79,9 +79,9 @@ def choose(
 
 
 def automatic(op: str, problem: "Problem") -> str:
-    """Name what runs when nothing is named: the first kernel of the table that is for the device and can run.
+    """Name the default implementation: the first kernel meant for the device that supports the problem.
 
-    Kernels are taken for 16-bit dtypes: for float32, XLA.
+    Kernels are the default for 16-bit dtypes only; for float32 the default is XLA.
     """
     if problem.dtype.itemsize != 2:
         return "xla"
@@ -92,13 +92,13 @@ def automatic(op: str, problem: "Problem") -> str:
 
 
 def describe(dtype: Any, *sizes: int, D_per_channel: bool = False, device: Any = None) -> "Problem":
-    """Put together the problem of a call.
+    """Build the `Problem` of a call: device, dtype and sizes.
 
     Args:
         dtype: of x, B and C.
         *sizes: batch, length, num_heads, head_dim, num_groups, state_dim.
         D_per_channel: whether D is `(h, p)`.
-        device: a `jax.Device`; None is the one that a call traced now will use.
+        device: a `jax.Device`; None: the device that a call traced now will use.
     """
     from mamba2_jax.pallas import Problem
 
@@ -109,14 +109,14 @@ def describe(dtype: Any, *sizes: int, D_per_channel: bool = False, device: Any =
 
 
 def kernels(op: str) -> dict[str, "Kernel"]:
-    """Return the kernels of an op; imported late, because most calls on a CPU do not need them."""
+    """Return the kernels of an op by name; imports them lazily, since most calls on a CPU need none."""
     from mamba2_jax.pallas import KERNELS
 
     return KERNELS[op]
 
 
 def _refusal(op: str, implementation: str | None, problem: "Problem", reason: str | None) -> Exception:
-    """Say why an implementation asked for by name cannot run, and what to do."""
+    """Build the error that says why a named implementation cannot run, and what to use instead."""
     elsewhere = ""
     if problem.platform != "gpu":
         elsewhere = "; if the arrays lie on a GPU, trace the call under `with jax.default_device(that GPU)`"
@@ -127,7 +127,7 @@ def _refusal(op: str, implementation: str | None, problem: "Problem", reason: st
 
 
 def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
-    """Hand over what kernels want: A finite, D in float32, and documents numbered: they only compare."""
+    """Call a kernel with finite A, float32 D, and document indices, which kernels only compare."""
     A = finite(A)
     D = None if D is None else D.astype(jnp.float32)
     documents = None if segment_ids is None else document_index(segment_ids)
@@ -135,7 +135,7 @@ def _run_kernel(run, x, dt, A, B, C, D, initial_state, segment_ids):
 
 
 def _xla_tuning(chunk_size: int | None, platform: str) -> dict[str, int]:
-    """One chunk of 64 at a time was fastest on CPU; on accelerators all chunks at once, not tuned yet."""
+    """Return XLA's chunking: one chunk of 64 per step, fastest on a CPU; elsewhere all chunks, untuned."""
     if platform == "cpu":
         return {"chunk_size": chunk_size or 64, "chunks_per_step": 1}
     return {"chunk_size": chunk_size or 128, "chunks_per_step": 1 << 30}

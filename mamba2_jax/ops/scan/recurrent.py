@@ -1,4 +1,4 @@
-r"""SSD token by token: the definition, and the oracle that every other implementation is tested against.
+r"""SSD token by token: the definition, and the reference that every other implementation is tested against.
 
 $$h_t = e^{dt_t A} h_{t-1} + dt_t\, x_t B_t^\top, \qquad y_t = h_t C_t + D x_t$$
 """
@@ -21,7 +21,7 @@ def ssd_recurrent(
     initial_state: Float[Array, "b h p n"],
     segment_ids: Int[Array, "b l"] | None,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    """Scan over tokens. Arguments and results as in `ops.ssd`; Source: arXiv:2405.21060, section 2."""
+    """Scan over the tokens. Arguments and results as in `ops.ssd`. Source: arXiv:2405.21060, section 2."""
     if segment_ids is None:
         resets = jnp.zeros(x.shape[:2], bool)
     else:

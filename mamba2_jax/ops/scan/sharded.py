@@ -1,22 +1,22 @@
-r"""SSD over a mesh of devices: rows, tokens, and heads split.
+r"""SSD over a mesh of devices: batch rows, tokens and heads are sharded.
 
-Rows and heads have nothing to say to each other. Along the tokens, a piece of a row is to the row what a
-chunk is to the piece, and the algorithm is that of `ops.scan.chunked`, one level up. To a state that enters
-it, a piece does `state -> kept * state + left`, with
+Rows and heads are independent. Along the tokens, the algorithm is that of `ops.scan.chunked` one level up,
+with one piece per device in the role of a chunk. A piece maps the state that enters it to
+`kept * state + left`, with
 
 $$kept = e^{\sum_t dt_t A}, \qquad left = \sum_t e^{\sum_{s>t} dt_s A}\, dt_t\, x_t B_t^\top$$
 
 1. each device computes `kept` and `left` of its piece: one matrix product;
-2. the devices combine these maps of all pieces to their left: the state that enters;
-3. each device scans its piece from that state, with whatever implementation runs there.
+2. each device combines the maps of all pieces to its left, which gives the state that enters its piece;
+3. each device scans its piece from that state, with the implementation chosen for the device.
 
-The scan runs once, from the true state. To scan from zero and add `C h` of the entering state afterwards
-costs as many products, but reads and writes `y` once more, and rounds it twice where it is narrow.
+The scan runs once, from the true state. A scan from zero with `C h` of the entering state added afterwards
+costs as many products, but reads and writes `y` once more, and rounds a half-precision `y` twice.
 
-What travels over a sequence axis of `s` devices, in messages of one float32 state `(b, h, p, n)` of a
-device's own rows and heads: `ceil(log2 s)` on the way forward and as many back; and one sum each for the
-final state, for its gradient and for that of `initial_state`, where these are used. `segment_ids` adds two
-integers a row. The length of the row is in none of them.
+Communication over a `sequence` axis of `s` devices, in messages of one float32 state `(b, h, p, n)` of a
+device's own rows and heads: `ceil(log2 s)` forward and as many backward; and one all-reduce each for the
+final state, for its gradient and for the gradient of `initial_state`, where these are used. `segment_ids`
+adds two integers per row. No message grows with the length of the row.
 
 Source: Dao & Gu 2024, arXiv:2405.21060, sections 6 and 8.
 """
@@ -36,7 +36,7 @@ from mamba2_jax.ops.segments import document_index
 from mamba2_jax.typing import Array, Float, Int
 
 Map = tuple[Array, Array]
-"""`kept (b, h)` and `left (b, h, p, n)` of `state -> kept * state + left`."""
+"""The map `state -> kept * state + left`, as `kept (b, h)` and `left (b, h, p, n)`."""
 
 
 def ssd_sharded(
@@ -53,34 +53,34 @@ def ssd_sharded(
     implementation: str | None = None,
     mesh: Mesh,
 ) -> tuple[Float[Array, "b l h p"], Float[Array, "b h p n"]]:
-    """`ops.ssd` on arrays split over a mesh: the same numbers, differentiable; call it inside `jit`.
+    """Run `ops.ssd` on arrays sharded over a mesh: same numbers, differentiable; call inside `jit`.
 
-    Each device runs `ops.ssd` on its own rows, tokens and heads, so that kernels, which the compiler cannot
-    split, run on any mesh; also where only rows or heads are split.
+    Each device runs `ops.ssd` on its own rows, tokens and heads, so that kernels, which XLA cannot
+    partition, run on any mesh, also where only rows or heads are sharded.
 
     Args:
         x: `(b, l, h, p)`; rows over the mesh axes `data` and `fsdp`, tokens over `sequence`, heads over
-            `tensor`. All other arguments are split the same way along the axes they share with it.
+            `tensor`. All other arguments are sharded like `x` along shared axes.
         dt: `(b, l, h)`.
         A: `(h,)`.
-        B: `(b, l, g, n)`; groups over `tensor` where it divides them. Where they divide it instead, B and C
-            are wanted whole by each device of `tensor`, which takes its heads' group.
+        B: `(b, l, g, n)`; groups over `tensor` when its size divides `g`. When `g` divides its size instead,
+            B and C are replicated over `tensor`, and each device uses the group of its heads.
         C: `(b, l, g, n)`.
         D: `(h,)` or `(h, p)`.
-        initial_state: `(b, h, p, n)`; the same on all devices of `sequence`.
-        segment_ids: `(b, l)`; documents may cross from device to device.
+        initial_state: `(b, h, p, n)`; replicated over `sequence`.
+        segment_ids: `(b, l)`; a document may span several devices.
         chunk_size: as in `ops.ssd`.
-        implementation: as in `ops.ssd`; the choice is made for the sizes on one device.
+        implementation: as in `ops.ssd`; None chooses by the sizes on one device.
         mesh: with the axes `data`, `fsdp`, `sequence` and `tensor`, of any sizes, all `AxisType.Auto`.
 
     Returns:
-        y: `(b, l, h, p)`, split like `x`.
-        final_state: `(b, h, p, n)` after the whole row, the same on all devices of `sequence`.
+        y: `(b, l, h, p)`, sharded like `x`.
+        final_state: `(b, h, p, n)` after the whole row, replicated over `sequence`.
 
     Raises:
-        ValueError: what `ops.ssd` raises; rows, heads or groups that do not divide, with the axis. A length
-            that does not divide is no error: the row is padded at its end with dt = 0, which changes
-            nothing, but arrays that do not divide do not come split, and must be moved.
+        ValueError: as `ops.ssd`; also rows, heads or groups that their mesh axis does not divide. Any length
+            is accepted: rows are padded at their end with dt = 0, which changes no number, but arrays of
+            such a length cannot be passed in sharded and are moved between devices.
         NotImplementedError: as `ops.ssd`.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 8.
@@ -124,7 +124,7 @@ def ssd_sharded(
         mesh=mesh,
         in_specs=(by_head, by_head, P(TENSOR), by_group, by_group, P(TENSOR), state_spec, P(BATCH, SEQUENCE)),
         out_specs=(by_head, state_spec),
-        # A kernel and its custom gradient do not say over which axes their results vary.
+        # Kernels and their custom gradients do not declare over which mesh axes their results vary.
         check_vma=False,
     )
     y, state = run(x, dt, A, B, C, D, initial_state, segment_ids)
@@ -134,10 +134,10 @@ def ssd_sharded(
 def ssd_of_a_piece(
     x, dt, A, B, C, D, initial_state, segment_ids, *, num_pieces, devices_per_group=1, **options
 ):
-    """Run one device's part inside a `shard_map`: its rows, its tokens, its heads.
+    """Scan one device's rows, piece of the tokens, and heads, inside a `shard_map`.
 
-    Arguments as in `ssd_sharded`, and `num_pieces`, which the tokens are cut into. Where several neighbouring
-    devices of the tensor axis share a group, `devices_per_group`, B and C come with all groups.
+    Arguments: one device's shards of those of `ssd_sharded`; the tokens have `num_pieces` pieces. Where
+    `devices_per_group` > 1 neighbouring devices of `tensor` share a group, B and C hold all groups.
     """
     if devices_per_group > 1:
         B, C = (own_group(array, devices_per_group, axis=2) for array in (B, C))
@@ -153,13 +153,13 @@ def ssd_of_a_piece(
     kept, left = _map_before(kept, left, num_pieces)  # 2.
     entering = left if initial_state is None else kept[..., None, None] * initial_state + left
     if continues is not None:
-        # `ops.ssd` takes the first document it sees for the one that the state belongs to.
+        # `ops.ssd` applies the initial state to the first document of the piece, continued or not.
         entering = where_rows(continues, entering)
     y, state = scan(x, dt, A, B, C, initial_state=entering)  # 3.
     return y, from_piece(num_pieces - 1, state)
 
 
-@jax.checkpoint  # Keeps the arguments for the backward pass and nothing else.
+@jax.checkpoint  # Saves only the arguments for the backward pass.
 def _map_of_a_piece(
     x: Float[Array, "b l h p"],
     dt: Float[Array, "b l h"],
@@ -167,16 +167,16 @@ def _map_of_a_piece(
     B: Float[Array, "b l g n"],
     segment_ids: Int[Array, "b l"] | None,
 ) -> Map:
-    """Condense a piece to what it does to a state: step 2 of `ops.scan.chunked`, with one long chunk."""
+    """Reduce a piece to its map of the state: step 2 of `ops.scan.chunked`, with the piece as one chunk."""
     batch, length, num_heads, head_dim = x.shape
     num_groups, state_dim = B.shape[2:]
     full = jnp.promote_types(x.dtype, jnp.float32)
     dt = dt.astype(full)
     if segment_ids is not None:
         dt = jnp.where(segment_ids[..., None] != 0, dt, 0.0)
-    log_decay = decay.log_decay(dt, A.astype(full))  # (b, l, h) of each token, natural log, <= 0
-    # Natural log of the decay after each token. Summed from the end: a difference of sums from the start
-    # would round worst at the last tokens, which count most.
+    log_decay = decay.log_decay(dt, A.astype(full))  # (b, l, h), natural log per token, <= 0
+    # Log decay over all tokens after each one, summed from the end: a difference of sums from the start
+    # would have its largest rounding errors at the last tokens, which weigh most.
     after = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0)))
     after = jax.lax.cumsum(after, axis=1, reverse=True)
     kept = jnp.exp(after[:, 0] + log_decay[:, 0])  # (b, h)
@@ -193,11 +193,11 @@ def _map_of_a_piece(
 
 
 def _map_before(kept: Float[Array, "b h"], left: Float[Array, "b h p n"], num_pieces: int) -> Map:
-    """Combine the maps of all pieces to the left of this one.
+    """Combine the maps of all pieces to the left of this device's piece.
 
-    Blocks of 1, 2, 4, ... pieces swap what they do to a state with the block beside them. Each device is then
-    told by all blocks that make up its left. Where `num_pieces` is no power of two, some have no partner:
-    what they hold of their block is incomplete, and no piece to their right is left to be told.
+    Neighbouring blocks of 1, 2, 4, ... pieces exchange their maps, so that each device receives the maps of
+    blocks that together cover all pieces to its left. Where `num_pieces` is no power of two, some devices
+    have no partner and an incomplete map of their block, but no piece to their right needs that map.
     """
     here = jax.lax.axis_index(SEQUENCE)
     block = kept, left
@@ -214,7 +214,7 @@ def _map_before(kept: Float[Array, "b h"], left: Float[Array, "b h p n"], num_pi
 
 
 def _swap(block: Map, pairs: list[tuple[int, int]]) -> Map:
-    """Send the map along the pairs of devices, in one message."""
+    """Exchange maps between the `(source, target)` pairs of devices, in one message each."""
     kept, left = block
     message = jnp.concatenate([kept[..., None], left.reshape(*kept.shape, -1)], axis=-1)  # (b, h, 1+p*n)
     message = jax.lax.ppermute(message, SEQUENCE, pairs)
@@ -222,7 +222,7 @@ def _swap(block: Map, pairs: list[tuple[int, int]]) -> Map:
 
 
 def _one_then_the_other(first: Map, second: Map) -> Map:
-    """Compose two maps."""
+    """Compose two maps of the state, `first` applied before `second`."""
     return first[0] * second[0], second[0][..., None, None] * first[1] + second[1]
 
 
@@ -231,7 +231,7 @@ def _select(condition: Array, one: Map, other: Map) -> Map:
 
 
 def devices_per_group(op: str, num_groups: int, devices: int) -> int:
-    """How many neighbouring devices of the tensor axis share a group; 1 also when each has several."""
+    """Count the neighbouring devices of `tensor` that share a group; 1 also when each has several groups."""
     if num_groups % devices and devices % num_groups:
         raise ValueError(
             f"{op}: num_groups={num_groups} and the mesh's {TENSOR} = {devices} do not divide one another; "

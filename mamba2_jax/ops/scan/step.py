@@ -1,4 +1,4 @@
-"""SSD for one token: what decoding runs once per layer."""
+"""SSD for one token, which decoding runs once per layer and token."""
 
 import jax.numpy as jnp
 
@@ -27,7 +27,7 @@ def ssd_one_token(
 
     new = jnp.einsum("bgk,bgn->bgkn", x_dt, B).reshape(state.shape)
     new_state = state.astype(full) * decay[..., None, None] + new
-    # Heads fold into rows, so that each group is one matrix-vector product.
+    # The heads of a group are folded into the matrix rows, so that each group is one matrix-vector product.
     rows = new_state.reshape(batch, num_groups, heads * head_dim, state_dim)
     y = jnp.einsum("bgkn,bgn->bgk", rows, C).reshape(x.shape)
     if D is not None:
