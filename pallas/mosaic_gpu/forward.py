@@ -1,7 +1,7 @@
 """Run the scan's forward pass on Hopper: one kernel that walks the chunks with the state in registers.
 
-A block has three warpgroups. One copies; two compute, each a strip of 64 channels of a head, and share B and C
-in shared memory (`plan` cuts the work, `forward_walk` holds the code of the warpgroups):
+A block has three warpgroups. One copies; two compute, each a strip of 64 channels of a head, and share B and
+C in shared memory (`plan` cuts the work, `forward_walk` holds the code of the warpgroups):
 
     HBM         x  B  C  decays                                    y    saved states
                       |                                            ^         ^
