@@ -1,4 +1,4 @@
-"""What this version of XLA does on a CPU, and the workaround for each: a failure means that one can go."""
+"""Test XLA's behaviors on a CPU and the workaround for each; a failure means a workaround is obsolete."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_a_product_over_the_rows_widens_half_precision():
 
 
 def test_half_precision_is_not_multiplied_over_two_axes():
-    """What `as_matrix` is for: a gradient by the rows, without it."""
+    """A gradient with respect to the rows fails without `as_matrix`."""
     a, b = jnp.ones((64, 2, 32), jnp.bfloat16), jnp.ones((48, 2, 32), jnp.bfloat16)
     run = jax.jit(lambda a, b: jnp.einsum("rve,dve->rd", a, b, preferred_element_type=jnp.float32))
     with pytest.raises(jax.errors.JaxRuntimeError, match="BF16 x BF16 = F32"):
