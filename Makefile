@@ -43,7 +43,7 @@ install: $(VENV)/.installed
 test-kernels:
 	@PYTHON="$(PYTHON)" UV="$(UV)" .ci/test-kernels $(KERNEL_VENVS)
 
-# Uses an existing Python with jax for CUDA, pytest and jaxtyping, and optionally the peers to benchmark against.
+# Uses an existing Python with jax for CUDA, pytest and jaxtyping, and optionally the peers to compare with.
 # Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
 gpu:
 	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
@@ -86,7 +86,7 @@ define fetch
 { [ -n "$(UV)" ] && $(UV) pip install --quiet --python "$(1)/bin/python" $(2); } || $(1)/bin/pip install --disable-pip-version-check $(2)
 endef
 
-# $(call make-venv,FOLDER): create a virtual environment in FOLDER, unless it exists, from the first suitable Python.
+# $(call make-venv,FOLDER): create a virtual environment in FOLDER, unless it has one, by the first usable Python.
 define make-venv
 @if [ -x "$(1)/bin/pip" ]; then exit 0; fi; \
 tried=""; \

@@ -25,7 +25,7 @@ CPU_ROOMS = ("ops.bilinear", "ops.on_cpu.gradients", "ops.on_cpu.products", "tra
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def device(request, monkeypatch):
-    """Select the code paths of the CPU or of other devices; the latter only lower half precision."""
+    """Run the CPU's code paths, or other devices', whose half precision is only lowered for a GPU."""
     if request.param == "elsewhere":
         pretend_elsewhere(monkeypatch)
     return request.param

@@ -14,7 +14,7 @@ from mamba2_jax import ops
 from mamba2_jax.ops.scan.decay import log_decay, log_decays
 
 DEGENERATE = Case("degenerate", l=70)
-# Tolerance of a token where A is 0: y cancels products with a state that has accumulated steps of 10000.
+# Tolerance of a token where A is 0: y is a cancelling sum over a state that accumulated steps of 10000.
 GATHERED = 1e-4
 
 

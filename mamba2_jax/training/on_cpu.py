@@ -54,10 +54,10 @@ def on_one_cpu(model: Mamba2ForCausalLM) -> bool:
 def choose_update(finite: Array, update: Callable[..., _Tree], old: _Tree, *, in_place: bool) -> _Tree:
     """Return `update(*old)` if `finite`, else `old`; the numbers do not depend on `in_place`.
 
-    With `in_place`, for one CPU, by `lax.cond`: for `jnp.where`, XLA on a CPU first copies all optimizer
-    moments (peak memory by the compiler, all weights trained: 74.8 GB, with the branch 54.1 GB for
-    mamba2-2.7b; 3.58 GB and 2.82 GB for mamba2-130m). On a mesh, by `jnp.where`: results of a branch without
-    sharding annotations would be replicated on every device.
+    `in_place`, for one CPU, selects `lax.cond`: for `jnp.where`, XLA on a CPU first copies all optimizer
+    moments (peak memory by the compiler, all weights trained, `where` and `cond`: 74.8 GB and 54.1 GB for
+    mamba2-2.7b, 3.58 GB and 2.82 GB for mamba2-130m). A mesh needs `jnp.where`: the results of a branch have
+    no sharding annotation and would be replicated on every device.
     """
     if in_place:
         return jax.lax.cond(finite, update, lambda *same: same, *old)

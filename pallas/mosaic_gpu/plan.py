@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def blocks_per_group(self) -> int:
-        """Blocks per group; the last one has a single strip if their number is odd."""
+        """Blocks per group; the last one has a single strip if the group's number of strips is odd."""
         return -(-self.strips_per_group // STRIPS_PER_BLOCK)
 
     @property
