@@ -30,7 +30,7 @@ def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.const
     """Load dt of a chunk, 0 past the end, and sum the log2 of its decays, each clamped at -160 (exp2 is 0).
 
     Returns dt; the sums through each token in two terms, `coarse` and `fine`; the sums after each token to
-    the chunk's end; and the sum over the chunk. Cumulative sums of multiples of 1/256 and their differences are
+    the chunk's end; and the chunk's sum. Cumulative sums of multiples of 1/256 and their differences are
     exact, and the remainders stay small: no cancellation, even beside steps that wipe the state.
     """
     q = tl.arange(0, Q)
