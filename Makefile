@@ -1,17 +1,17 @@
-# `make demo`, `make test` and `make test-kernels` set up all they need, in virtual environments of their own.
+# `make demo`, `make test` and `make test-kernels` each create a virtual environment with all requirements.
 SHELL := /bin/bash
 
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 KERNEL_VENVS ?= .venv-kernels
-# The first of these that works and is new enough; `make test PYTHON=/path/to/python` names another.
+# Candidates; the first that runs and is new enough is used. Override: `make test PYTHON=/path/to/python`.
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.14 python)
-# The parity tests compare with PyTorch on the CPU. On Linux the plain name may bring gigabytes of CUDA, so
-# the CPU build is asked for by its full version.
+# The parity tests compare with PyTorch on the CPU. On Linux the plain name may install gigabytes of CUDA, so
+# the CPU build is requested by its full version.
 TORCH ?= torch==2.13.0$(if $(filter Linux,$(shell uname -s)),+cpu)
-# A faster installer than pip, where one is at hand; `make test UV=` does without.
+# uv installs faster than pip and is used where available; `make test UV=` disables it.
 UV ?= $(shell command -v uv)
-# More arguments for pytest: make test PYTEST_ARGS="-k generation"
+# Extra arguments for pytest: make test PYTEST_ARGS="-k generation"
 PYTEST_ARGS ?=
 
 help:
@@ -29,13 +29,13 @@ demo: $(DEMO_VENV)/.installed
 		$$'class Queue:\n    """A queue of items."""\n\n    def __init__(self'
 
 test: $(VENV)/.installed
-	@echo "==> pytest: what XLA itself does"  # 5: none of them is asked for
+	@echo "==> pytest: what XLA itself does"  # exit status 5: no test selected
 	@$(PYTEST) --dist load -m xla_habits $(HABITS) $(PYTEST_ARGS) || [ $$? -eq 5 ]
 	@echo "==> pytest"
 	@$(PYTEST) --no-loadscope-reorder --ignore tests/kernels -m "not slow and not gpu and not xla_habits" $(PYTEST_ARGS)
 
 PYTEST = $(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile
-# In processes of their own, because they look at the compiler, which spares itself most of its work in the others.
+# Run in separate processes, because they test XLA's optimizations, which are turned off in the other tests.
 HABITS = $(shell grep -l xla_habits tests/test_*.py)
 
 install: $(VENV)/.installed
@@ -43,8 +43,8 @@ install: $(VENV)/.installed
 test-kernels:
 	@PYTHON="$(PYTHON)" UV="$(UV)" .ci/test-kernels $(KERNEL_VENVS)
 
-# On this machine's own Python, which has jax for CUDA, pytest and jaxtyping, and perhaps the peers to compare
-# with. Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
+# Uses an existing Python with jax for CUDA, pytest and jaxtyping, and optionally the peers to compare with.
+# Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
 gpu:
 	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
 	@XLA_PYTHON_CLIENT_PREALLOCATE=false $(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py \
@@ -80,13 +80,13 @@ $(VENV)/.installed: pyproject.toml
 		echo "    To run them, install a CPU build of PyTorch, then peft, into $(VENV) and repeat make test."; }
 	@touch $@
 
-# $(call fetch,FOLDER,ARGUMENTS): `pip install` there, by the faster installer where there is one. PyTorch is
-# left to pip: its CPU build may be in a place that only pip's configuration knows.
+# $(call fetch,FOLDER,ARGUMENTS): `pip install` in FOLDER, by uv where available. PyTorch is installed by pip:
+# the index with its CPU build may be known only to pip's configuration.
 define fetch
 { [ -n "$(UV)" ] && $(UV) pip install --quiet --python "$(1)/bin/python" $(2); } || $(1)/bin/pip install --disable-pip-version-check $(2)
 endef
 
-# $(call make-venv,FOLDER): a virtual environment there, unless it has one, from the first Python that will do.
+# $(call make-venv,FOLDER): create a virtual environment in FOLDER, unless it has one, by the first usable Python.
 define make-venv
 @if [ -x "$(1)/bin/pip" ]; then exit 0; fi; \
 tried=""; \

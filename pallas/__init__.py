@@ -1,20 +1,21 @@
-"""GPU kernels of the SSD scan, installed as `mamba2_jax.pallas`. Imports only jax and siblings.
+"""Provide GPU kernels of the SSD scan, installed as `mamba2_jax.pallas`; imports only jax and siblings.
 
 - `"mosaic_gpu"`: Hopper (H100, H200), Pallas Mosaic GPU; forward and backward.
 - `"triton"`: Ampere and Ada (A100, RTX 30, L4, RTX 4090), Triton kernels through jax_triton.
 
-`KERNELS` lists for each op of `mamba2_jax.ops` its kernels in the order of preference;
-`mamba2_jax.ops.scan.dispatch` is its only reader. The module of a kernel has a function named like the op,
-and one that says what it cannot do:
+`KERNELS` maps each op of `mamba2_jax.ops` to its kernels in order of preference;
+`mamba2_jax.ops.scan.dispatch` is its only reader. A kernel's module defines a function named like the op, and
+`unsupported`:
 
 - `ssd(x, dt, A, B, C, D, initial_state, segment_ids) -> (y, final_state)`: differentiable, shapes as in
   `mamba2_jax.ops.ssd`. `x`, `B` and `C` share a dtype; `dt`, `A`, `D` and `initial_state` are float32;
-  `D` may be None. `segment_ids` is None or int32 document numbers 1, 2, 3, ... along each row (what
-  `ops.segments.document_index` gives): where the number changes, the state starts afresh. Padding
-  carries its left neighbour's number and dt = 0.
-- `ssd_step(x, dt, A, B, C, state, D) -> (y, state)`: the same for one token, shapes as in
-  `mamba2_jax.ops.ssd_step`, dtypes as above; `state` keeps its own.
-- `unsupported(problem: Problem) -> str | None`: why it cannot run this here and what can; None if it can.
+  `D` may be None. `segment_ids` is None or int32 document numbers 1, 2, 3, ... along each row (from
+  `ops.segments.document_index`): where the number changes, the state is reset. Padding has its left
+  neighbour's number and dt = 0.
+- `ssd_step(x, dt, A, B, C, state, D) -> (y, state)`: one token of the scan, shapes as in
+  `mamba2_jax.ops.ssd_step`, dtypes as above; the new state has the dtype of `state`.
+- `unsupported(problem: Problem) -> str | None`: why the kernel cannot run `problem` on this device, and which
+  implementation can; None if it can run.
 """
 
 import importlib
@@ -30,11 +31,11 @@ MINIMAL_JAX = (0, 11, 2)
 
 
 class Kernel(NamedTuple):
-    """An entry of the table. The module is imported when something is asked of it: it wants a newer jax."""
+    """One kernel in `KERNELS`; its module, which needs a newer jax, is imported on first use."""
 
     module: str
     op: str
-    automatic: tuple[tuple[int, int], ...]  # compute capabilities where it is taken unasked
+    automatic: tuple[tuple[int, int], ...]  # compute capabilities that select it by default
 
     @property
     def run(self) -> Callable:
@@ -42,7 +43,7 @@ class Kernel(NamedTuple):
         return getattr(importlib.import_module(self.module), self.op)
 
     def unsupported(self, problem: Problem) -> str | None:
-        """Tell why this kernel cannot run `problem` here, and what can; None if it can run it."""
+        """Return why this kernel cannot run `problem` on this device, or None if it can."""
         if problem.platform != "gpu" or problem.compute_capability is None:
             return f"it needs an NVIDIA GPU, this runs on {problem.platform}"
         if jax.__version_info__ < MINIMAL_JAX:
@@ -54,7 +55,7 @@ class Kernel(NamedTuple):
 KERNELS: dict[str, dict[str, Kernel]] = {
     "ssd": {
         "mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu.scan", "ssd", automatic=((9, 0),)),
-        # By name only: no run on an Ampere or Ada card is in benchmarks/results yet.
+        # Never selected by default: benchmarks/results has no run on an Ampere or Ada card yet.
         "triton": Kernel("mamba2_jax.pallas.triton_gpu.scan", "ssd", automatic=()),
     },
     "ssd_step": {},

@@ -1,6 +1,6 @@
-"""Import this to use the checkout where it is not installed: a machine with a GPU may have no network.
+"""Make the checkout importable where it is not installed: a machine with a GPU may have no network.
 
-Makes `mamba2_jax` importable, and the kernels, which stand beside it, as `mamba2_jax.pallas`.
+Importing this module makes `mamba2_jax` importable, and the kernels in `pallas/` as `mamba2_jax.pallas`.
 """
 
 import importlib.util

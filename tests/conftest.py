@@ -1,4 +1,4 @@
-"""How XLA compiles in the tests; shapes checked at run time, in rooms whose inputs the doors validate."""
+"""Configure pytest: platform, fast XLA compilation with a shared cache, and run-time shape checks."""
 
 import os
 import pathlib
@@ -11,22 +11,22 @@ import pytest
 import shapes
 from jaxtyping import install_import_hook
 
-# What needs several devices. JAX fixes their number once, so these tests want a process of their own:
-# `pytest tests/sharded` is one, and test_sharded.py starts it for everybody else.
+# Tests on several devices. JAX fixes the device count once per process, so these need a process of their own:
+# `pytest tests/sharded` is one, and test_sharded.py starts it in all other runs.
 SHARDED = pathlib.Path(__file__).with_name("sharded")
 
-# Tests of XLA's own habits hold what they found in this version of jax, the last for Python 3.11.
+# Version of jax whose XLA behavior the tests marked xla_habits record; the last for Python 3.11.
 HABITS_OF = (0, 10)
 
 _CACHE_EVERYTHING = {
     "persistent_cache_min_compile_time_secs": 0.0,
     "persistent_cache_min_entry_size_bytes": -1,
 }
-_own_cache = None  # the folder of the compilation cache, in the process that made it
+_own_cache = None  # folder of the compilation cache, in the process that created it
 
 
 def pytest_configure(config):
-    if config.getoption("markexpr") == "gpu":  # a process that sees the GPU; all others stay on the CPU
+    if config.getoption("markexpr") == "gpu":  # the only run on the GPU; all others use the CPU
         if jax.default_backend() != "gpu":
             pytest.exit(
                 f"pytest -m gpu: no NVIDIA GPU here that jax {jax.__version__} can use (it runs on "
@@ -34,7 +34,7 @@ def pytest_configure(config):
                 "make gpu PYTHON=/path/to/python",
                 returncode=1,
             )
-        return  # and with shapes unchecked: beartype may be missing there
+        return  # without shape checks: beartype may be missing there
     jax.config.update("jax_platforms", "cpu")
     install_import_hook(shapes.modules(), "shapes.checked")
     if config.getoption("markexpr") != "xla_habits":
@@ -45,25 +45,25 @@ def pytest_configure(config):
 
 
 def _compile_quickly_and_once():
-    """Spare XLA most of its work, and compile once for workers, commands and notebooks.
+    """Turn off XLA's optimizations, and share a compilation cache among workers and subprocesses.
 
-    Compiling is most of the tests' time, and not what they look at. Through the environment, which processes
-    that tests start inherit.
+    Compilation takes most of the tests' time and is not what they test. Set through the environment, which
+    subprocesses (commands, notebooks) inherit.
     """
     global _own_cache
     flags = "--xla_backend_optimization_level=0"
-    if jax.__version_info__[:2] == (0, 10):  # later ones do not know it; it compiles in a third of the time
+    if jax.__version_info__[:2] == (0, 10):  # unknown to later versions; a third of the time
         flags += " --xla_cpu_use_fusion_emitters=false"
     given = os.environ.get("XLA_FLAGS", "")
     if "xla_backend_optimization_level" not in given:
         os.environ["XLA_FLAGS"] = f"{flags} {given}".strip()
-    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # a worker, or somebody's own
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:  # an xdist worker, or set by the user
         return
     _own_cache = tempfile.mkdtemp(prefix="mamba2-jax-tests-")
     options = {"compilation_cache_dir": _own_cache, **_CACHE_EVERYTHING}
     for name, value in options.items():
         os.environ[f"JAX_{name.upper()}"] = str(value)
-        jax.config.update(f"jax_{name}", value)  # it has read the environment already
+        jax.config.update(f"jax_{name}", value)  # jax has already read the environment
 
 
 def pytest_unconfigure():
@@ -77,7 +77,7 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """First the file that takes longest: with the others beside it, no process waits for it at the end."""
+    """Run the slowest file first, beside the others; deselect xla_habits on other versions of jax."""
     items.sort(key=lambda item: item.path.name != "test_sharded.py")
     if jax.__version_info__[:2] != HABITS_OF:
         habits = [item for item in items if item.get_closest_marker("xla_habits")]

@@ -1,4 +1,4 @@
-"""Small random models, made by transformers, loaded by both sides; one of each kind per session."""
+"""Make small random models with transformers and load them in both libraries, cached per process."""
 
 import functools
 import pathlib
@@ -30,7 +30,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def torch_model(dtype: str = "float32", **changes):
-    """A transformers model whose norms, biases and D are not at their initial constants."""
+    """Return a transformers model whose norms, biases and D are moved off their initial constants."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     transformers.logging.set_verbosity_error()
@@ -46,7 +46,7 @@ def torch_model(dtype: str = "float32", **changes):
 
 @functools.cache
 def checkpoint(dtype: str = "float32", **changes) -> pathlib.Path:
-    """The folder transformers wrote for that model."""
+    """Save `torch_model` of the same arguments by transformers, and return the folder."""
     model = torch_model(dtype, **changes)
     name = "_".join([dtype, *(f"{k}={v}" for k, v in changes.items())]).replace("/", "-") or "default"
     folder = pathlib.Path(_folder().name) / name.replace(" ", "")
@@ -56,7 +56,7 @@ def checkpoint(dtype: str = "float32", **changes) -> pathlib.Path:
 
 @functools.cache
 def jax_model(dtype: str = "float32", **changes):
-    """The same model, imported from that folder."""
+    """Load `checkpoint` of the same arguments as a model of this package."""
     from mamba2_jax import Mamba2ForCausalLM
 
     return Mamba2ForCausalLM.from_pretrained(checkpoint(dtype, **changes), dtype=dtype)
@@ -67,7 +67,7 @@ def random_ids(batch: int, length: int, vocab: int = SIZES["vocab_size"], seed: 
 
 
 def relative(got, want) -> float:
-    """Largest difference over the largest value wanted."""
+    """Return the largest absolute difference, divided by the largest absolute wanted value."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     assert np.isfinite(got).all()
@@ -75,7 +75,7 @@ def relative(got, want) -> float:
 
 
 def random_jax_model(config, dtype: str = "float32", seed: int = 0):
-    """A model that comes from no checkpoint, every parameter random; without compiling its initialisers."""
+    """Return a model with every parameter random, without compiling its initializers."""
     import jax.numpy as jnp
 
     from mamba2_jax import Mamba2ForCausalLM

@@ -1,7 +1,7 @@
-"""The original's architectures a second time: plain PyTorch modules in float64, written from the maths.
+"""Reimplement the original's architectures as plain float64 PyTorch modules, written from the maths.
 
-Names and shapes of the parameters are those of a state-spaces checkpoint. Whole rows: no cache, no padding.
-`test_variants.py` fixes it to transformers where both have the same part.
+Parameter names and shapes are those of a state-spaces checkpoint. Full sequences only: no cache, no padding.
+`test_variants.py` checks these modules against transformers where it has the same layers.
 """
 
 import math
@@ -27,7 +27,7 @@ def conv(channels: int, taps: int, bias: bool) -> nn.Conv1d:
 
 
 def causal(layer: nn.Conv1d, x):
-    """(b, l, channels); zeros before the first token."""
+    """Apply a causal convolution to `(b, l, channels)`, with zeros before the first token."""
     return layer(F.pad(x.mT, (layer.kernel_size[0] - 1, 0))).mT
 
 
@@ -69,7 +69,7 @@ class Mamba2(nn.Module):
         return self.out_proj(torch.cat([F.silu(z0) * x0, y], dim=-1))
 
     def scan(self, x, dt, B, C):
-        """The recurrence of one head, unrolled: a matrix of decays over all pairs of tokens."""
+        """Compute the scan in its quadratic form, with a matrix of decays over all pairs of tokens."""
         steps = (dt * -self.A_log.exp()).cumsum(1)  # (b, l, h)
         decay = steps[:, :, None] - steps[:, None]  # (b, t, s, h)
         before = torch.ones(decay.shape[1:3]).tril().bool()[None, :, :, None]
@@ -78,7 +78,7 @@ class Mamba2(nn.Module):
 
 
 def rotate(x, width: int, base: float, interleaved: bool):
-    """Turn channel pairs of (b, l, h, p) as complex numbers."""
+    """Apply a rotary embedding to the first `width` channels of `(b, l, h, p)`, as complex numbers."""
     places = torch.arange(x.shape[1], dtype=x.dtype)
     angles = torch.outer(places, base ** (-torch.arange(0, width, 2, dtype=x.dtype) / width))
     turn = torch.polar(torch.ones_like(angles), angles)[:, None]  # (l, 1, width / 2)
@@ -143,7 +143,7 @@ class Block(nn.Module):
 
 
 class Original(nn.Module):
-    """A language model of the original's; its parameters random throughout, in float64."""
+    """A language model of the original, with all parameters random, in float64."""
 
     def __init__(self, config):
         super().__init__()
@@ -157,7 +157,7 @@ class Original(nn.Module):
         torch.manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
-                # rounded to float32, in which the file holds them
+                # drawn in float32, the dtype of the checkpoint file
                 drawn = torch.randn_like(parameter) * (0.3 if parameter.ndim > 1 else 0.5)
                 parameter.copy_(drawn + (1 if parameter.ndim == 1 else 0))
         self.double()

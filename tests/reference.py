@@ -1,4 +1,4 @@
-"""The scan and the convolution written a second time, token by token in float64 numpy."""
+"""Reimplement the scan and the convolution token by token in float64 numpy, as a reference."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Shapes in signatures, checked at run time: what the import hook of `conftest.py` does to each function."""
+"""Check shape annotations at run time, in the functions that the import hook of `conftest.py` decorates."""
 
 import inspect
 import pathlib
@@ -10,8 +10,8 @@ from jaxtyping import AbstractArray
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-# Doors of the package: their own checks come first, are tested, and name the op and the way out. What they
-# hand on is checked.
+# Public entry points with checks of their own, whose messages name the op and a remedy and are tested. Exempt
+# from the hook, which would raise first; the functions they call are checked.
 DOORS = {
     "ops.attention.attention_step",
     "ops.attention.causal_attention",
@@ -33,18 +33,18 @@ DOORS = {
 
 
 def modules() -> list[str]:
-    """Every module of the package; no `__init__`, because the hook takes a package's name for all in it.
+    """List every module of the package but `__init__`: for a package, the hook would match all its modules.
 
-    Not the kernels: their arguments have no shapes in the signature, and Triton reads the source of its own.
+    Excludes the kernels: their signatures have no shapes, and Triton parses the source of its own.
     """
     files = [file.relative_to(ROOT) for file in (ROOT / "mamba2_jax").rglob("*.py")]
     return [".".join(file.with_suffix("").parts) for file in files if file.name != "__init__.py"]
 
 
 def checked(function: Callable) -> Callable:
-    """Check the annotations of a function that has a shape among them, unless it is a door.
+    """Decorate a function with beartype if its annotations contain a shape and it is not in `DOORS`.
 
-    Nor is the `__init__` of a dataclass checked: JAX makes pytrees also of other things than arrays.
+    Skips `__init__`, of dataclasses too: JAX unflattens pytrees with leaves other than arrays.
     """
     name = f"{function.__module__}.{function.__qualname__}".removeprefix("mamba2_jax.")
     if name in DOORS or function.__name__ == "__init__":

@@ -1,4 +1,4 @@
-"""The cases every implementation of the scan must pass, and how they are drawn."""
+"""Define the cases that every implementation of the scan must pass, and draw their inputs."""
 
 from dataclasses import dataclass, replace
 
@@ -20,7 +20,7 @@ class Case:
     initial_state: bool = True
     segments: str | None = None
     decay: float = 1.0  # scales dt*A
-    mixture: str | None = None  # of fast and slow decays; sets dt and A
+    mixture: str | None = None  # "wiped" or "wild": fast and slow decays; sets dt and A
     chunk_size: int = 16
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ STEP_CASES = [
 
 
 def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
-    """Random inputs of a case; dt*A sums to about `-0.4 * decay` per token."""
+    """Draw random inputs of a case; dt*A is about `-0.4 * decay` per token."""
     keys = jax.random.split(jax.random.key(seed), 8)
     b, l, h, p, g, n = case.b, case.l, case.h, case.p, case.g, case.n
     inputs = {
@@ -81,7 +81,7 @@ def draw(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
 
 
 def draw_token(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
-    """One token of a case, as `ops.ssd_step` takes it: with a state, and dt = 0 where it does not count."""
+    """Draw one token of a case, as arguments of `ops.ssd_step`, with dt = 0 at padding."""
     inputs = draw(replace(case, l=1), seed, dtype)
     if case.segments:
         inputs["dt"] = jnp.where(inputs["segment_ids"][..., None] != 0, inputs["dt"], 0.0)
@@ -90,7 +90,7 @@ def draw_token(case: Case, seed: int = 0, dtype=jnp.float32) -> dict:
     return token | ({"D": inputs["D"]} if case.D else {})
 
 
-# Decays that mix: a token that wipes the state beside slow ones.
+# Mixtures of decays: tokens that wipe the state beside slow ones.
 MIXTURES = [
     Case("wiped", mixture="wiped", b=1, l=270),
     Case("wild", mixture="wild", b=1, l=270),
@@ -99,7 +99,7 @@ MIXTURES = [
 
 
 def steps(case: Case, seed: int) -> dict:
-    """Steps and A of a mixture."""
+    """Return dt `(b, l, h)` and A `(h,)` of a mixture."""
     shape = (case.b, case.l, case.h)
     if case.mixture == "wiped":
         dt = np.full(shape, 1e-3)
@@ -113,7 +113,7 @@ def steps(case: Case, seed: int) -> dict:
 
 
 def degenerate(case: Case) -> dict:
-    """Inputs with A that is -inf or nearly so, steps of 0 and of 10000, x of 0."""
+    """Draw inputs with A of -inf, -3e38, -1 and -0, dt of 0 and of 10000, and some x of 0."""
     inputs = draw(case)
     heads, tokens = np.arange(case.h), np.arange(case.l)
     inputs["A"] = jnp.asarray(np.array([-np.inf, -3e38, -1.0, -0.0])[heads % 4], jnp.float32)
@@ -123,12 +123,12 @@ def degenerate(case: Case) -> dict:
     return inputs
 
 
-# Of each result, the axes over which a token's own scale is taken.
+# Axes, by result, over which `own_error` takes the norm.
 OWN = {"y": -1, "x": -1, "B": -1, "C": -1, "state": (-2, -1), "initial_state": (-2, -1)}
 
 
 def own_error(name: str, got, want) -> float:
-    """Largest error of a token (or state, or head), relative to the size of the same one."""
+    """Return the largest error norm of a token (or state, or head), relative to its own norm."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert np.isfinite(got).all(), name
     off, size = (np.linalg.norm(a[..., None] if name not in OWN else a, axis=OWN.get(name, -1))
@@ -137,13 +137,13 @@ def own_error(name: str, got, want) -> float:
 
 
 def segment_ids(kind: str, b: int, l: int) -> np.ndarray:
-    """Rows of segment ids; every row another split."""
+    """Return segment ids `(b, l)` of one kind, with different boundaries in every row."""
     ids = np.zeros((b, l), np.int32)
     for row in range(b):
         cut = l // 3 + 5 * row
         if kind == "packed":  # 1 1 1 2 2 3 0 0, the first cut inside a chunk
             ids[row, :cut], ids[row, cut : cut + 7], ids[row, cut + 7 : l - 4] = 1, 2, 3
-        elif kind == "repeating":  # the same value again after a gap is another document
+        elif kind == "repeating":  # an id repeated after padding starts another document
             ids[row, :cut], ids[row, cut : cut + 6], ids[row, cut + 9 :] = 5, 2, 2
         elif kind == "left":
             ids[row, 3 + 4 * row :] = 1

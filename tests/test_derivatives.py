@@ -1,8 +1,8 @@
-"""Forward mode and Hessian-vector products of what is differentiated in reverse: every dtype, remat, device.
+"""Test forward mode and Hessian-vector products for every dtype, remat policy and device.
 
-Three ways to the same numbers: `jvp`, `linearize` and `jacfwd` against the gradient, by inner products; the
-Hessian times a vector, forward over reverse against reverse over reverse; and in float64 both of these
-against differences.
+Three checks: `jvp`, `linearize` and `jacfwd` against inner products with the gradient; Hessian-vector
+products by forward over reverse against reverse over reverse; and, in float64, both against finite
+differences.
 """
 
 import jax
@@ -17,15 +17,15 @@ from mamba2_jax.ops.linear import linear, vocabulary_logits
 from mamba2_jax.training import loss_fn, split_model
 from mamba2_jax.training.loss import REMAT
 
-# Rounding of sums in float32; in half precision that of operands and cotangents, which are other numbers in
-# forward and in reverse mode (bfloat16 has 2**-9, float16 2**-12).
+# float32: rounding of sums. Half precision: rounding of operands and cotangents, which differ between forward
+# and reverse mode (2**-9 for bfloat16, 2**-12 for float16).
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
 CPU_ROOMS = ("ops.bilinear", "ops.on_cpu.gradients", "ops.on_cpu.products", "training.on_cpu")
 
 
 @pytest.fixture(params=["cpu", "elsewhere"])
 def device(request, monkeypatch):
-    """Also run what other devices run, in float32 by this compiler; half precision is lowered for a GPU."""
+    """Run the CPU's code paths, or other devices', whose half precision is only lowered for a GPU."""
     if request.param == "elsewhere":
         pretend_elsewhere(monkeypatch)
     return request.param
@@ -33,7 +33,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def nothing_traced_before():
-    """What is traced for one device would be kept for the other."""
+    """Clear JAX's caches, which would reuse traces of the other device's code paths."""
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -66,7 +66,7 @@ def random_like(tree, seed=0):
 
 
 def derivatives(loss):
-    """Along the gradient and something random: slopes by four ways, and the Hessian's product by two."""
+    """Jit four directional derivatives and two Hessian-vector products, along gradient plus random vector."""
 
     def everything(at):
         gradient = jax.grad(loss)(at)
@@ -82,13 +82,13 @@ def derivatives(loss):
         reverse = jax.grad(lambda at: inner(jax.grad(loss)(at), along))(at)
         return slopes, forward, reverse, gradient, along
 
-    # The compiler's optimizations are most of the time of these tests, and not what they look at.
+    # XLA's optimizations take most of the time of these tests and are not what they test.
     options = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(everything, compiler_options=options)
 
 
 def check(loss, at, dtype, device="cpu"):
-    if device == "elsewhere" and dtype != "float32":  # the compiler for a CPU has not all of these products
+    if device == "elsewhere" and dtype != "float32":  # XLA on a CPU lacks some of these products
         lowered = derivatives(loss).trace(at).lower(lowering_platforms=("cuda",))
         assert "stablehlo.dot_general" in lowered.as_text() or "stablehlo.cosine" in lowered.as_text()
         return

@@ -1,8 +1,8 @@
-"""A checkpoint, an adapter and a training run of before the package had folders load unchanged.
+"""Test that a checkpoint, an adapter and a training run written by an early version load unchanged.
 
-`data/before_folders` was written by the code of babba9a, on a CPU: a model; an adapter for it with every
-number random; and a run on that model, of 4 steps, whose checkpoint of step 2 alone was kept. `numbers.json`
-holds what that code computed from them, and the losses of all 4 steps.
+`data/before_folders` was written by commit babba9a, on a CPU: a model; an adapter for it with all values
+random; and a training run of 4 steps on the model, of which only the checkpoint of step 2 was kept.
+`numbers.json` holds the outputs of that commit for these files, and the losses of all 4 steps.
 """
 
 import json
@@ -20,7 +20,7 @@ from mamba2_jax.training.checkpoint import Checkpoints, _flatten
 from mamba2_jax.training.data import Documents, Report
 
 FOLDER = pathlib.Path(__file__).parent / "data" / "before_folders"
-TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in the order of another processor
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32 sums in another processor's order
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_the_state_of_a_run(run_folder, numbers):
     arrays = {name: array for name, array in _flatten(state).items() if name in numbers["state"]}
     assert int(state.step) == 2
     assert arrays.keys() == numbers["state"].keys()
-    for name, array in arrays.items():  # the bytes are checked by the checksums of then
+    for name, array in arrays.items():  # the bytes are checked by the stored checksums
         np.testing.assert_allclose(float(jnp.linalg.norm(array)), numbers["state"][name], rtol=1e-6)
 
 
@@ -91,5 +91,5 @@ def test_a_run_goes_on(run_folder, numbers):
     lines = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     np.testing.assert_allclose([line["loss"] for line in lines], numbers["losses"], rtol=1e-5)
-    # Adam divides a gradient by its size, so that the rounding of a small one weighs as much as any.
+    # Adam normalizes gradients, which amplifies the rounding errors of small ones.
     np.testing.assert_allclose(trainer.model(ids()).logits, numbers["trained_logits"], rtol=1e-4, atol=1e-4)

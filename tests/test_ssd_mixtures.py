@@ -1,4 +1,4 @@
-"""The scan where one token wipes the state beside slow ones, and where steps or A have no bounds."""
+"""Test the scan where tokens that wipe the state are mixed with slow ones, and for unbounded dt and A."""
 
 import functools
 
@@ -14,13 +14,13 @@ from mamba2_jax import ops
 from mamba2_jax.ops.scan.decay import log_decay, log_decays
 
 DEGENERATE = Case("degenerate", l=70)
-# Of a token where A is 0: y is a difference of products with a state that has gathered steps of 10000.
+# Tolerance of a token where A is 0: y is a cancelling sum over a state that accumulated steps of 10000.
 GATHERED = 1e-4
 
 
 @functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
 def results(arrays, ids, weights, implementation, chunk_size=None):
-    """y, state and every gradient, by name."""
+    """Return y and state, and every gradient, each by name."""
 
     def loss(arrays):
         y, state = ops.ssd(**arrays, segment_ids=ids, implementation=implementation, chunk_size=chunk_size)
@@ -35,7 +35,7 @@ def results(arrays, ids, weights, implementation, chunk_size=None):
 
 @functools.cache
 def prepare(case):
-    """Inputs, the float64 recurrence's results, and how far the float32 recurrence is from these."""
+    """Return the inputs, the float64 recurrence's results, and the float32 recurrence's errors."""
     arrays = draw(case)
     ids = arrays.pop("segment_ids", None)
     rng = np.random.default_rng(0)
@@ -53,7 +53,7 @@ def errors(got, want):
 @pytest.mark.parametrize("chunk_size", [64, 256])
 @pytest.mark.parametrize("case", MIXTURES, ids=str)
 def test_every_token_is_right_at_its_own_scale(case, chunk_size):
-    """To 1e-5, or where the token is a difference of larger ones, to 3 times what the recurrence has."""
+    """Error below 1e-5, or, where the result is a cancelling sum, below 3 times the float32 recurrence's."""
     inputs, want, of_recurrence = prepare(case)
     got = errors(results(*inputs, "xla", chunk_size), want)
     for part, allowed in zip(got, of_recurrence, strict=True):
@@ -103,7 +103,7 @@ def test_sums_of_decays_are_exact_and_never_positive(size, smallest):
 
 
 def test_derivatives_of_the_sums_of_decays():
-    """Forward, reverse, and both once more, against differences in float64."""
+    """First and second order, forward and reverse, against finite differences in float64."""
     with jax.enable_x64(True):
         a = -jax.random.uniform(jax.random.key(0), (2, 5), jnp.float64)
 

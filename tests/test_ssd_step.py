@@ -1,4 +1,4 @@
-"""Every implementation of the scan's step against the float64 recurrence: values, states, every gradient."""
+"""Test `ssd_step` of every implementation against the float64 recurrence: values, states, all gradients."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from mamba2_jax import ops
 IMPLEMENTATIONS = ["xla"]
 GOOD = Case("good")
 run = jax.jit(ops.ssd_step, static_argnames="implementation")
-# float32: as the scan's. Narrower: inputs are exact, sums are float32, and results are rounded once.
+# float32: as for the scan. Half precision: inputs are exact, sums float32, and results rounded once.
 TOLERANCE = {"float32": 3e-6, "float16": 2**-11, "bfloat16": 2**-8}
 every_implementation = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
@@ -26,7 +26,7 @@ def error(got, want):
 
 
 def as_a_row(x, dt, A, B, C, state, D=None):
-    """The token as the row of one that `ops.ssd` takes."""
+    """Convert arguments of `ops.ssd_step` to those of `ops.ssd`, with a length of 1."""
     row = {"x": x[:, None], "dt": dt[:, None], "A": A, "B": B[:, None], "C": C[:, None]}
     return row | {"initial_state": state} | ({} if D is None else {"D": D})
 

@@ -1,4 +1,4 @@
-"""What this version of XLA does on a CPU, and the workaround for each: a failure means that one can go."""
+"""Test XLA's behaviors on a CPU and the workaround for each; a failure means a workaround is obsolete."""
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,7 @@ def test_a_product_over_the_rows_widens_half_precision():
 
 
 def test_half_precision_has_no_gradient_by_a_weight_of_several_axes(monkeypatch):
-    """What `as_matrix` is for."""
+    """A gradient by rows and weight fails without `as_matrix`."""
     x, weight = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((32, 2, 48))
 
     def gradient():

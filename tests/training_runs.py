@@ -1,4 +1,4 @@
-"""A tiny model with a tokenizer of characters, and texts, for the tests of training."""
+"""Make a tiny model, a character tokenizer, texts and Trainers for the tests of training."""
 
 import functools
 import json
@@ -24,7 +24,7 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 @functools.cache
 def model_folder() -> pathlib.Path:
-    """A checkpoint of one small layer, with a tokenizer of one id per character."""
+    """Write a checkpoint of one small layer with a tokenizer of one id per character; return the folder."""
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""Where a training step that is not finite went wrong."""
+"""Locate the first non-finite tensor of a failed training step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,16 +13,16 @@ from mamba2_jax.training.step import Params, Structure
 def first_not_finite(
     params: Params, frozen: Params, batch: Mapping[str, Any], structure: Structure
 ) -> str | None:
-    """Find where a step that is not finite went wrong, in the order of the computation.
+    """Return the name of the first tensor, in the order of the computation, that is not finite.
 
     Args:
         params: trained arrays.
-        frozen: the others.
-        batch: the one that failed; with a leading axis of parts, each is looked at.
-        structure: of `split_model`.
+        frozen: frozen arrays.
+        batch: the batch of the failed step; with a leading axis of microbatches, each is checked in turn.
+        structure: from `split_model`.
 
     Returns:
-        The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient;
+        The first tensor that holds NaN or infinity: a parameter, a block's output, the loss, or a gradient.
         None when all are finite.
     """
     parts = [batch]

@@ -1,8 +1,9 @@
-"""Next-token cross entropy in slices of the sequence: the logits of a whole batch never exist at once.
+"""Compute next-token cross entropy slice by slice along the sequence, without materializing all logits.
 
-With 50,000 tokens in the vocabulary, float32 logits are the largest array of a training step by far. Here a
-slice's logits live for one turn of a loop. The same turn takes their gradient, if one is wanted: a sum's
-gradient needs nothing that comes after it, and going back would have to compute them again.
+With a vocabulary of 50,000 tokens, the float32 logits are by far the largest array of a training step. A loop
+over slices of the sequence keeps only one slice's logits alive. When differentiated, the same iteration also
+computes the slice's gradient: the gradient of a sum does not depend on later slices, and a separate backward
+pass would have to recompute the logits.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,14 +22,14 @@ from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
 TOKENS_PER_SLICE = 1024
-"""Rows of one product with the head: they keep a device busy; 0.2 GB of logits for 50,000 tokens."""
+"""Tokens per matmul with the head: keeps a device busy; 0.2 GB of logits at a vocabulary of 50,000."""
 
 REMAT: dict[str, Callable[[Callable], Callable] | None] = {
     "none": None,
     "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
     "block": recomputed,
 }
-"""What the backward pass finds of a block's forward pass: all, the products with weights, its input only."""
+"""Remat policy by name: per block, save all residuals, only the matmuls with weights, or only the input."""
 
 
 def loss_fn(
@@ -38,23 +39,23 @@ def loss_fn(
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    r"""Sum of the cross entropies of the tokens that count, and how many they are.
+    r"""Sum the next-token cross entropy over a batch, and count the scored tokens.
 
     $$\sum_t -\log p(\mathrm{label}_{t+1} \mid \mathrm{tokens}_{\le t})$$
 
-    A sum, so that batches can be put together from unequal parts: divide once, at the end.
+    A sum, not a mean: sums over unequal microbatches can be added; divide by the total token count once.
 
     Args:
-        model: its parameters are what a gradient is taken by.
-        batch: `input_ids (b, l)`; `segment_ids (b, l)`, 0 is padding and any change starts a document, or
-            `attention_mask (b, l)`, or neither; `labels (b, l)` to score on, -100 where nothing is,
+        model: the model to score; differentiate with respect to its parameters.
+        batch: `input_ids (b, l)`; optionally `segment_ids (b, l)`, where 0 is padding and any change starts a
+            document, or `attention_mask (b, l)`; optionally `labels (b, l)`, -100 for unscored tokens,
             `input_ids` when absent.
-        remat: `"none"`, `"dots"` or `"block"`; what is kept for the backward pass, most first.
-        tokens_per_slice: of the batch whose logits exist at once.
+        remat: remat policy: `"none"`, `"dots"` or `"block"`, from most to least memory.
+        tokens_per_slice: tokens of the batch whose logits are in memory at a time.
 
     Returns:
         nats: the sum, float32.
-        tokens: how many labels it is over.
+        tokens: the number of scored labels.
 
     >>> from mamba2_jax import Mamba2ForCausalLM
     >>> model = Mamba2ForCausalLM.from_pretrained()
@@ -87,14 +88,14 @@ def sliced_cross_entropy(
     *,
     positions_per_slice: int,
 ) -> Float[Array, ""]:
-    """Sum of `-log softmax(logits(hidden))[target]`, a few positions of every row at a time.
+    """Sum `-log softmax(logits(hidden))[target]` over all tokens, `positions_per_slice` positions at a time.
 
     Args:
-        logits: of `weights` and `(b, s, d)`, `(b, s, v)` in float32.
-        weights: any pytree of arrays; `logits` may not close over any that are differentiated.
+        logits: function of `weights` and hidden states `(b, s, d)` that returns float32 logits `(b, s, v)`.
+        weights: pytree of arrays; `logits` must not close over arrays that are differentiated.
         hidden: `(b, l, d)`.
-        targets: `(b, l)`; -100 costs nothing.
-        positions_per_slice: `s`; the last slice is filled up.
+        targets: `(b, l)`; -100 adds nothing.
+        positions_per_slice: `s`, positions of each row per slice; the last slice is padded.
 
     Returns:
         The sum in nats, float32.
@@ -105,7 +106,7 @@ def sliced_cross_entropy(
     padding = count * width - length
 
     def split(array, fill):
-        """(b, l, ...) -> (slices, b, s, ...)."""
+        """Cut `(b, l, ...)` into `(slices, b, s, ...)`, padded with `fill`."""
         pad = ((0, 0), (0, padding)) + ((0, 0),) * (array.ndim - 2)
         array = jnp.pad(array, pad, constant_values=fill).reshape(batch, count, width, *array.shape[2:])
         return jnp.moveaxis(array, 1, 0)
@@ -120,7 +121,7 @@ def sliced_cross_entropy(
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
-    """Sum over slices `hidden (slices, b, s, d)` and `targets (slices, b, s)`; `score(weights, hidden)`."""
+    """Sum the cross entropy over `hidden (slices, b, s, d)` and `targets (slices, b, s)`."""
 
     def one_slice(total, inputs):
         return total + _nats_of_a_slice(score, weights, *inputs), None
@@ -130,7 +131,7 @@ def _summed_nats(score: Callable, weights: list[Array], hidden: Array, targets: 
 
 @partial(_summed_nats.defjvp, symbolic_zeros=True)
 def _summed_nats_jvp(score, primals, tangents):
-    """The sum, and the product of its gradient with the tangent, which reverse mode transposes."""
+    """Compute the sum, and its tangent as gradient times input tangent, which reverse mode transposes."""
     weights, hidden, targets = primals
     weights_dot, hidden_dot, _ = tangents
     moves = [not isinstance(dot, SymbolicZero) for dot in weights_dot]
@@ -163,11 +164,11 @@ def _summed_nats_jvp(score, primals, tangents):
 
 
 def _inner_product(gradient: Array, tangent: Array) -> Array:
-    """Sum of the products, float32; what reverse mode makes of it is rounded once, to the tangent's dtype."""
+    """Sum `gradient * tangent` in float32; its transpose rounds once, to the tangent's dtype."""
     full = jnp.promote_types(gradient.dtype, jnp.float32)
     return (gradient.astype(full) * tangent.astype(full)).sum().astype(jnp.float32)
 
 
 def _nats_of_a_slice(score: Callable, weights: list[Array], hidden: Array, targets: Array) -> Array:
-    """Sum over one slice `hidden (b, s, d)` and `targets (b, s)`."""
+    """Sum the cross entropy over one slice: `hidden (b, s, d)`, `targets (b, s)`."""
     return summed_cross_entropy(score(weights, hidden), targets).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""What training does differently because of XLA on a CPU."""
+"""Work around XLA's behavior on a CPU in training: microbatch size, update, remat and memory allocation."""
 
 import ctypes
 import sys
@@ -21,20 +21,21 @@ _Tree = TypeVar("_Tree", bound=tuple)
 
 
 def tokens_in_cache(hidden_size: int) -> int:
-    """Tokens of a batch that the Trainer takes at a time on a CPU, when nothing is said.
+    """Return the Trainer's default number of tokens per microbatch on a CPU.
 
-    The memory of a step does not grow with the batch then, and what passes between layers, `(tokens,
-    hidden_size)`, stays near the cores: 2 MB of float32 in a narrow model. Never fewer than 1,024, which was
-    fastest at width 768: each turn also passes over all gradients.
+    With microbatches of a fixed size, the memory of a step does not grow with the batch, and the activations
+    between layers, `(tokens, hidden_size)`, stay in cache: 2 MB of float32 in a narrow model. At least 1,024
+    tokens, the fastest at width 768, because each microbatch also reads and writes all gradients.
     """
     return max(1024, 2**19 // hidden_size)
 
 
 def rows_in_turn(batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
-    """Cut `(b, l)` or `(a, b, l)` into parts `(n, r, l)` of at most so many tokens, but whole rows.
+    """Split a batch `(b, l)` or `(a, b, l)` into microbatches `(n, r, l)` of at most `tokens` tokens.
 
-    Not into parts of less than half of that, which rows of an odd number would make: each costs a pass over
-    all gradients. What a batch holds beside arrays of that shape, the loss does not read.
+    Rows stay whole. Returned unsplit where microbatches would have less than half of `tokens`, as with an odd
+    number of rows: each costs a pass over all gradients. Entries of another shape, which the loss does not
+    read, are dropped.
     """
     shape = batch["input_ids"].shape
     *_, rows, length = shape
@@ -46,17 +47,17 @@ def rows_in_turn(batch: Mapping[str, Any], tokens: int) -> Mapping[str, Any]:
 
 
 def on_one_cpu(model: Mamba2ForCausalLM) -> bool:
-    """Whether steps of this model run on a CPU, and not on a mesh."""
+    """Tell whether training steps of `model` run on a CPU without a mesh."""
     return platform() == "cpu" and model.backbone.mesh is None
 
 
 def choose_update(finite: Array, update: Callable[..., _Tree], old: _Tree, *, in_place: bool) -> _Tree:
-    """`update(*old)` where `finite`, else `old`: the same numbers in place or not.
+    """Return `update(*old)` if `finite`, else `old`; the numbers do not depend on `in_place`.
 
-    In place, which is for one CPU, it is a branch: to choose between arrays, XLA on a CPU would first copy
-    all moments (mamba2-2.7b, all weights trained: 74.8 GB at once by the compiler, 54.1 GB with the branch;
-    mamba2-130m: 3.58 GB and 2.82 GB). On a mesh a branch's results would be whole on each device, where
-    nothing says how they lie.
+    `in_place`, for one CPU, selects `lax.cond`: for `jnp.where`, XLA on a CPU first copies all optimizer
+    moments (peak memory by the compiler, all weights trained, `where` and `cond`: 74.8 GB and 54.1 GB for
+    mamba2-2.7b, 3.58 GB and 2.82 GB for mamba2-130m). A mesh needs `jnp.where`: the results of a branch have
+    no sharding annotation and would be replicated on every device.
     """
     if in_place:
         return jax.lax.cond(finite, update, lambda *same: same, *old)
@@ -64,10 +65,11 @@ def choose_update(finite: Array, update: Callable[..., _Tree], old: _Tree, *, in
 
 
 def recomputed(function: Callable) -> Callable:
-    """Make a function whose backward pass keeps nothing but its arguments.
+    """Wrap a function so that its backward pass saves only the arguments and recomputes the rest.
 
-    What `jax.checkpoint` does, also on CPU: there XLA drops the barrier between the two computations, finds
-    that they are the same, and keeps the results of the first after all. It does not look into a branch.
+    Like `jax.checkpoint`, but effective on a CPU, where XLA drops the optimization barrier, merges the
+    recomputation with the forward pass (CSE) and so saves its results after all. XLA does not merge across a
+    `lax.cond`, which therefore holds the recomputation here.
     """
     if platform() != "cpu":
         return jax.checkpoint(function)
@@ -82,7 +84,7 @@ def recomputed(function: Callable) -> Callable:
 
 
 def _recomputed_jvp(function: Callable, primals: tuple, tangents: tuple) -> tuple[Any, Any]:
-    """Value and tangent of `function`, the latter as one operation, to be transposed as a whole."""
+    """Compute value and tangent of `function`, the tangent as one primitive, transposed as a whole."""
     out, treedef = jax.tree.flatten(function(*primals))
     moving = tuple(not isinstance(dot, SymbolicZero) for dot in tangents)
     jaxpr = jax.make_jaxpr(function)(*primals)
@@ -97,7 +99,7 @@ def _is_float(array: Any) -> bool:
 
 
 def _split(arguments: Sequence[Any], jaxpr: ClosedJaxpr, moving: tuple[bool, ...]) -> tuple:
-    """Of what `_tangent` is given: the function of what moves, that at the point given, and its tangents."""
+    """Split the arguments of `_tangent`: function of the differentiated primals, those primals, tangents."""
     primals, dots = arguments[: len(moving)], tuple(arguments[len(moving) :])
 
     def of_moving(*moved: Array) -> list[Array]:
@@ -141,7 +143,7 @@ def _tangent_transpose(cotangents: Sequence[Any], *arguments: Any, jaxpr: Closed
         return [jnp.zeros_like(a) for a, moves in zip(primals, moving, strict=True) if moves]
 
     first = next(a for a, moves in zip(primals, moving, strict=True) if moves)
-    always = first.ravel()[0] * 0 != 1  # also of NaN; the compiler does not know
+    always = first.ravel()[0] * 0 != 1  # true even for NaN, but opaque to XLA
     return [None for _ in moving] + jax.lax.cond(always, gradient, nothing, primals, cotangents)
 
 
@@ -158,20 +160,20 @@ batching.primitive_batchers[_tangent] = _tangent_batched
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), in malloc.h
 
 
-_MOST = 2**31 - 1  # bytes that are kept, an int of C
+_MOST = 2**31 - 1  # bytes of freed memory kept; the largest C int
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to 2 GiB of what it frees; call it before anything else of JAX.
+    """Let the C allocator keep up to 2 GiB of freed memory in this process; call before any other use of JAX.
 
-    With it a step of the model in this package takes 9 % (float32) to 13 % (bfloat16) less time on a CPU. It
-    holds for the whole process and cannot be taken back. Without effect on other devices, and without glibc.
+    A training step of the model in this package takes 9 % (float32) to 13 % (bfloat16) less time on a CPU.
+    The setting holds for the whole process and is irreversible. No effect on other devices or without glibc.
 
-    Computations then run in the thread that calls them, for the other threads of glibc's have no memory of
-    this size to keep: the next Python line waits for the last one's result.
+    Also turns off asynchronous dispatch: computations run in the calling thread, and the next Python line
+    waits for their results, because glibc's arenas of other threads cannot keep blocks of this size.
 
     Returns:
-        Whether memory is kept.
+        Whether freed memory is kept.
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         return False

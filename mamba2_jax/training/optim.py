@@ -1,4 +1,4 @@
-"""The optimizer: AdamW or Muon with a schedule, decay only where it makes sense, and clipping, from Optax."""
+"""Build the Optax optimizer: AdamW or Muon, a learning-rate schedule, masked weight decay, and clipping."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -13,38 +13,38 @@ from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.typing import Array
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
-_MUON_RMS = 0.2  # of an update, about AdamW's, so that one learning rate does for both: arXiv:2502.16982
+_MUON_RMS = 0.2  # RMS of an update, about AdamW's, so both share a learning rate: arXiv:2502.16982
 
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """The optimizer and its learning rate.
+    """Options of the optimizer and its learning-rate schedule.
 
     Raises:
-        ValueError: a value that makes no sense, named.
+        ValueError: a value is out of range or not a known choice; the message names the option.
     """
 
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """muon makes the updates of the blocks' projections orthogonal, and gives the rest to AdamW with
-    Nesterov's momentum; for training from random weights, where it needs fewer tokens. Its own momentum is
-    0.95."""
+    """muon orthogonalizes the updates of the blocks' projections, with momentum 0.95, and updates all other
+    parameters by AdamW with Nesterov momentum; use it to train from random weights, where it needs fewer
+    tokens."""
     learning_rate: float = 1e-4
-    """The highest, after warming up."""
+    """Peak learning rate, reached at the end of the warm-up."""
     schedule: Schedule = "cosine"
-    """What follows the warm-up; wsd stays at the top and falls linearly in the last part (`decay`)."""
+    """Shape after the warm-up; wsd (warmup-stable-decay) holds the peak, then decays linearly (`decay`)."""
     warmup: int = 0
-    """Steps of linear rise."""
+    """Steps of linear warm-up."""
     decay: float = 0.2
-    """wsd: the share of all steps that falls."""
+    """wsd: fraction of all steps spent in the final linear decay."""
     final: float = 0.0
-    """The last learning rate, as a share of the highest (cosine, linear, wsd)."""
+    """Final learning rate as a fraction of the peak (cosine, linear, wsd)."""
     weight_decay: float = 0.01
-    """Of matrices; never of A_log, D, dt_bias, norms and biases."""
+    """Weight decay of matrices; A_log, D, dt_bias, norms and biases are never decayed."""
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
     clip: float = 1.0
-    """Largest norm of all gradients together; 0 is none."""
+    """Maximum global norm of the gradients; 0 disables clipping."""
 
     def __post_init__(self):
         check_choice("OptimConfig", "optimizer", self.optimizer, ("adamw", "muon"))
@@ -66,14 +66,14 @@ class OptimConfig:
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
-    """Build the schedule: update number (from 0) -> learning rate.
+    """Build the schedule, a function from update number (from 0) to learning rate.
 
     Args:
-        config: shape and height.
+        config: peak, warm-up and shape of the schedule.
         steps: updates in the whole run.
 
     Raises:
-        ValueError: the warm-up does not fit into the run.
+        ValueError: the warm-up is not shorter than the run.
 
     >>> rate = learning_rate(OptimConfig(learning_rate=1.0, warmup=2, schedule="linear"), steps=4)
     >>> [float(rate(step)) for step in range(4)]
@@ -87,7 +87,7 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
     def rate(count: Any) -> Array:
         after = jnp.asarray(count, jnp.float32) - config.warmup
         rise = jnp.minimum(1.0, (after + config.warmup + 1) / max(config.warmup, 1))
-        past = jnp.clip(after / max(steps - config.warmup, 1), 0.0, 1.0)  # of what follows the warm-up
+        past = jnp.clip(after / max(steps - config.warmup, 1), 0.0, 1.0)  # share of the rest
         if config.schedule == "cosine":
             height = (1 + jnp.cos(jnp.pi * past)) / 2
         elif config.schedule == "linear":
@@ -103,31 +103,31 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
 
 
 def decayed(name: str) -> bool:
-    """Whether weight decay acts on the parameter at this path.
+    """Tell whether weight decay applies to the parameter at path `name`.
 
     >>> decayed("backbone.layers.0.mixer.out_proj.weight"), decayed("backbone.layers.0.norm.weight")
     (True, False)
     """
     role = role_of(name)
-    return role is None or role.decays  # an adapter's matrices are in no model's table
+    return role is None or role.decays  # adapter matrices have no role
 
 
 def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> optax.GradientTransformation:
-    """Chain clipping and AdamW or Muon for parameters in a flat dict from path to array.
+    """Chain clipping with AdamW or Muon, for parameters in a flat dict from path to array.
 
     Args:
-        config: the options.
-        names: the paths of the parameters that are trained.
+        config: optimizer and schedule.
+        names: paths of the trained parameters.
         steps: updates in the whole run.
 
     Returns:
-        The same object for the same arguments, so that a step is not compiled again.
+        The transformation. Cached: equal arguments return the same object, so that a step is not recompiled.
     """
     return _make_optimizer(config, tuple(names), steps)
 
 
 def projection(name: str) -> bool:
-    """Whether the parameter at this path is a matrix between two widths of a block: input first, output last.
+    """Tell whether the parameter at path `name` is a block's projection matrix, input axis first.
 
     >>> projection("backbone.layers.0.mixer.in_proj.weight_zx"), projection("backbone.embeddings.weight")
     (True, False)
@@ -142,7 +142,7 @@ def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> 
     if config.optimizer == "muon":
         from optax.contrib import MuonDimensionNumbers, muon
 
-        matrix = MuonDimensionNumbers(0, -1)  # an axis between them holds matrices side by side
+        matrix = MuonDimensionNumbers(0, -1)  # an axis between them batches matrices
         dimensions = {name: matrix if projection(name) else None for name in names}
 
         def chosen(tree: Any) -> Any:

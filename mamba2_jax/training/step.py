@@ -1,8 +1,8 @@
-"""One training step as a pure function: state and batch in, state and numbers out.
+"""Run one training step as a pure, jitted function from state and batch to new state and metrics.
 
-The model is cut once into what is trained (a flat dict from path to float32 array), what is frozen, and its
-structure; a step puts it together again while it is traced. So one compiled program has the weights as
-arguments, may reuse their buffers, and inherits whatever sharding they have.
+`split_model` splits the model into trained arrays (a flat dict from path to float32 array), frozen arrays and
+a static structure; the step merges them while tracing. So the compiled program takes the weights as
+arguments, can be donated their buffers, and inherits their sharding.
 
     structure, trained, frozen = split_model(model)
     optimizer = make_optimizer(OptimConfig(), trained, steps=100)
@@ -34,32 +34,32 @@ Params = dict[str, Array]
 
 
 class Structure(NamedTuple):
-    """A model without its arrays; hashable, so that it can be a static argument of `jax.jit`."""
+    """A model without its arrays; hashable, hence a valid static argument of `jax.jit`."""
 
     treedef: Any
-    names: tuple[str, ...]  # of the leaves, in order
+    names: tuple[str, ...]  # paths of the pytree leaves, in flattening order
 
     def merge(self, trained: Mapping[str, Array], frozen: Mapping[str, Array]) -> Mamba2ForCausalLM:
-        """Put a model together from its arrays; also while tracing."""
+        """Rebuild the model from its arrays or tracers."""
         leaves = [trained[name] if name in trained else frozen[name] for name in self.names]
         return jax.tree.unflatten(self.treedef, leaves)
 
 
 def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Structure, Params, Params]:
-    """Cut a model into structure, trained and frozen arrays.
+    """Split a model into its structure, the trained arrays and the frozen arrays.
 
     Args:
-        model: it is left as it is, and shares the frozen arrays.
-        trainable: an `nnx` filter of what is trained. None: the adapters (`nnx.LoRAParam`) if it has any,
-            else every parameter.
+        model: not modified; the frozen arrays are shared with it.
+        trainable: an `nnx` filter that selects the trained parameters. None: the adapters (`nnx.LoRAParam`)
+            if the model has any, else every parameter.
 
     Returns:
-        structure: what `merge` needs beside the arrays.
-        trained: path -> array, half precision widened to float32: small updates would be rounded away.
-        frozen: path -> array, as they are.
+        structure: rebuilds the model from both dicts with `merge`.
+        trained: path -> copied array; half precision is widened to float32, which keeps small updates.
+        frozen: path -> array, unchanged.
 
     Raises:
-        ValueError: nothing is trained.
+        ValueError: the filter selects no parameter.
     """
     if trainable is None:
         adapters = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
@@ -73,7 +73,7 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
     arrays = {_name(path): leaf for path, leaf in leaves}
     structure = Structure(treedef, tuple(arrays))
     trained = {
-        name: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))  # a copy: steps reuse the buffers
+        name: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))  # a copy: steps donate the buffers
         for name, leaf in arrays.items()
         if name in chosen
     }
@@ -87,27 +87,27 @@ def _name(path: tuple) -> str:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that a step changes: saved and restored, the run goes on with the same bits."""
+    """All state that a training step updates; a run resumed from it continues bit for bit."""
 
     step: Int[Array, ""]
-    """Batches read."""
+    """Number of batches consumed."""
     params: Params
-    """What is trained, float32."""
+    """Trained parameters, float32."""
     opt_state: optax.OptState
     key: Array
-    """Source of all chance in training; the step's own key is folded from it and `step`."""
+    """Root PRNG key; each step folds `step` into it."""
     skipped: Int[Array, ""]
-    """Steps whose loss or gradients were not finite, in all: they changed nothing."""
+    """Total steps skipped because the loss or a gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]
 
     @classmethod
     def start(cls, params: Params, optimizer: optax.GradientTransformation, key: Array) -> "TrainState":
-        """Begin a run."""
-        # each counter is a buffer of its own: a donated one may not be handed in twice
+        """Create the state of a new run."""
+        # One buffer per counter: the same buffer cannot be donated twice.
         return cls(jnp.int32(0), params, optimizer.init(params), key, jnp.int32(0), jnp.int32(0))
 
     def to_mesh(self, mesh: Mesh) -> "TrainState":
-        """Move what does not lie on the mesh yet, the counters and the key, to all of its devices."""
+        """Replicate the leaves that are not on the mesh yet (counters, key) over all of its devices."""
         everywhere = NamedSharding(mesh, PartitionSpec())
 
         def placed(array):
@@ -124,16 +124,16 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepMetrics:
-    """What a step tells; arrays, so that nothing waits for the device."""
+    """Metrics of one step, as device arrays, so that the host does not wait for the step."""
 
     loss: Float[Array, ""]
     """Mean cross entropy in nats over the batch's tokens, before the update."""
     tokens: Int[Array, ""]
-    """Tokens that were scored."""
+    """Number of scored tokens."""
     grad_norm: Float[Array, ""]
-    """Of all gradients together, before clipping."""
+    """Global norm of the gradients, before clipping."""
     finite: Bool[Array, ""]
-    """Whether the update was made."""
+    """Whether loss and gradient norm were finite and the update was applied."""
     skipped: Int[Array, ""]
     skipped_in_a_row: Int[Array, ""]
 
@@ -148,23 +148,25 @@ def _train_step(
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
 ) -> tuple[TrainState, StepMetrics]:
-    """Update once. The state given is used up.
+    """Update the parameters once. Donates `state`, which cannot be used afterwards.
 
-    What runs is chosen for JAX's default device; for arrays elsewhere, call it under `jax.default_device`.
+    Implementations are chosen for JAX's default device; for arrays on another one, call the step under
+    `jax.default_device`.
 
     Args:
-        state: of `TrainState.start`, or of the step before.
-        frozen: of `split_model`.
-        batch: as for `loss_fn`; with a leading axis `(a, b, l)` the gradients of `a` parts are summed and
-            divided by the tokens of all, which is the gradient of the whole. Dropout is drawn for each part.
-        structure: of `split_model`.
-        optimizer: of `make_optimizer`, or any other of Optax.
+        state: from `TrainState.start` or the previous step.
+        frozen: from `split_model`.
+        batch: as for `loss_fn`; with a leading axis `(a, b, l)`, the gradients of `a` microbatches are summed
+            and divided by their total token count, which gives the gradient of the whole batch. Dropout is
+            drawn per microbatch.
+        structure: from `split_model`.
+        optimizer: from `make_optimizer`, or any Optax transformation.
         remat: passed to `loss_fn`.
         tokens_per_slice: passed to `loss_fn`.
 
     Returns:
-        The state after the step, and its numbers. With a loss or a gradient that is not finite, parameters
-        and moments stay as they were.
+        The new state, and the step's metrics. If the loss or a gradient is not finite, parameters and
+        optimizer moments are unchanged.
     """
     key = jax.random.fold_in(state.key, state.step)
 
@@ -207,12 +209,12 @@ train_step = _jit_step(_train_step)
 
 
 def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
-    """Return `train_step` for a state on a mesh: each array of the new state lies where the old one did."""
+    """Return `train_step` for a state on a mesh, jitted to keep the sharding of each array of `state`."""
     return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
 
 
 def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
-    """Nats, tokens and gradients, summed over the parts of a batch `(a, b, l)`, or of one `(b, l)`."""
+    """Sum nats, tokens and gradients of a batch `(b, l)`, or over the microbatches of one `(a, b, l)`."""
     gradient = jax.value_and_grad(summed_loss, has_aux=True)
     if batch["input_ids"].ndim == 2:
         (nats, tokens), grads = gradient(params, batch, 0)
@@ -237,5 +239,5 @@ def eval_step(
     structure: Structure,
     tokens_per_slice: int = TOKENS_PER_SLICE,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Sum of nats and tokens of a batch `(b, l)`, as `loss_fn`."""
+    """Return the summed nats and the token count of a batch `(b, l)`, as `loss_fn` does."""
     return loss_fn(structure.merge(params, frozen), batch, tokens_per_slice=tokens_per_slice)

@@ -1,4 +1,4 @@
-"""The loop: batches in, checkpoints and metrics out; stopped at any moment, it goes on to the same bits."""
+"""Run the training loop with evaluation, checkpoints and metrics; interrupted runs resume bit for bit."""
 
 import dataclasses
 import math
@@ -42,32 +42,32 @@ from mamba2_jax.training.step import (
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How well held-out text is predicted."""
+    """Metrics on held-out text."""
 
     loss: float
-    """Nats per token."""
+    """Mean cross entropy in nats per token."""
     perplexity: float
     bits_per_byte: float
-    """Does not depend on the tokenizer."""
+    """Comparable across tokenizers."""
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a run came to."""
+    """Result of a training run."""
 
     output: pathlib.Path
     step: int
     loss: float | None
-    """Of the last step; None when there was none to make."""
+    """Loss of the last step; None if no step was left to run."""
     evaluation: Evaluation | None
     skipped: int
-    """Steps that were not finite and changed nothing."""
+    """Steps skipped because the loss or a gradient was not finite."""
     stopped_by: int | None
-    """The number of the signal that ended it early, after a checkpoint; None: it is complete."""
+    """Number of the signal that ended the run early, after a checkpoint; None if the run is complete."""
 
 
 class _Pending(NamedTuple):
-    """A step whose numbers have not been fetched from the device yet."""
+    """A step whose metrics have not been fetched from the device yet."""
 
     step: int
     metrics: StepMetrics
@@ -75,26 +75,26 @@ class _Pending(NamedTuple):
 
 
 class Trainer:
-    """Trains a model on texts.
+    """Train a model on texts.
 
-    The model's weights are left as they are until `fit` has ended; then it has the trained ones.
+    `fit` updates the model's weights in place when it ends; until then they are unchanged.
 
-    Of several processes (`mamba2_jax.processes`) each makes a Trainer with the same arguments; the first one
-    writes the files and reports.
+    With several processes (`mamba2_jax.processes`), each creates a Trainer with the same arguments; the first
+    process writes the files and reports.
 
     Args:
-        model: all its parameters are trained, or its adapters if it has any or `config.lora` gives it some;
-            with `config.mesh` it is moved onto that mesh.
+        model: trained in its adapters if it has any or `config.lora` adds some, else in all parameters; moved
+            onto the mesh of `config.mesh`, if any.
         config: the options.
         data: files, folders, a hub dataset's id, records, or `Documents`.
-        tokenizer: of the model; not needed for `Documents`.
-        eval_data: likewise, to be held out; None: `config.data.eval_share` of the data.
-        report: told, in lines of text, what happens; `print` prints them.
+        tokenizer: the model's tokenizer; not needed for `Documents`.
+        eval_data: held-out data, in the same forms as `data`; None: a share `config.data.eval_share` of it.
+        report: called with each line of progress text, e.g. `print`.
 
     Raises:
-        FileExistsError: the output folder is in use, and `resume` is not set.
-        FileNotFoundError: data that does not exist.
-        ValueError: no usable data, or options that do not fit it or the devices.
+        FileExistsError: the output folder is not empty and `resume` is not set, or it is a file.
+        FileNotFoundError: a data file does not exist.
+        ValueError: no usable data, or options that do not fit the data or the devices.
     """
 
     def __init__(
@@ -145,15 +145,15 @@ class Trainer:
         self._structure, self._trained, self._frozen = split_model(model)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
         self._learning_rate = learning_rate(config.optim, self.steps)
-        meet("mamba2_jax: Trainer")  # all have looked at the output folder before one writes there
+        meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
 
     def fit(self) -> TrainResult:
-        """Train to the end, or until SIGTERM or Ctrl-C, which leave a checkpoint.
+        """Train for the remaining steps, or until SIGTERM or Ctrl-C, which save a checkpoint first.
 
         Raises:
-            FloatingPointError: too many steps in a row were not finite; names the first bad tensor.
-            SaveError: a checkpoint could not be written; those before are untouched.
-            ValueError: a checkpoint of another run in the output folder, or none that is whole.
+            FloatingPointError: too many consecutive steps were not finite; names the first such tensor.
+            SaveError: a checkpoint could not be written; earlier ones are intact.
+            ValueError: the output folder holds a checkpoint of another run, or only damaged ones.
         """
         self._output.mkdir(parents=True, exist_ok=True)
         checkpoints = Checkpoints(self._output / "checkpoints", self.config.checkpoint, self._report)
@@ -187,10 +187,10 @@ class Trainer:
         )
 
     def evaluate(self, params: dict[str, jax.Array] | None = None) -> Evaluation:
-        """Predict the held-out documents.
+        """Compute the loss on the held-out documents.
 
         Args:
-            params: trained arrays by path; None: the model's as they are.
+            params: trained arrays by path; None: the current ones.
         """
         if self._held_out is None:
             raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
@@ -211,14 +211,14 @@ class Trainer:
         return Evaluation(loss, math.exp(min(loss, 700.0)), bits_per_byte)
 
     def _in_turns(self, batch: Batch) -> Any:
-        """Cut a batch `(b, l)`, or parts of one `(a, b, l)`, into parts that `tokens_per_turn` allows."""
+        """Split a batch `(b, l)` or `(a, b, l)` into microbatches of at most `tokens_per_turn` tokens."""
         tokens = self.config.tokens_per_turn
         if tokens is None and on_one_cpu(self.model):
             tokens = tokens_in_cache(self.model.config.hidden_size)
         return rows_in_turn(batch, tokens) if tokens else batch
 
     def _placed(self, batch: Batch) -> dict[str, Any]:
-        """Put a batch `(b, l)`, or parts of one `(a, b, l)`, on the mesh."""
+        """Shard a batch `(b, l)` or `(a, b, l)` over the mesh, if there is one."""
         if self._mesh is None:
             return batch
         *parts, rows, tokens = batch["input_ids"].shape
@@ -248,12 +248,12 @@ class Trainer:
         return make_pipeline(self._documents, config.data, rows, seed=config.seed, epochs=epochs)
 
     def _count_steps(self) -> int:
-        """Read the whole pipeline once without training: how full packed rows get shows only then."""
+        """Count the batches by reading the whole pipeline once: packing makes their number unpredictable."""
         return sum(1 for _ in self._pipeline())
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
-        """The state and the batches at the beginning, or where the newest checkpoint left them."""
-        params = {name: array.copy() for name, array in self._trained.items()}  # steps reuse the buffers
+        """Return the initial state and batch iterator, or those restored from the newest checkpoint."""
+        params = {name: array.copy() for name, array in self._trained.items()}  # steps donate the buffers
         state = TrainState.start(params, self._optimizer, jax.random.key(self.config.seed))
         if self._mesh is not None:
             state = state.to_mesh(self._mesh)
@@ -274,7 +274,7 @@ class Trainer:
         return state, batches
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change when a run goes on."""
+        """Return the settings that must not change between the start of a run and its resumption."""
         config = self.config
         return {
             "data": self._documents.fingerprint(),
@@ -288,7 +288,7 @@ class Trainer:
         }
 
     def _update_model(self, state: TrainState) -> None:
-        """Hang the trained arrays into the model, in the dtypes it has."""
+        """Write the trained arrays into the model, cast to its stored dtypes."""
         self._trained = state.params
         leaves = jax.tree.leaves(self.model)
         stored = dict(zip(self._structure.names, leaves, strict=True))
@@ -297,19 +297,19 @@ class Trainer:
 
 
 class _Run:
-    """The steps of one `fit`, and what is remembered from one to the next."""
+    """The step loop of one `fit`, with the host state between steps."""
 
     def __init__(self, trainer: Trainer, checkpoints: Checkpoints, metrics: Metrics, show):
         self._trainer, self._checkpoints, self._metrics, self._show = trainer, checkpoints, metrics, show
         self._identity = trainer._identity()
         self._pending: _Pending | None = None
-        self._clock: float | None = None  # when the numbers of the step before arrived
+        self._clock: float | None = None  # when the previous step's metrics arrived
         self.loss: float | None = None
         self.evaluation: Evaluation | None = None
         self._eval_losses: dict[int, float] = {}  # by step
 
     def steps(self, state: TrainState, batches: Any, stop: StopSignals) -> TrainState:
-        """Step until the end or a signal; the last step leaves a checkpoint."""
+        """Run steps until the end or a signal, and save a checkpoint after the last one."""
         trainer, config = self._trainer, self._trainer.config
         step, saved = int(state.step), int(state.step)
         update = train_step if trainer._mesh is None else sharded_train_step(state)
@@ -341,7 +341,7 @@ class _Run:
         return state
 
     def _settle(self, state: TrainState) -> None:
-        """Fetch and write the numbers of the step before: the device works on this one meanwhile."""
+        """Fetch and write the previous step's metrics while the device computes the current step."""
         if self._pending is None:
             return
         (step, metrics, batch), self._pending = self._pending, None
@@ -394,7 +394,7 @@ class _Run:
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:
-    """`(a * b, l)` -> `(a, b, l)`; as it is when there is one part."""
+    """Reshape `(a * b, l)` to `(a, b, l)`; unchanged for one part."""
     if parts == 1:
         return batch
     return {name: np.reshape(array, (parts, -1, array.shape[-1])) for name, array in batch.items()}

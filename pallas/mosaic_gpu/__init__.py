@@ -1,1 +1,1 @@
-"""The scan on Hopper GPUs, by Pallas Mosaic GPU."""
+"""Run the scan on Hopper GPUs by Pallas Mosaic GPU kernels."""

@@ -1,17 +1,17 @@
-r"""The scan's backward pass on Hopper: two kernels, and sums over vectors that XLA does.
+r"""Run the scan's backward pass on Hopper: two kernels, and sums of vectors in XLA.
 
     saved states, x, B, C, dt (from the forward pass)          dy, the gradient of the final state
             |                                                         |
-            |              `mosaic_backward_walk`: dx, and the gradient of the state behind every chunk
+            |              `mosaic_backward_walk`: dx, and the gradient of the state after every chunk
             |                                                         |
-            '----- `mosaic_backward_chunks`: dB, dC, and six vectors of every token and strip
+            '----- `mosaic_backward_chunks`: dB, dC, and six vectors per strip and chunk
                                          |
                             XLA: the gradients of dt, A and D
 
-Every element is written by one thread block, in a fixed order: the same inputs give the same bits. Nothing
-of the size of a pair of tokens reaches HBM; of the states one in 64 tokens, which the forward pass saved,
-and as many gradients of states. With one in 256 tokens, and those between computed again, half the bytes
-moved, and a step took 1.4 times as long on an H200 (`benchmarks/results/h200.md`).
+No atomics: every element is written by one block, in a fixed order, so the results are deterministic. No
+array over token pairs reaches HBM; states do once per 64 tokens, saved by the forward pass, and as many state
+gradients. Saving one state per 256 tokens and recomputing the others halved the traffic, but a training step
+took 1.4 times as long on an H200 (`benchmarks/results/h200.md`).
 """
 
 import functools
@@ -31,7 +31,7 @@ from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, MULTIPROCESSORS, STRIP
 
 
 class Gradients(NamedTuple):
-    """What a backward pass returns. Those of A and D are still per row of the batch, to be summed."""
+    """Gradients of the scan's inputs; those of A and D are per batch row, to be summed by the caller."""
 
     x: jax.Array  # (b, l, h, p) compute dtype
     dt: jax.Array  # (b, l, h) float32
@@ -58,7 +58,7 @@ def backward(
     pieces: int | None = None,
     interpret: Any = None,
 ) -> Gradients:
-    """Run the scan backwards. Shapes and meaning as in `mosaic_gpu.forward.forward`.
+    """Compute all gradients of the scan. Shapes and meaning as in `mosaic_gpu.forward.forward`.
 
     Args:
         x: `(b, l, h, p)`, bfloat16 or float16, p 64 or 128 (float32 too in the interpreter).
@@ -67,12 +67,12 @@ def backward(
         B: `(b, l, g, n)`, n 64, 128 or 256.
         C: `(b, l, g, n)`.
         D: `(h,)`, `(h, p)` or None.
-        saved_states: `(b, ceil(l / 64), h, p, n)`, as the forward pass returned them.
+        saved_states: `(b, ceil(l / 64), h, p, n)`, from the forward pass.
         segment_ids: `(b, l)` int32 or None.
         dy: `(b, l, h, p)`, the gradient of y.
         final_gradient: `(b, h, p, n)` float32, the gradient of the final state.
-        splits: into how many parts the chunk kernel cuts the heads of a group; None for `choose_splits`.
-        pieces: how often the walk cuts the row; None for the rule of `plan.choose_pieces`.
+        splits: number of blocks that share a group's heads in the chunk kernel; None for `choose_splits`.
+        pieces: number of pieces per row in the walk; None for the choice of `plan.choose_pieces`.
         interpret: None on a GPU, or what `bridge.interpreter` returned.
     """
     batch, length, heads, head_dim = x.shape
@@ -129,10 +129,11 @@ def backward(
 
 
 def choose_splits(batch: int, length: int, groups: int, strips_per_group: int, state_dim: int) -> int:
-    """Return into how many parts to cut the strips of a group in the chunk kernel.
+    """Return the number of blocks among which the chunk kernel splits a group's strips.
 
-    A block takes a chunk of a group, and fills an SM. Split, each part writes float32 sums of its own, which
-    costs traffic: worth it while an SM stands idle. So, as many parts as leave every block an SM, none empty.
+    A block processes one chunk of a group and fills an SM. With several splits, each writes its own float32
+    sums, and this traffic pays off only while SMs are idle. So: as many as leave every block an SM of its
+    own, none without strips.
     """
     blocks = batch * -(-length // CHUNK) * groups * max(1, state_dim // 128)
     splits = max(1, min(MULTIPROCESSORS // blocks, strips_per_group))
@@ -142,19 +143,19 @@ def choose_splits(batch: int, length: int, groups: int, strips_per_group: int, s
 def _sum_vectors(vectors: jax.Array, dt: jax.Array, A: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the gradients of dt `(b, l', h)`, A `(b, h)` and D `(b, strips, 64)` from the chunks' vectors.
 
-    The decay of token `k` is in every pair of a source before it and a target from it on: two tokens of the
-    chunk (`across`), the entering state and a token (`read`), a token and the leaving state (`left`), or both
-    states (`over`). All are sums of products as they stand.
+    The decay of token `k` is a factor of every pair with its source before `k` and its target at or after
+    `k`: two tokens of the chunk (`across`), entering state and token (`read`), token and leaving state
+    (`left`), or both states (`over`). All are plain sums of products, without cancellation.
     """
     batch, heads, chunks, _ = dt.shape
-    # Blocks that share the columns of a wide state have each summed all of what does not depend on them.
+    # Blocks that share a wide state's columns all hold the full sums that do not depend on these columns.
     inside, across, x_dy = (vectors[0, ..., i, :] for i in (0, 1, 5))
     read, left, over = (vectors[..., i, :].sum(0) for i in (2, 3, 4))  # (b, strips, c, 64)
     inside, across, read, left, over = (
         vector.reshape(batch, heads, -1, chunks, CHUNK).sum(2)
         for vector in (inside, across, read, left, over)
     )
-    from_on = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))  # [token, up to which]
+    from_on = jnp.tril(jnp.ones((CHUNK, CHUNK), jnp.float32))  # [token, upper bound]
     exact = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
     behind, before = exact(read, from_on), exact(dt * left, 1 - from_on)
     d_decay = across + behind + before + over.sum(-1, keepdims=True)  # of dt * A, (b, h, c, 64)

@@ -1,8 +1,8 @@
-r"""The second backward kernel: the gradients of B and C, and what those of dt, A and D are summed from.
+r"""Run the second backward kernel: gradients of B and C, and the terms of the gradients of dt, A and D.
 
 A block owns one chunk of 64 tokens of a group and loops over the group's strips of 64 channels. Within a
-chunk, with `a[i]` the decay from its start through token `i`, `w[j]` that from behind token `j` to its end,
-`H` the state that enters it, `G` the gradient of the state that leaves it, and, for `j <= i` in one document,
+chunk, let `a[i]` be the decay from its start through token `i`, `w[j]` the decay after token `j` to its end,
+`H` the entering state, `G` the gradient of the leaving state, and, for `j <= i` in one document,
 
     pairs[j, i] = (x[j] . dy[i]) a[i] / a[j]            scores[j, i] = B[j] . C[i]
 
@@ -11,19 +11,19 @@ the gradients are sums over the strips,
     dB[j] = sum  w[j] dt[j] G^T x[j]  +  sum_i dt[j] pairs[j, i] C[i]
     dC[i] = sum  a[i] H^T dy[i]       +  sum_j dt[j] pairs[j, i] B[j]
 
-and each token and strip gives four numbers, of which XLA makes the gradients of dt and A:
+and the gradients of dt and A are summed by XLA from five vectors per strip:
 
-    inside[j]  = sum_i pairs[j, i] scores[j, i]                       the pairs of this chunk, by their source
-    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  those whom the decay of token k parts
-    read[i]    = a[i] C[i]^T H^T dy[i]                                the entering state and token i
-    left[j]    = w[j] B[j]^T G^T x[j]                                 token j and the leaving state
-    over       = a[end] <H, G>                                        the two states; 64 parts, to be summed
+    inside[j]  = sum_i pairs[j, i] scores[j, i]                       pairs of the chunk, by source
+    across[k]  = sum over j < k <= i  dt[j] pairs[j, i] scores[j, i]  pairs that span the decay of token k
+    read[i]    = a[i] C[i]^T H^T dy[i]                                entering state and token i
+    left[j]    = w[j] B[j]^T G^T x[j]                                 token j and leaving state
+    over       = a[end] <H, G>                                        both states; 64 partial sums
 
-These are sums of what the decay of a token multiplies, never differences of larger ones: strong decay costs
-no digits. A sixth row holds `sum_i x[i] dy[i]` for each channel, the gradient of D.
+These sum the terms that a token's decay multiplies, never differences of larger sums, so strong decay causes
+no cancellation. A sixth vector holds `sum_i x[i] dy[i]` per channel, the gradient of D.
 
-The forward pass and the walk before this kernel have left `H` and `G` of every chunk in HBM, so that no block
-needs another chunk. A copying warpgroup runs up to three strips ahead; two computing ones take half of
+`H` and `G` of every chunk are in HBM, from the forward pass and the backward walk, so that blocks are
+independent. A copying warpgroup prefetches up to three strips; two computing warpgroups take half of
 state_dim each, and half of the targets `i` of the pairs:
 
     for each strip    pairs,  d_scores += dt pairs,  inside,  across,  over
@@ -46,27 +46,27 @@ from mamba2_jax.pallas.mosaic_gpu.backward_sums import HALF, VECTORS, ChunkPlace
 from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
 from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, ChunkPlan
 
-COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # of a thread; together 3 * 168, what a block starts with
+COPY_REGISTERS, COMPUTE_REGISTERS = 24, 240  # per thread; sum 3 * 168, as a block starts with
 
 
 def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits=1, interpret=None):
-    """Return dB, dC and the vectors of the module's docstring.
+    """Compute dB, dC and the six vectors described in the module's docstring.
 
     Args:
         x: `(b, l, strips, 64)`, compute dtype; `l` is a multiple of 8 and at least 64.
         dy: as x.
-        states: `(b, c, strips, 64, n)`, compute dtype: the state before each chunk.
-        state_gradients: as states: the gradient of the state after each chunk.
+        states: `(b, c, strips, 64, n)`, compute dtype: the state that enters each chunk.
+        state_gradients: as states: the gradient of the state that leaves each chunk.
         B: `(b, l, g, n)`, compute dtype.
         C: `(b, l, g, n)`.
         decays: `(b, h, c, 2, 64)` float32: log2 of the decay from the chunk's start, and dt.
         documents: `(b, c, 2, 64)` int32, as from `chunks.document_ends`, or None.
-        splits: into how many parts to cut the strips of a group, for blocks enough to fill a GPU.
+        splits: number of blocks that share a group's strips, so that there are enough to fill a GPU.
         interpret: None on a GPU, or what `bridge.interpreter` returned.
 
     Returns:
-        dB: `(splits, b, c * 64, g, n)`, to be summed over the splits; float32 if there are several,
-            otherwise compute dtype.
+        dB: `(splits, b, c * 64, g, n)`, to be summed over the splits; float32 if `splits > 1`, otherwise
+            compute dtype.
         dC: as dB.
         vectors: `(parts, b, strips, c, VECTORS, 64)` float32, to be summed over the parts.
     """
@@ -104,24 +104,24 @@ def gradients(x, dy, states, state_gradients, B, C, decays, documents, *, splits
 
 
 def _scratch(plan: ChunkPlan, dtype: DTypeLike, documents: bool) -> dict[str, Any]:
-    """Shared memory and barriers of a block. All tiles are 32 columns wide, to be cut in halves."""
+    """Declare shared memory and barriers of a block; tiles are 32 columns wide, so that halves are slices."""
     tiles = functools.partial(gpu.tiles, dtype=dtype, width=HALF)
     stages = plan.stages
     scratch = {
-        # For all strips.
+        # Shared by all strips.
         "B": tiles(plan.halves, CHUNK, plan.half),
         "C": tiles(plan.halves, CHUNK, plan.half),
         "scores": tiles(2, CHUNK, HALF),
         "before": tiles(CHUNK, CHUNK),
-        # One slot for each strip of the pipeline, filled by TMA.
+        # One slot per pipeline stage, filled by TMA.
         "x": tiles(stages, CHUNK, STRIP),
         "dy": tiles(stages, CHUNK, STRIP),
         "entering": tiles(stages, 2, STRIP, plan.half),
         "leaving": tiles(stages, 2, STRIP, plan.half),
-        # Twice, because a vector over rows and one over columns cannot be loaded from one place.
+        # Two copies: one buffer cannot be loaded both as a vector over rows and as one over columns.
         "decays": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
         "column_decays": plgpu.SMEM((stages, CHUNK), jnp.float32),
-        # Of the strip that is computed.
+        # Results of the current strip.
         "pairs": tiles(2, CHUNK, HALF),
         "vectors": plgpu.SMEM((2, 2, VECTORS, CHUNK), jnp.float32),
         "summed": plgpu.SMEM((2, VECTORS // 2, CHUNK), jnp.float32),
@@ -136,7 +136,7 @@ def _scratch(plan: ChunkPlan, dtype: DTypeLike, documents: bool) -> dict[str, An
 
 
 def _block(plan: ChunkPlan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted: bool) -> None:
-    """What every warpgroup of a block runs: copy or compute."""
+    """Run a warpgroup of the block: two compute, the third copies."""
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < 2)
@@ -151,7 +151,7 @@ def _block(plan: ChunkPlan, hbm: SimpleNamespace, smem: SimpleNamespace, interpr
 
 
 def _place(plan: ChunkPlan) -> ChunkPlace:
-    """Find the block's chunk, its strips, and its columns of the state."""
+    """Compute the indices of the block's work from its grid indices."""
     group, part = lax.axis_index("group"), lax.axis_index("part")
     split = lax.div(part, jnp.int32(plan.parts))
     past = split * plan.strips_per_split
@@ -167,7 +167,7 @@ def _place(plan: ChunkPlan) -> ChunkPlace:
 
 
 def _copy(plan: ChunkPlan, hbm: SimpleNamespace, smem: SimpleNamespace, place: ChunkPlace) -> None:
-    """The copying warpgroup: B and C once, then strip after strip, as fast as slots empty."""
+    """Run the copying warpgroup: load B and C once, then prefetch strips into free slots."""
     tokens = pl.ds(place.chunk * CHUNK, CHUNK)
     for half in range(plan.halves):
         columns = pl.ds(half * plan.half, plan.half)

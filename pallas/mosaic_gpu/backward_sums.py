@@ -1,4 +1,4 @@
-r"""What a computing warpgroup of the second backward kernel does: `mosaic_backward_chunks` has the maths."""
+r"""Define a computing warpgroup of the second backward kernel; `backward_chunks` has the maths."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -12,34 +12,34 @@ from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
 from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, product, transposed
 from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, ChunkPlan
 
-HALF = CHUNK // 2  # of the targets of the pairs, and of a tile's columns: one for each computing warpgroup
+HALF = CHUNK // 2  # pair targets, and columns of a tile, per computing warpgroup
 VECTORS = 6
 INSIDE, ACROSS, READ, LEFT, OVER, X_DY = range(VECTORS)
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPlace:
-    """Where a block stands: its chunk, its strips, and its columns of the state."""
+    """Indices of a block's work: batch row, group, chunk, strips, and columns of the state."""
 
     batch: jax.Array
     group: jax.Array
     chunk: jax.Array
-    part: jax.Array  # of a wide state's columns
+    part: jax.Array  # index among the blocks that share a wide state's columns
     split: jax.Array
-    strip: jax.Array  # the first one
-    strips: jax.Array  # how many
+    strip: jax.Array  # first strip
+    strips: jax.Array  # number of strips
 
 
 class Sums:
-    """One of the two computing warpgroups, with its half of the state's columns and of the pairs' targets.
+    """Computing warpgroup, one of two, with half of the state's columns and half of the pairs' targets.
 
     Args:
-        plan: how the problem is cut, of `mosaic_backward_chunks`.
-        hbm: the arrays, by name.
+        plan: the launch, as in `backward_chunks`.
+        hbm: arrays in HBM, by name.
         smem: shared memory and barriers, by name.
-        place: the block's chunk and strips.
-        me: 0 or 1.
-        interpreted: whether the interpreter runs this.
+        place: indices of the block's work.
+        me: index of the warpgroup, 0 or 1.
+        interpreted: whether the interpreter runs the kernel.
     """
 
     def __init__(
@@ -55,12 +55,12 @@ class Sums:
         self.interpreted = interpreted
         self.documents, self.dtype = hasattr(smem, "documents"), hbm.x.dtype
         self.mine = pl.ds(pl.multiple_of(me * HALF, HALF), HALF)
-        self.half = place.part * 2 + me  # of the state's columns
-        self.slot: Any = None  # of the strip's tiles
-        self.buffer: Any = None  # of the strip's vectors
+        self.half = place.part * 2 + me  # index of the block of state columns
+        self.slot: Any = None  # pipeline slot of the current strip's tiles
+        self.buffer: Any = None  # buffer of the current strip's vectors
 
     def run(self) -> None:
-        """Sum over the block's strips, and write dB and dC of the chunk."""
+        """Sum over the block's strips, and write the chunk's dB and dC."""
         plan, smem, place = self.plan, self.smem, self.place
         self.prepare()
 
@@ -72,7 +72,7 @@ class Sums:
         dB, dC, d_scores = lax.fori_loop(jnp.int32(0), place.strips, strip, sums)
         plgpu.wait_smem_to_gmem(0)
 
-        meet(smem)  # nobody needs `before` any more
+        meet(smem)  # `before` is free for reuse
         whole = smem.before
         whole.at[:, self.mine][...] = d_scores.astype(self.dtype)
         plgpu.commit_smem()
@@ -85,7 +85,7 @@ class Sums:
             gpu.store_to_hbm(target, total.astype(array.dtype))
 
     def prepare(self) -> None:
-        """Compute what all strips use: the scores of the pairs, and which token is before which."""
+        """Compute what all strips share: the scores of the pairs, and the mask `before` of earlier tokens."""
         smem = self.smem
         plgpu.barrier_wait(smem.resident)
         scores = gpu.zeros(CHUNK, HALF)
@@ -104,7 +104,7 @@ class Sums:
     def strip(
         self, strip: jax.Array, dB: jax.Array, dC: jax.Array, d_scores: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Add a strip to the sums, and write its vectors."""
+        """Add one strip to the sums dB, dC and d_scores, and write its vectors."""
         smem, half = self.smem, self.plan.half
         plgpu.barrier_wait(smem.full.at[self.slot])
         x, dy = smem.x.at[self.slot], smem.dy.at[self.slot]
@@ -114,7 +114,7 @@ class Sums:
         from_start, to_end, kept = self.decays(log_decay)
 
         def use(pairs, read, left):
-            """While pairs are worked on, the tensor cores compute what is read, and what is left."""
+            """Process `pairs` while the tensor cores compute `read` and `left`."""
             pairs = self.pairs(pairs(), log_decay, dt)
             read = read()
             self.write(READ, (gpu.load(smem.C.at[self.half]).astype(jnp.float32) * read).sum(1) * from_start)
@@ -140,9 +140,9 @@ class Sums:
         return dB, dC, d_scores
 
     def decays(self, log_decay: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the decays per token from the chunk's start and to its end, and that over the chunk.
+        """Return each token's decay from the chunk's start, that to its end, and the decay over the chunk.
 
-        0 where the state that enters, or leaves, is another document's.
+        0 where the entering or leaving state belongs to another document.
         """
         end = self.smem.decays[self.slot, 0, CHUNK - 1]
         from_start, to_end, kept = jnp.exp2(log_decay), jnp.exp2(end - log_decay), jnp.exp2(end)
@@ -154,14 +154,14 @@ class Sums:
         return from_start, to_end, kept
 
     def seen(self) -> jax.Array:
-        """Return which target, in columns, sees which source, in rows."""
+        """Return the causal mask `[source, target]`, within documents, for this warpgroup's targets."""
         source, target = gpu.row_and_column(CHUNK, HALF)
         target = target + self.me * HALF
         seen = target >= source
         return seen & (target <= gpu.per_row(self.last(), HALF)) if self.documents else seen
 
     def pairs(self, products: jax.Array, log_decay: jax.Array, dt: jax.Array) -> jax.Array:
-        """Return the gradient of the scores of the chunk's pairs: sources in rows, targets in columns."""
+        """Return the gradient `[source, target]` of the scores of the chunk's pairs."""
         smem = self.smem
         log = gpu.load(smem.column_decays.at[self.slot, self.mine], gpu.ONE_PER_COLUMN)
         log = gpu.per_column(log, CHUNK) - gpu.per_row(log_decay, HALF)
@@ -175,24 +175,24 @@ class Sums:
         return pairs
 
     def last(self) -> jax.Array:
-        """Return the last token of each token's document, within the chunk."""
+        """Return, per token, the last token of its document in the chunk."""
         return gpu.load(self.smem.documents.at[0], gpu.ONE_PER_ROW)
 
     def write(self, vector: int, values: jax.Array) -> None:
-        """Keep this warpgroup's part of one of the strip's vectors."""
+        """Store this warpgroup's partial sum of a vector of the strip in shared memory."""
         self.smem.vectors.at[self.buffer, self.me, vector][...] = values
 
     def release(self) -> None:
-        """Let the copying warpgroup fill the strip's slot again."""
+        """Let the copying warpgroup refill the strip's slot."""
         plgpu.commit_smem()  # plain loads end before TMA writes
         plgpu.barrier_arrive(self.smem.empty.at[self.slot])
 
     def send(self, strip: jax.Array) -> None:
-        """Sum half of the vectors over both warpgroups, and write them to HBM."""
+        """Sum half of the vectors over both warpgroups, and start copying them to HBM."""
         smem, place, count = self.smem, self.place, VECTORS // 2
         meet(smem)
         summed = smem.summed.at[self.me]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # those of the strip before have left
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy has read `summed`
         for i in range(count):
             parts = (smem.vectors.at[self.buffer, part, self.me * count + i] for part in range(2))
             first, second = (gpu.load(part, gpu.ONE_PER_ROW) for part in parts)
@@ -203,6 +203,6 @@ class Sums:
 
 
 def meet(smem: SimpleNamespace) -> None:
-    """Wait until the other computing warpgroup is here too."""
+    """Synchronize the two computing warpgroups."""
     plgpu.barrier_arrive(smem.both)
     plgpu.barrier_wait(smem.both)

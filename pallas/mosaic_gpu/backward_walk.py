@@ -1,14 +1,14 @@
-r"""The first backward kernel: from a row's end to its start, with the gradient of the state in registers.
+r"""Run the first backward kernel: walk a row from end to start, the state's gradient in registers.
 
-It is the forward walk with time reversed. In a chunk, with `a[i]` the decay from its start through token `i`,
-`w[j]` that from behind token `j` to its end, and `G` the gradient of the state that leaves it,
+This is the forward walk reversed in time. In a chunk, with `a[i]` the decay from its start through token `i`,
+`w[j]` the decay after token `j` to its end, and `G` the gradient of the state that leaves it,
 
     dx[j] = dt[j] (w[j] G B[j] + sum over i >= j  dy[i] (C[i] . B[j]) a[i] / a[j]) + D dy[j]
     G     = G a[end] + sum_i  a[i] dy[i] C[i]^T
 
-It reads neither x nor a state. A block is as in `forward`: a warpgroup that copies, and two that
-compute, a strip of 64 channels each, and share B and C. So are the pieces into which it cuts a long row of
-few strips: a block first walks the chunks behind its piece, updating `G` only.
+The kernel reads neither x nor the saved states. As in `forward`, a block has one copying warpgroup and two
+computing ones, with a strip of 64 channels each and shared B and C; and a long row of few strips is cut into
+pieces: a block first walks the chunks after its piece, updating only `G`.
 """
 
 import functools
@@ -28,7 +28,7 @@ from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, Plan, choose_pieces,
 
 
 def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpret=None):
-    """Return dx, the gradient of the state behind each chunk, and that of the initial state.
+    """Compute dx, the gradient of the state after each chunk, and that of the initial state.
 
     Args:
         dy: `(b, l, strips, 64)`, compute dtype; `l` is a multiple of 8 and at least 64.
@@ -38,7 +38,7 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
         documents: `(b, c, 2, 64)` int32, as from `chunks.document_ends`, or None.
         D: `(strips, 64)` float32, or None.
         final_gradient: `(b, strips, 64, n)` float32.
-        pieces: how often to cut the row; None for the rule of `plan.choose_pieces`.
+        pieces: number of pieces per row; None for the choice of `plan.choose_pieces`.
         interpret: None on a GPU, or what `bridge.interpreter` returned.
 
     Returns:
@@ -61,7 +61,7 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
         strips // heads * STRIP,
         state_dim,
         stages=min(3 if state_dim <= 128 else 2, ends[0]),
-        piece_ends=ends,  # from the row's end
+        piece_ends=ends,  # counted from the row's end
     )
     inputs = {"dy": dy, "B": B, "C": C, "decays": decays, "final": final_gradient}
     inputs |= {name: array for name, array in (("documents", documents), ("D", D)) if array is not None}
@@ -88,17 +88,17 @@ def walk(dy, B, C, decays, documents, D, final_gradient, *, pieces=None, interpr
 
 
 def _scratch(plan: Plan, dtype: DTypeLike, documents: bool) -> dict[str, Any]:
-    """Shared memory and barriers of a block."""
+    """Declare the shared memory and barriers of a block."""
     stages = plan.stages
     scratch = {
-        # One slot for each stage of the pipeline, filled by TMA.
+        # One slot per pipeline stage, filled by TMA.
         "dy": gpu.tiles(stages, 2, CHUNK, STRIP, dtype=dtype),
         "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
-        # Twice, because a vector over rows and one over columns cannot be loaded from one place.
+        # Two copies: one buffer cannot be loaded both as a vector over rows and as one over columns.
         "row_decays": plgpu.SMEM((stages, 2, 2, CHUNK), jnp.float32),
         "column_decays": plgpu.SMEM((stages, 2, CHUNK), jnp.float32),
-        # One for each computing warpgroup.
+        # One per computing warpgroup.
         "weights": gpu.tiles(2, CHUNK, CHUNK, dtype=dtype),
         "state": gpu.tiles(2, STRIP, state_width(plan.state_dim), dtype=dtype),
         "decayed": gpu.tiles(2, CHUNK, STRIP, dtype=dtype),
@@ -111,9 +111,9 @@ def _scratch(plan: Plan, dtype: DTypeLike, documents: bool) -> dict[str, Any]:
 
 
 def _block(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted: bool) -> None:
-    """What every warpgroup of a block runs: copy or compute."""
+    """Run a warpgroup of the block: two compute, the third copies."""
     warpgroup = lax.axis_index("warpgroup")
-    # Of a thread that computes, and of one that copies; together 3 * 168, what a block starts with.
+    # Registers per computing and per copying thread; the three sum to the 3 * 168 a block starts with.
     wide = plan.state_dim > 128 or hasattr(hbm, "documents")
     computing, copying = (240, 24) if wide else (232, 40)
 
@@ -129,7 +129,7 @@ def _block(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted:
 
 
 def _copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) -> None:
-    """The copying warpgroup: keep every slot full."""
+    """Run the copying warpgroup: prefetch chunks into free slots by TMA."""
 
     @pl.loop(jnp.int32(0), place.end)
     def _(step):
@@ -138,7 +138,7 @@ def _copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place)
         copy = functools.partial(plgpu.copy_gmem_to_smem, barrier=full)
         pl.when(step >= plan.stages)(lambda: plgpu.barrier_wait(smem.empty.at[slot]))
         copy(hbm.C.at[place.batch, tokens, place.group], smem.C.at[slot])
-        # A chunk behind the block's piece could do without B; but all chunks are fetched alike.
+        # Chunks after the block's piece do not need B; fetched all the same, to treat all chunks alike.
         copy(hbm.B.at[place.batch, tokens, place.group], smem.B.at[slot])
         for i in range(2):
             decays = hbm.decays.at[
@@ -158,17 +158,17 @@ def _copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place)
 def _compute(
     plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place, me: jax.Array, interpreted: bool
 ) -> None:
-    """A computing warpgroup: walk one strip back through the chunks, to the start of the block's piece."""
+    """Run a computing warpgroup: walk one strip backward, to the start of the block's piece."""
     strip, stores = place.strip(me), place.owns(me)
     state_columns = [pl.ds(start, width) for start, width in plan.state_blocks]
     dtype, float32 = hbm.dy.dtype, jnp.float32
-    apart = len(state_columns) > 1  # beside a wide state
+    apart = len(state_columns) > 1  # a wide state leaves too few registers to overlap
     in_flight = functools.partial(gpu.in_flight, apart=apart, interpreted=interpreted)
     weights, decayed = smem.weights.at[me], smem.decayed.at[me]
     D = gpu.load_from_hbm(hbm.D.at[strip], gpu.ONE_PER_COLUMN) if hasattr(hbm, "D") else None
 
     def decays(slot):
-        """Per token: the decay from the chunk's start, and to its end times dt; and that over the chunk."""
+        """Return each token's decay from the chunk's start, dt times that to its end, and the chunk's."""
         log, dt = (gpu.load(smem.row_decays.at[slot, me, i], gpu.ONE_PER_ROW) for i in (0, 1))
         end = smem.row_decays[slot, me, 0, CHUNK - 1]
         from_start, to_end, kept = jnp.exp2(log), jnp.exp2(end - log) * dt, jnp.exp2(end)
@@ -183,17 +183,17 @@ def _compute(
         return from_start, to_end, kept
 
     def scale(slot, from_start):
-        """Put dy, decayed from the chunk's start, into shared memory."""
+        """Store dy times the decay from the chunk's start in shared memory."""
         dy = gpu.load(smem.dy.at[slot, me]).astype(float32)
         decayed[...] = (dy * gpu.per_row(from_start, STRIP)).astype(dtype)
 
     def update(state, slot, kept):
-        """Add dy to the gradient of the state, which passes from the chunk's end to its start."""
+        """Yield the sums that carry the state's gradient from the chunk's end to its start."""
         for part, columns in zip(state, state_columns, strict=True):
             yield [(transposed(decayed), smem.C.at[slot, :, columns])], part * kept
 
     def pass_by(step, state):
-        """A chunk behind the block's piece: the gradient of the state only."""
+        """Process a chunk after the block's piece: update only the gradient of the state."""
         slot = lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem.full.at[slot])
         from_start, _, kept = decays(slot)
@@ -204,7 +204,7 @@ def _compute(
         return state
 
     def walk_step(step, state):
-        """A chunk of the block's piece: dx, and the gradient of the state, also to HBM."""
+        """Process a chunk of the block's piece: write dx and the state's gradient, and update the latter."""
         chunk, slot = plan.chunks - 1 - step, lax.rem(step, jnp.int32(plan.stages))
         plgpu.barrier_wait(smem.full.at[slot])
         B, C, dy = smem.B.at[slot], smem.C.at[slot], smem.dy.at[slot, me]
@@ -212,7 +212,7 @@ def _compute(
         scale(slot, from_start)
 
         def weigh(scores):
-            """While the tensor cores compute the scores."""
+            """Compute the weights, overlapping the tensor cores' product of scores."""
             source = gpu.load(smem.row_decays.at[slot, me, 0], gpu.ONE_PER_ROW)
             target = gpu.load(smem.column_decays.at[slot, me], gpu.ONE_PER_COLUMN)
             log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
@@ -223,12 +223,12 @@ def _compute(
             dt = gpu.load(smem.row_decays.at[slot, me, 1], gpu.ONE_PER_ROW)
             weights[...] = (scores() * between * gpu.per_row(dt, CHUNK)).astype(dtype)
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # dx and the state of the step before have left
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copies of dx and state are done
         in_flight([([(B, transposed(C))], None)], weigh)
         dx: Any = None
         for i, (part, columns) in enumerate(zip(state, state_columns, strict=True)):
             if i > 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was staged before has left
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy has read the stage
             smem.state.at[me][...] = part.astype(dtype)
             plgpu.commit_smem()
 
@@ -244,8 +244,8 @@ def _compute(
             dx = dx + gpu.per_column(D, CHUNK) * gpu.load(dy).astype(float32)
 
         def send(dx, *state):
-            """While the tensor cores update the gradient of the state."""
-            weights[...] = dx().astype(dtype)  # nobody needs the weights any more
+            """Send dx, overlapping the tensor cores' update of the state's gradient."""
+            weights[...] = dx().astype(dtype)  # the weights' buffer is free for reuse
             plgpu.commit_smem()
             tokens = pl.ds(chunk * CHUNK, CHUNK)
             pl.when(stores)(lambda: plgpu.copy_smem_to_gmem(weights, hbm.dx.at[place.batch, tokens, strip]))
@@ -270,7 +270,7 @@ def _compute(
 
 
 def _sees(last: jax.Array | None) -> jax.Array:
-    """Which target (in columns) sees which source (in rows): itself and those before, in its document."""
+    """Return the causal mask `[source, target]`: a target sees itself and earlier tokens of its document."""
     source, target = gpu.row_and_column(CHUNK, CHUNK)
     sees = target >= source
     return sees if last is None else sees & (target <= gpu.per_row(last, CHUNK))

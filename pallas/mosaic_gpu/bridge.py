@@ -1,8 +1,8 @@
-"""The words the Mosaic GPU kernels are written in, and what moved between jax 0.11.2 and 0.12.
+"""Wrap the Mosaic GPU primitives that the kernels use, for both the API of jax 0.11.2 and that of 0.12.
 
-A kernel is one function, run by every warpgroup (128 threads) of a block. Its matrices live in registers,
-in the layout that the tensor cores of Hopper read and write (WGMMA), or in shared memory, as tiles that TMA
-and the tensor cores both take. Only this module knows layouts, tilings and versions of jax.
+A kernel is one function, run by every warpgroup (128 threads) of a block. Its matrices are in registers, in
+the WGMMA layout of Hopper's tensor cores, or in shared memory, as tiles that both TMA and the tensor cores
+accept. Only this module depends on layouts, tilings and versions of jax.
 """
 
 import functools
@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-if jax.__version_info__ < (0, 11, 2):  # the first that has what the kernels use
+if jax.__version_info__ < (0, 11, 2):  # the first release with all APIs used here
     raise ImportError(f"the Mosaic GPU kernels need jax >= 0.11.2, and this is jax {jax.__version__}")
 
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu
 
-plgpu: Any = mosaic_gpu  # its names move from release to release, and a type checker sees only one
+plgpu: Any = mosaic_gpu  # its names change between releases, and a type checker sees only one
 
 MATRIX = plgpu.Layout.WGMMA
 ONE_PER_ROW = MATRIX.reduce(1)  # a vector over the rows of a matrix
@@ -36,14 +36,15 @@ def kernel(
     warpgroups: int = 1,
     interpret: Any = None,
 ) -> Callable:
-    """Make `body(*inputs, *outputs, **scratch)` a function of arrays, run by every block of the grid.
+    """Turn `body(*inputs, *outputs, **scratch)`, run by every block of the grid, into a function of arrays.
 
     Args:
-        body: reads its place from `lax.axis_index`: the names of `grid`, and `"warpgroup"` if it has several.
-        outputs: shapes and dtypes of the arrays it writes.
-        scratch: shared memory and barriers, by the name under which `body` takes them.
+        body: reads its grid indices by `lax.axis_index` of the names in `grid`, and of `"warpgroup"` if there
+            are several.
+        outputs: shapes and dtypes of the arrays that `body` writes.
+        scratch: shared memory and barriers, by keyword of `body`.
         grid: name and size of each axis; the last one varies fastest.
-        warpgroups: how many run `body` at once in a block.
+        warpgroups: number of warpgroups per block; each runs `body`.
         interpret: None on a GPU, or what `interpreter` returned.
     """
     return plgpu.kernel(
@@ -62,9 +63,9 @@ def kernel(
 
 
 def interpreter() -> Any:
-    """Return what runs a kernel on the CPU: race detection on, memory poisoned with NaN until written.
+    """Return parameters to interpret a kernel on the CPU, with race detection and NaN in unwritten memory.
 
-    jax 0.12 can raise at a race; 0.11.2 prints it and goes on. Here both go on, and whoever asked looks.
+    jax 0.12 can raise at a race; 0.11.2 only prints it. Here both only report, and the caller must check.
     """
     options = {"detect_races": True, "on_race": "warn"}
     known = inspect.signature(plgpu.InterpretGPUParams).parameters
@@ -72,10 +73,10 @@ def interpreter() -> Any:
 
 
 def tiles(*shape: int, dtype: Any, width: int | None = None) -> Any:
-    """Shared memory for matrices `(..., rows, columns)`, in tiles that TMA and the tensor cores agree on.
+    """Declare shared memory for matrices `(..., rows, columns)`, in tiles that TMA and tensor cores accept.
 
-    A tile is as wide as the swizzle allows, or `width` columns: a slice of columns must begin at a tile, and
-    the operands of a product must agree on the width.
+    A tile is as wide as the swizzle allows, or `width` columns. A slice of columns must start at a tile
+    boundary, and both operands of a product must have the same tile width.
     """
     bytes_per_item = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle((width or shape[-1]) * bytes_per_item * 8)
@@ -84,24 +85,24 @@ def tiles(*shape: int, dtype: Any, width: int | None = None) -> Any:
 
 
 def transposed(ref: Any) -> Any:
-    """View a matrix in shared memory with rows and columns exchanged; nothing moves."""
+    """Return a transposed view of a matrix in shared memory, without a copy."""
     return ref.transpose((1, 0))
 
 
 def load(ref: Any, layout: Any = MATRIX) -> jax.Array:
-    """Bring shared memory into registers: a matrix, or a vector `ONE_PER_ROW` or `ONE_PER_COLUMN`."""
+    """Load a matrix, or a vector `ONE_PER_ROW` or `ONE_PER_COLUMN`, from shared memory into registers."""
     return plgpu.load(ref, layout=layout)
 
 
 def load_from_hbm(ref: Any, layout: Any = MATRIX) -> jax.Array:
-    """Bring an array straight from HBM into registers. Uncoalesced: for what is read once per block."""
+    """Load an array directly from HBM into registers. Uncoalesced: only for arrays read once per block."""
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
 def store_to_hbm(ref: Any, values: jax.Array) -> None:
-    """Write registers straight to HBM. Uncoalesced: for what is written once in a long while.
+    """Store registers directly to HBM. Uncoalesced: only for arrays written rarely.
 
-    jax 0.12 refuses a plain store whose threads do not fill whole sectors of 32 bytes; 0.11.2 has no other.
+    jax 0.12 rejects a plain store whose threads do not fill whole 32-byte sectors; 0.11.2 has no other.
     """
     if hasattr(plgpu, "store"):
         plgpu.store(ref, values, optimized=False)
@@ -110,27 +111,27 @@ def store_to_hbm(ref: Any, values: jax.Array) -> None:
 
 
 def zeros(rows: int, columns: int) -> jax.Array:
-    """A float32 matrix of zeros in registers."""
+    """Return a float32 matrix of zeros in registers."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), MATRIX)
 
 
 def per_row(vector: jax.Array, columns: int) -> jax.Array:
-    """Repeat a `ONE_PER_ROW` vector over the columns: `out[i, j] = vector[i]`."""
+    """Broadcast a `ONE_PER_ROW` vector over the columns: `out[i, j] = vector[i]`."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0]), MATRIX)
 
 
 def per_column(vector: jax.Array, rows: int) -> jax.Array:
-    """Repeat a `ONE_PER_COLUMN` vector over the rows: `out[i, j] = vector[j]`."""
+    """Broadcast a `ONE_PER_COLUMN` vector over the rows: `out[i, j] = vector[j]`."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1]), MATRIX)
 
 
 def positions(length: int, layout: Any) -> jax.Array:
-    """`0, 1, 2, ...` as a vector in registers."""
+    """Return `0, 1, 2, ...` as an int32 vector in registers."""
     return plgpu.broadcasted_iota(jnp.int32, (length,), 0, layout=layout)
 
 
 def row_and_column(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
-    """Two int32 matrices in registers: the row and the column of every element."""
+    """Return two int32 matrices in registers: row index and column index of every element."""
     row, column = (plgpu.broadcasted_iota(jnp.int32, (rows, columns), axis, layout=MATRIX) for axis in (0, 1))
     return row, column
 
@@ -138,10 +139,10 @@ def row_and_column(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
 def product(
     a: Any, b: Any, start: jax.Array | None = None, *, spill: Any = None, interpreted: bool = False
 ) -> jax.Array:
-    """`start + a @ b` on the tensor cores, float32, complete on return.
+    """Compute `start + a @ b` on the tensor cores in float32, and wait for the result.
 
-    The interpreter has neither a left operand in registers nor an accumulator that starts from a value.
-    There, and only there, `a` goes through shared memory and `start` is added afterwards.
+    The interpreter supports neither a left operand in registers nor an initialized accumulator. Under the
+    interpreter only, `a` is copied to shared memory and `start` is added afterwards.
 
     Args:
         a: (m, k) in shared memory, or in registers if the compute dtype has 16 bits.
@@ -174,15 +175,18 @@ def in_flight(
     spill: Any = None,
     interpreted: bool = False,
 ) -> Any:
-    """Start sums of products, and return what `use` makes of them while the tensor cores are at work.
+    """Issue sums of products asynchronously, and call `use` while the tensor cores compute them.
 
     Args:
-        sums: for each, operands `[(a, b), ...]`, as in `product`, and what it starts from, or None.
-        use: takes for each sum, in their order, a function that waits for it and returns it.
-        apart: whether to wait for each sum before the next one is started, and for all before `use`: where
-            registers are too few for what goes on meanwhile.
+        sums: per sum, its operands `[(a, b), ...]`, as in `product`, and its initial value or None.
+        use: called with one function per sum, in order, that waits for the sum and returns it.
+        apart: whether to wait for each sum before issuing the next, and for all before `use`: needed where
+            registers do not suffice for the overlap.
         spill: as in `product`.
         interpreted: as in `product`.
+
+    Returns:
+        The result of `use`.
     """
     if apart or interpreted:
         values = []
@@ -208,10 +212,10 @@ def in_flight(
 
 
 def all_of(*sums: Callable) -> tuple[jax.Array, ...]:
-    """Wait for all; what `in_flight` does when there is nothing to do meanwhile."""
+    """Wait for all sums; a `use` of `in_flight` without other work."""
     return tuple(wait() for wait in sums)
 
 
 def _wait(accumulator: Any, later: int) -> jax.Array:
-    """Return a sum once no more products are under way than the `later` ones, which were started after it."""
+    """Wait until only the `later` products, issued after this sum, are pending, and return the sum."""
     return plgpu.wgmma_accumulator_load(accumulator, wait_n=later)

@@ -1,7 +1,7 @@
-"""The scan's forward pass on Hopper: one kernel that walks the sequence with the state in registers.
+"""Run the scan's forward pass on Hopper: one kernel that walks the chunks with the state in registers.
 
-A block has three warpgroups. One only copies; two compute, each on a strip of 64 channels of a head, and they
-share B and C in shared memory (`plan` cuts the work, `forward_walk` is what the warpgroups do):
+A block has three warpgroups. One copies; two compute, each a strip of 64 channels of a head, and share B and
+C in shared memory (`plan` cuts the work, `forward_walk` holds the code of the warpgroups):
 
     HBM         x  B  C  decays                                    y    saved states
                       |                                            ^         ^
@@ -12,16 +12,16 @@ share B and C in shared memory (`plan` cuts the work, `forward_walk` is what the
     computing         +---> walk a strip, chunk after chunk -------+---------+
                             (the state stays in registers)
 
-Everything is computed transposed, channels in rows: then the left operand of a product (the state, x, or x
-decayed) comes from registers, and shared memory is read the least. Counted for a chunk of 64 tokens at
+All matrices are computed transposed, channels in rows: the left operand of a product (the state, x, or
+decayed x) then comes from registers, which minimizes shared-memory reads. Counted per chunk of 64 tokens at
 head_dim 64 and state_dim 128: tensor cores 896 clocks, shared memory 1020 to 1150, HBM about 1400 at
-3.0 TB/s. On an H200 a step takes 2.2 us, 4400 clocks: so what bounds it is none of these, but that a step's
-products, and what is between them, wait for each other.
+3.0 TB/s. On an H200 an iteration takes 2.2 us, 4400 clocks: the bound is none of these but latency, the chain
+of dependent products and elementwise work within an iteration.
 
-The budget of a block: 504 registers for three threads, of which a computing one has 232 (the state takes 64
-at state_dim 128) and the copying one 40; at state_dim 256, where the state takes 128, it is 240 and 24, and a
-few constants spill. 227 KB of shared memory hold 4, 3 or 2 stages at state_dim 64, 128 or 256. One block
-fills an SM.
+Budget of a block: 504 registers for one thread of each warpgroup, 232 per computing thread (64 of them for
+the state at state_dim 128) and 40 per copying thread; at state_dim 256, where the state takes 128, 240 and
+24, and a few constants spill. 227 KB of shared memory hold 4, 3 or 2 stages at state_dim 64, 128 or 256. One
+block fills an SM.
 
 Precision: products take 16-bit operands and accumulate in float32; decays and the carried state are float32.
 """
@@ -55,7 +55,7 @@ def forward(
     pieces: int | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Run the scan. Shapes and meaning as in `ops.ssd`.
+    """Run the forward scan. Shapes and meaning as in `ops.ssd`.
 
     Args:
         x: `(b, l, h, p)`, bfloat16 or float16, p 64 or 128 (float32 too in the interpreter).
@@ -66,15 +66,15 @@ def forward(
         D: `(h,)`, `(h, p)` or None.
         initial_state: `(b, h, p, n)` float32.
         segment_ids: `(b, l)` int32 or None.
-        save_states: whether to return the states that a backward pass starts from.
-        pieces: how often to cut the sequence; None for the rule of `plan.choose_pieces`.
+        save_states: whether to return the states that enter the chunks, for the backward pass.
+        pieces: number of pieces per row; None for the choice of `plan.choose_pieces`.
         interpret: None on a GPU, or what `bridge.interpreter` returned.
 
     Returns:
         y: `(b, l, h, p)` in the dtype of x.
         final_state: `(b, h, p, n)` float32.
         saved_states: `(b, ceil(l / 64), h, p, n)` in the dtype of x: the state before tokens 0, 64, 128...,
-            not yet reset by a document that starts there. None if not asked for.
+            before the reset by a document that starts there. None without `save_states`.
     """
     batch, length, heads, head_dim = x.shape
     groups, state_dim = B.shape[2:]
@@ -144,9 +144,10 @@ def forward(
 
 
 def whole_tiles(array: jax.Array) -> jax.Array:
-    """Pad `(b, l, ...)` to a multiple of 8 tokens: TMA clips what lies past the end, but only whole tiles.
+    """Pad `(b, l, ...)` to a multiple of 8 tokens and at least one chunk.
 
-    And to a chunk at least, so that no copy is larger than the array.
+    TMA clips a copy past the array's end, but only in whole tiles of 8 tokens, and no copy may be larger than
+    the array.
     """
     length = array.shape[1]
     missing = max(-(-length // 8) * 8, CHUNK) - length
@@ -156,17 +157,17 @@ def whole_tiles(array: jax.Array) -> jax.Array:
 def _scratch(
     plan: Plan, dtype: DTypeLike, documents: bool, save_states: bool, interpreted: bool
 ) -> dict[str, Any]:
-    """Shared memory and barriers of a block; `plan.smem_bytes` counts them."""
+    """Declare the shared memory and barriers of a block; `plan.smem_bytes` counts them."""
     stages, pair = plan.stages, STRIPS_PER_BLOCK
     scratch = {
-        # One slot for each stage of the pipeline, filled by TMA.
+        # One slot per pipeline stage, filled by TMA.
         "x": gpu.tiles(stages, pair, CHUNK, STRIP, dtype=dtype),
         "B": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
         "C": gpu.tiles(stages, CHUNK, plan.state_dim, dtype=dtype),
-        # Twice, because a vector over rows and one over columns cannot be loaded from one place.
+        # Two copies: one buffer cannot be loaded both as a vector over rows and as one over columns.
         "row_decays": plgpu.SMEM((stages, plan.heads_per_block, 2, CHUNK), jnp.float32),
         "column_decays": plgpu.SMEM((stages, plan.heads_per_block, CHUNK), jnp.float32),
-        # One for each compute warpgroup.
+        # One per computing warpgroup.
         "from_start": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "to_end": plgpu.SMEM((pair, CHUNK), jnp.float32),
         "weights": gpu.tiles(pair, CHUNK, CHUNK, dtype=dtype),

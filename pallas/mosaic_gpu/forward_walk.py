@@ -1,14 +1,14 @@
-"""What the warpgroups of a forward block do: one copies, two walk.
+"""Define the warpgroups of a forward block: one copies, two walk a strip each.
 
-A warpgroup's walk over one strip, chunk by chunk (names as in the code; `^T` is a view, nothing is moved):
+A walk over one strip computes, per chunk (names as in the code; `^T` is a view without a copy):
 
     weights = (B C^T) * exp2(log[target] - log[source]) * dt[source]    masked, through shared memory
     y       = (state C^T) * from_start + D x     [channel, token]
     y      += x weights
     state   = state * kept + (x * to_end) B      [channel, state_dim], in registers for the whole walk
 
-Left operands come from registers, right ones from shared memory. `from_start`, `to_end` and `kept` are the
-decays of a token from the chunk's start, to its end, and of the state over the whole chunk.
+Left operands come from registers, right ones from shared memory. Per token, `from_start` is the decay from
+the chunk's start and `to_end` that to its end, times dt; `kept` is the state's decay over the whole chunk.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu
 from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, STRIPS_PER_BLOCK, Plan
 
 State = tuple[jax.Array, ...]
-"""A strip's state in registers, in the column blocks of `Plan.state_blocks`."""
+"""State of a strip in registers, one matrix per column block of `Plan.state_blocks`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """Where a block stands: its row, its group, its two strips, and the chunks whose tokens it writes.
+    """Indices of a block's work: batch row, group, two strips, and the chunks `start` to `end` of its piece.
 
-    The walk back counts chunks from the row's end.
+    The backward walk counts chunks from the row's end.
     """
 
     batch: jax.Array
@@ -45,20 +45,20 @@ class Place:
     end: jax.Array
 
     def strip(self, i: jax.Array | int) -> jax.Array:
-        """The strip of warpgroup `i`; a group with an odd number of strips has its last one walked twice."""
+        """Return the strip of warpgroup `i`; the last strip of a group of odd size is walked twice."""
         return jnp.minimum(self.first_strip + i, self.last_strip)
 
     def first_head(self, plan: Plan) -> jax.Array:
-        """The head of the first strip."""
+        """Return the head of the first strip."""
         return lax.div(self.first_strip, jnp.int32(plan.strips_per_head))
 
     def owns(self, i: jax.Array) -> jax.Array:
-        """Whether warpgroup `i` is the one that stores what it computes."""
+        """Tell whether warpgroup `i` stores its results, False for a duplicated walk."""
         return self.first_strip + i <= self.last_strip
 
 
 def place_of_block(plan: Plan) -> Place:
-    """Read the block's place off the grid."""
+    """Compute the indices of the block's work from its grid indices."""
     block, piece = lax.axis_index("block"), lax.axis_index("piece")
     per_group = jnp.int32(plan.blocks_per_group)
     group = lax.div(block, per_group)
@@ -78,7 +78,7 @@ def place_of_block(plan: Plan) -> Place:
 
 
 def copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) -> None:
-    """The copying warpgroup: keep every slot full."""
+    """Run the copying warpgroup: prefetch chunks into free slots by TMA."""
     heads = pl.ds(place.first_head(plan), plan.heads_per_block)
 
     def fetch(chunk, slot):
@@ -96,7 +96,7 @@ def copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) 
             fill(hbm.C.at[place.batch, tokens, place.group], smem.C.at[slot])
             fill(hbm.decays.at[place.batch, heads, chunk, 0], smem.column_decays.at[slot])
 
-        @pl.when(chunk < place.start)  # a chunk to pass by: what its state needs is enough
+        @pl.when(chunk < place.start)  # before the piece: C is not needed, only arrive
         def _():
             plgpu.barrier_arrive(full)
             plgpu.barrier_arrive(full)
@@ -113,7 +113,7 @@ def copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place) 
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """A computing warpgroup on its walk over one strip. Matrices are [channel or source token, ...]."""
+    """Walk of a computing warpgroup over one strip. Matrices are [channel or source token, ...]."""
 
     plan: Plan
     hbm: SimpleNamespace
@@ -123,7 +123,7 @@ class Walk:
     interpreted: bool
 
     def run(self) -> None:
-        """Walk the chunks up to the end of the block's piece, the state in registers."""
+        """Walk the chunks up to the end of the block's piece, with the state in registers."""
         strip = self.place.strip(self.me)
         initial, final = (ref.at[self.place.batch, strip] for ref in (self.hbm.initial, self.hbm.final))
         state = tuple(gpu.load_from_hbm(initial.at[:, columns]) for columns in self.state_columns)
@@ -140,7 +140,7 @@ class Walk:
                 gpu.store_to_hbm(final.at[:, columns], part)
 
     def step(self, D: jax.Array | None, chunk: jax.Array, state: State) -> State:
-        """One chunk: y, and the state after it."""
+        """Process one chunk: write y, and return the state after the chunk."""
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
         B, C = self.smem.B.at[slot], gpu.transposed(self.smem.C.at[slot])
@@ -149,7 +149,7 @@ class Walk:
         log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
 
         def weigh(scores):
-            """While the tensor cores compute the scores."""
+            """Compute the weights, overlapping the tensor cores' product of scores."""
             # Mask before exp2: below the diagonal the difference is positive and overflows.
             weights = jnp.exp2(jnp.where(seen(last), log, -jnp.inf)) * gpu.per_row(dt, CHUNK)
             self.smem.weights.at[self.me][...] = (scores() * weights).astype(self.dtype)
@@ -167,7 +167,7 @@ class Walk:
             y = y + gpu.per_row(D, CHUNK) * x.astype(jnp.float32)
 
         def send(y, *state):
-            """While the tensor cores update the state."""
+            """Send y, overlapping the tensor cores' update of the state."""
             self.send(chunk, y())
             return tuple(part() for part in state)
 
@@ -178,7 +178,7 @@ class Walk:
         return state
 
     def pass_by(self, chunk: jax.Array, state: State) -> State:
-        """A chunk before the block's piece: the state after it."""
+        """Process a chunk before the block's piece: return the state after the chunk."""
         slot = lax.rem(chunk, jnp.int32(self.plan.stages))
         plgpu.barrier_wait(self.smem.full.at[slot])
         *_, kept = self.decays(slot)
@@ -188,13 +188,13 @@ class Walk:
         return state
 
     def decays(self, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-        """Put each token's decay from the chunk's start, and to its end, into shared memory to be `turned`.
+        """Store `from_start` and `to_end` of each token in shared memory, to be read back by `turned`.
 
         Returns:
             log_decay: one per token, as in `chunks`.
             dt: one per token.
-            last: the last token of its document in this chunk, or None without documents.
-            kept: what stays of the state over the chunk, a number.
+            last: per token, the last token of its document in this chunk; None without documents.
+            kept: decay of the state over the chunk, a scalar.
         """
         log_decay, dt = (
             gpu.load(self.smem.row_decays.at[slot, self.head, i], gpu.ONE_PER_ROW) for i in (0, 1)
@@ -214,17 +214,17 @@ class Walk:
         return log_decay, dt, last, kept
 
     def turned(self, vector: Any) -> jax.Array:
-        """A vector over the rows, stored before, as one over the columns of `[channel, token]`."""
+        """Load a stored vector over tokens, broadcast over the columns of `[channel, token]`."""
         return gpu.per_column(gpu.load(vector.at[self.me], gpu.ONE_PER_COLUMN), STRIP)
 
     def update(self, state: State, slot: jax.Array, kept: jax.Array, x: jax.Array) -> Iterator[Any]:
-        """`state * kept + (x * to_end) B`, as sums to be started."""
+        """Yield `state * kept + (x * to_end) B`, as sums for `in_flight`."""
         x_to_end = (x.astype(jnp.float32) * self.turned(self.smem.to_end)).astype(self.dtype)
         for part, columns in zip(state, self.state_columns, strict=True):
             yield [(x_to_end, self.smem.B.at[slot, :, columns])], part * kept
 
     def send(self, chunk: jax.Array, y: jax.Array) -> None:
-        """Send y off to HBM; the y before it must have left shared memory."""
+        """Start copying y to HBM, after the previous copy has read its shared memory."""
         mine, tokens = self.smem.y.at[self.me], pl.ds(chunk * CHUNK, CHUNK)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         gpu.transposed(mine)[...] = y.astype(self.dtype)
@@ -233,10 +233,10 @@ class Walk:
         pl.when(self.owns)(lambda: plgpu.copy_smem_to_gmem(mine, target))
 
     def save(self, chunk: jax.Array, state: State) -> None:
-        """Send off the state that enters a chunk, if asked to.
+        """Start copying the state that enters a chunk to HBM, if states are saved.
 
-        Called after a step, not before the next one: there the compiler would keep the state in 16 bits,
-        which that step needs later on, in registers, and spill.
+        Called after an iteration, not before the next: there the compiler would keep the 16-bit copy of the
+        state, which that iteration uses later, in registers, and spill.
         """
         if not hasattr(self.hbm, "saved"):
             return
@@ -246,13 +246,13 @@ class Walk:
         @pl.when(self.owns & (chunk < self.plan.chunks))
         def _():
             for part, columns in zip(state, self.state_columns, strict=True):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent before has left
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy has read `mine`
                 mine[...] = part.astype(self.dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(mine, place.at[:, columns])
 
     def in_flight(self, sums: Any, use: Any) -> Any:
-        """Start sums of products, whichever way this kernel runs; beside a wide state, one by one."""
+        """Issue sums of products by `bridge.in_flight`; one by one if the state is wide."""
         apart, spill = (
             len(self.state_columns) > 1,
             self.smem.operand.at[self.me] if self.interpreted else None,
@@ -261,28 +261,28 @@ class Walk:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """The compute dtype."""
+        """Compute dtype."""
         return self.hbm.x.dtype
 
     @property
     def head(self) -> jax.Array:
-        """Which of the block's heads this warpgroup's strip belongs to."""
+        """Index, among the block's heads, of the head of this warpgroup's strip."""
         strip = self.place.strip(self.me)
         return lax.div(strip, jnp.int32(self.plan.strips_per_head)) - self.place.first_head(self.plan)
 
     @property
     def owns(self) -> jax.Array:
-        """Whether this warpgroup stores what it computes."""
+        """Whether this warpgroup stores its results."""
         return self.place.owns(self.me)
 
     @property
     def state_columns(self) -> list[Any]:
-        """The blocks of columns in which the state is held and multiplied."""
+        """Column slices in which the state is held and multiplied."""
         return [pl.ds(start, width) for start, width in self.plan.state_blocks]
 
 
 def seen(last: jax.Array | None) -> jax.Array:
-    """Which token, in columns, sees which, in rows: itself and what came before in the same document."""
+    """Return the causal mask `[source, target]`: a target sees itself and earlier tokens of its document."""
     source, target = gpu.row_and_column(CHUNK, CHUNK)
     sees = target >= source
     return sees if last is None else sees & (target <= gpu.per_row(last, CHUNK))

@@ -1,8 +1,8 @@
-"""How the Mosaic GPU forward cuts a problem into blocks, pieces and stages: plain numbers.
+"""Plan a Mosaic GPU launch: how the problem is cut into thread blocks, pieces and pipeline stages.
 
-A head's channels never mix, so the work is cut into strips of 64 channels of one head. A block walks two
-strips of one group, which share B and C. Where a group has an odd number of strips, the second warpgroup of
-its last block repeats the first one's walk and stores nothing.
+Channels are independent, so the work is cut into strips of 64 channels of one head. A block walks two strips
+of one group, which share B and C. In a group with an odd number of strips, the second warpgroup of the last
+block duplicates the first one's walk and stores nothing.
 """
 
 import dataclasses
@@ -10,15 +10,15 @@ import dataclasses
 import jax.numpy as jnp
 from mamba2_jax.pallas.problem import Problem
 
-CHUNK = 64  # tokens a step
-STRIP = 64  # channels, one warpgroup
+CHUNK = 64  # tokens per iteration of a walk
+STRIP = 64  # channels per warpgroup
 STRIPS_PER_BLOCK = 2
 MULTIPROCESSORS = 132  # of an H100 SXM and an H200
-SMEM_LIMIT = 232448  # bytes a block can have
+SMEM_LIMIT = 232448  # bytes of shared memory per block
 MOST_STAGES = 4
-MOST_PIECES = 5  # a sixth would save 3 per cent
-# A chunk before a block's own piece only updates the state, at this part of the cost of a full step.
-# Estimated, not measured: 0.31 by clocks of shared memory, 0.5 by bytes through L2.
+MOST_PIECES = 5  # a sixth would save 3 %
+# Cost of a chunk before the block's own piece, which only updates the state, relative to a full iteration.
+# Estimated, not measured: 0.31 by shared-memory clocks, 0.5 by L2 traffic.
 SKIP_COST = 0.4
 
 HEAD_DIMS, STATE_DIMS, DTYPES = (64, 128), (64, 128, 256), ("bfloat16", "float16")
@@ -26,7 +26,7 @@ HEAD_DIMS, STATE_DIMS, DTYPES = (64, 128), (64, 128, 256), ("bfloat16", "float16
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One launch of the forward kernel, or of the backward one that walks a row from its end."""
+    """One launch of the forward kernel, or of the backward walk."""
 
     batch: int
     chunks: int
@@ -35,16 +35,16 @@ class Plan:
     head_dim: int
     state_dim: int
     stages: int
-    piece_ends: tuple[int, ...]  # in chunks; the last is `chunks`
+    piece_ends: tuple[int, ...]  # end of each piece, in chunks; the last is `chunks`
 
     @property
     def strips_per_head(self) -> int:
-        """Strips in a head: 1 or 2."""
+        """Strips per head: 1 or 2."""
         return self.head_dim // STRIP
 
     @property
     def strips(self) -> int:
-        """Strips in a row of the batch."""
+        """Strips per batch row."""
         return self.heads * self.strips_per_head
 
     @property
@@ -54,7 +54,7 @@ class Plan:
 
     @property
     def blocks_per_group(self) -> int:
-        """Blocks for the strips of a group, the last one perhaps with one strip only."""
+        """Blocks per group; the last one has a single strip if the group's number of strips is odd."""
         return -(-self.strips_per_group // STRIPS_PER_BLOCK)
 
     @property
@@ -64,44 +64,44 @@ class Plan:
 
     @property
     def compute_registers(self) -> int:
-        """Registers of a thread that computes; with the other two, 3 * 168, what a block starts with."""
+        """Registers per computing thread; the three warpgroups' sum is the 3 * 168 a block starts with."""
         return 240 if self.state_dim == 256 else 232
 
     @property
     def copy_registers(self) -> int:
-        """Registers of a thread that copies."""
+        """Registers per copying thread."""
         return 3 * 168 - STRIPS_PER_BLOCK * self.compute_registers
 
     @property
     def state_blocks(self) -> list[tuple[int, int]]:
-        """Start and width of the column blocks in which a warpgroup holds and multiplies the state."""
+        """Start and width of each column block in which a warpgroup holds and multiplies the state."""
         width = state_width(self.state_dim)
         return [(start, width) for start in range(0, self.state_dim, width)]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPlan:
-    """One launch of the backward kernel that takes each chunk for itself."""
+    """One launch of the backward kernel that processes all chunks independently."""
 
     chunks: int
     strips_per_group: int
     strips_per_head: int
     state_dim: int
-    splits: int  # parts that the strips of a group are cut into, each a block's
+    splits: int  # number of blocks that share the strips of a group
 
     @property
     def strips_per_split(self) -> int:
-        """Strips that a block sums over, the last one of a group perhaps fewer."""
+        """Strips that a block sums over; the last block of a group may have fewer."""
         return -(-self.strips_per_group // self.splits)
 
     @property
     def half(self) -> int:
-        """Columns of the state that each of a block's two computing warpgroups takes."""
+        """State columns per computing warpgroup, two of which share a block."""
         return min(STRIP, self.state_dim // 2)
 
     @property
     def halves(self) -> int:
-        """How often `half` goes into the state's columns."""
+        """Number of `half`-wide column blocks of the state."""
         return self.state_dim // self.half
 
     @property
@@ -111,7 +111,7 @@ class ChunkPlan:
 
     @property
     def stages(self) -> int:
-        """Strips in shared memory."""
+        """Strips prefetched into shared memory."""
         return 3 if self.state_dim <= 128 else 2
 
 
@@ -128,13 +128,13 @@ def make_plan(
     save_states: bool = False,
     pieces: int | None = None,
 ) -> Plan:
-    """Plan a launch.
+    """Plan a launch of the forward kernel.
 
     Args:
-        itemsize: bytes of the compute dtype.
+        itemsize: bytes per element of the compute dtype.
         documents: whether there are segment ids.
-        save_states: whether the state before every chunk is written.
-        pieces: how often to cut the sequence; None for the rule of `choose_pieces`.
+        save_states: whether to write the state that enters each chunk.
+        pieces: number of pieces per row; None for the choice of `choose_pieces`.
     """
     chunks = -(-length // CHUNK)
     strips_per_group = heads // groups * (head_dim // STRIP)
@@ -145,34 +145,34 @@ def make_plan(
 
 
 def state_width(state_dim: int) -> int:
-    """Return the columns of a state that a warpgroup multiplies, and stages in shared memory, at a time."""
+    """Return the number of state columns that a warpgroup multiplies and stages at a time."""
     return 64 if state_dim > 128 else state_dim
 
 
 def choose_pieces(blocks: int, chunks: int) -> int:
-    """Return into how many pieces to cut the sequence, so that few heads keep a whole GPU busy.
+    """Return the number of pieces per row, so that few heads still occupy the whole GPU.
 
-    A block fills an SM, and a walk takes its chunks one after the other. So a later piece walks the chunks
-    before it too, updating the state only: work done twice, and worth it while an SM stands idle. The rule:
-    as many pieces as leave every block an SM of its own, at most 5, of at least two chunks on average.
+    A block fills an SM, and a walk is sequential. So the block of a later piece first walks the preceding
+    chunks, updating only the state: duplicated work that pays off while SMs are idle. The rule: as many
+    pieces as leave every block an SM of its own, at most 5, of at least two chunks on average.
     """
     return max(1, min(MULTIPROCESSORS // blocks, MOST_PIECES, chunks // 2))
 
 
 def cut(chunks: int, pieces: int) -> tuple[int, ...]:
-    """Return where each piece ends, in chunks, all pieces at the same cost: later ones are shorter."""
-    costs = [0.0]  # where each piece would end, in units of the first
+    """Return the end of each piece, in chunks, so that all cost the same: later pieces are shorter."""
+    costs = [0.0]  # end of each piece, in lengths of the first
     for _ in range(pieces):
         costs.append(costs[-1] + 1 - SKIP_COST * costs[-1])
     ends = [0]
     for left, cost in zip(reversed(range(pieces)), costs[1:], strict=True):
         wanted = round(chunks * cost / costs[-1])
-        ends.append(min(max(wanted, ends[-1] + 1), chunks - left))  # a chunk for each piece, at least
+        ends.append(min(max(wanted, ends[-1] + 1), chunks - left))  # at least one chunk each
     return tuple(ends[1:])
 
 
 def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool, save_states: bool = False) -> int:
-    """Return the shared memory of a block: what each stage holds, and what there is once."""
+    """Return the bytes of shared memory of a block: per-stage buffers, single buffers and barriers."""
     strip = CHUNK * STRIP * itemsize
     decays = STRIPS_PER_BLOCK * CHUNK * 4
     stage = STRIPS_PER_BLOCK * strip + 2 * CHUNK * state_dim * itemsize + 3 * decays
@@ -183,17 +183,17 @@ def smem_bytes(state_dim: int, stages: int, itemsize: int, documents: bool, save
 
 
 def fitting_stages(state_dim: int, itemsize: int, documents: bool, save_states: bool = False) -> int:
-    """Return how many stages shared memory has room for."""
+    """Return the number of pipeline stages that fit into shared memory."""
     none, one = (smem_bytes(state_dim, stages, itemsize, documents, save_states) for stages in (0, 1))
     return (SMEM_LIMIT - 1024 - none) // (one - none)
 
 
 def unsupported(problem: Problem) -> str | None:
-    """Return why the kernel cannot run a problem, or None if it can.
+    """Return why the kernel cannot run `problem`, or None if it can.
 
     Args:
-        problem: has `compute_capability` ((9, 0) for an H100), `dtype`, `head_dim` and `state_dim`. Any
-            batch, length, number of heads and groups will do, and any kind of D.
+        problem: checked for `compute_capability` ((9, 0) for an H100), `dtype`, `head_dim` and `state_dim`.
+            Any batch, length, number of heads and groups, and any shape of D is supported.
     """
     if tuple(problem.compute_capability or ())[:1] != (9,):
         found = ".".join(map(str, problem.compute_capability or ("an unknown one",)))

@@ -1,9 +1,9 @@
-"""The scan on Hopper, forward and backward, as one differentiable function.
+"""Run the scan on Hopper, forward and backward, as one differentiable function.
 
     y, final_state = ssd(x, dt, A, B, C, D, initial_state, segment_ids)
 
-`jax.grad` runs the backward kernels of `backward`. `jax.vmap` folds what it maps over into the batch;
-a mapped A or D, which rows of a batch share, makes it run one after the other.
+`jax.grad` runs the backward kernels of `backward`. `jax.vmap` folds the mapped axis into the batch; if A or
+D, which batch rows share, is mapped, it loops over the axis instead.
 """
 
 import functools
@@ -17,7 +17,7 @@ from mamba2_jax.pallas.mosaic_gpu.plan import unsupported
 
 __all__ = ["ssd", "unsupported"]
 
-SHARED = (2, 5)  # positions of A and D, which the rows of a batch share
+SHARED = (2, 5)  # argument numbers of A and D, which batch rows share
 
 
 def ssd(
@@ -50,7 +50,7 @@ def ssd(
         final_state: `(b, h, p, n)` float32.
 
     Raises:
-        NotImplementedError: called inside a `jax.shard_map` that checks how its values vary.
+        NotImplementedError: called inside a `jax.shard_map` with `check_vma=True`.
     """
     refuse_checked_shard_map("mosaic_gpu", x, dt, A, B, C, D, initial_state, segment_ids)
     return _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)

@@ -27,11 +27,11 @@ import triton.language as tl
 
 @triton.jit
 def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.constexpr):
-    """Load dt of a chunk, 0 past the end, and sum the log2 of its decays, each bounded where exp2 of it is 0.
+    """Load dt of a chunk, 0 past the end, and sum the log2 of its decays, each clamped at -160 (exp2 is 0).
 
-    Returns dt; the sums through each token in two parts, `coarse` and `fine`; those from each token to the
-    end; and that of the chunk. Cumulative sums of the multiples of 1/256 and their differences are exact; the
-    remainders stay small. So a difference has no cancellation error, also beside steps that wipe the state.
+    Returns dt; the sums through each token in two terms, `coarse` and `fine`; the sums after each token to
+    the chunk's end; and the chunk's sum. Cumulative sums of multiples of 1/256 and their differences are
+    exact, and the remainders stay small: no cancellation, even beside steps that wipe the state.
     """
     q = tl.arange(0, Q)
     dt = tl.load(dt_ptr + (row * length + start) * H + head + q * H, mask=q < length - start, other=0.0)
@@ -46,12 +46,12 @@ def _steps(dt_ptr, A_ptr, row, start, head, length, H: tl.constexpr, Q: tl.const
 
 @triton.jit
 def _decay_of_pairs(pairs, coarse, fine, SOURCE: tl.constexpr, PRECISION: tl.constexpr):
-    """Decay from token `s` to token `q` where `pairs`, else 0; axis `SOURCE` is that of `s`."""
+    """Return the decay from token `s` to token `q` where `pairs`, else 0; axis `SOURCE` is that of `s`."""
     if PRECISION == "tf32x3":
         log = _difference(coarse, SOURCE) + _difference(fine, SOURCE)
     else:  # the cancellation error is below 16-bit precision
         log = _difference(coarse + fine, SOURCE)
-    # mask before exp2: where a pair is not one the difference is positive and exp2 overflows
+    # mask before exp2: outside `pairs` the difference is positive and exp2 overflows
     return tl.exp2(tl.where(pairs, tl.minimum(log, 0.0), float("-inf")))
 
 
@@ -279,8 +279,8 @@ def backward_chunks(
         read = from_start * tl.sum(C.to(tl.float32) * dy_read, 1)
         factor = scores * products
         ddt = tl.sum(factor, 1) + left
-        # What tokens before t leave at the chunk's end joins the pairs, as if the last token read it. Not the
-        # difference of two running sums: beside the token's own share the others' may be small.
+        # Writes of tokens before t to the leaving state are added to the pairs' matrix, in the last token's
+        # column. As a difference of two cumulative sums, small ones would cancel beside the token's own.
         spans = factor * dt[:, None] + tl.where(t[None, :] == Q - 1, (left * dt)[:, None], 0.0)
         across = tl.dot(earlier, spans.to(B.dtype), input_precision=PRECISION)
         dlog = tl.sum(tl.where(t[None, :] >= t[:, None], across, 0.0), 1)

@@ -1,8 +1,8 @@
 """Gradients that XLA on a CPU computes faster than JAX's own gradients, which other devices use.
 
-Found in profiles of training steps with JAX 0.10 and 0.12. The numbers are the same but for rounding. Loss and
-gradients of 3 layers of width 256 and 4 x 512 tokens, two cores, JAX 0.10.2, ten runs each: without `product`
-they take 5 to 8 per cent longer, without `for_every` a quarter more memory.
+Found in profiles of training steps with JAX 0.10 and 0.12. The numbers are the same but for rounding. Loss
+and gradients of 3 layers of width 256 and 4 x 512 tokens, two cores, JAX 0.10.2, ten runs each: without
+`product` they take 5 to 8 per cent longer, without `for_every` a quarter more memory.
 """
 
 import math
