@@ -31,6 +31,8 @@ REMAT: dict[str, Callable[[Callable], Callable] | None] = {
 }
 """Remat policy by name: per block, save all residuals, only the matmuls with weights, or only the input."""
 
+_READ = ("input_ids", "labels", "attention_mask", "segment_ids")  # of a batch, by the loss
+
 
 def loss_fn(
     model: Mamba2ForCausalLM,
@@ -64,9 +66,10 @@ def loss_fn(
     3
     """
     check_choice("loss_fn", "remat", remat, REMAT)
-    input_ids = batch["input_ids"]
-    attention_mask, segment_ids = batch.get("attention_mask"), batch.get("segment_ids")
-    targets = next_token_targets(batch.get("labels", input_ids), join_rows(attention_mask, segment_ids))
+    given = {name: jnp.asarray(batch[name]) for name in _READ if batch.get(name) is not None}
+    input_ids, labels = given["input_ids"], given.get("labels", given["input_ids"])
+    attention_mask, segment_ids = given.get("attention_mask"), given.get("segment_ids")
+    targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
     wrap = REMAT[remat]
     out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
     width = max(1, tokens_per_slice // input_ids.shape[0])

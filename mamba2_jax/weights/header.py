@@ -43,6 +43,13 @@ class TensorInfo:
     stop: int
 
     @property
+    def array_dtype(self) -> np.dtype:
+        """Dtype of an array of it; raises CheckpointError unless that is a float type."""
+        if self.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(self.file, [f"tensor {show(self.name)} is {self.dtype}; want a float type"])
+        return FLOAT_DTYPES[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Size of the tensor in the file, in bytes."""
         return self.stop - self.start

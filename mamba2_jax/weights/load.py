@@ -34,7 +34,7 @@ from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
 from mamba2_jax.weights.table import Leaf, StoredTensor, checkpoint_table
 from mamba2_jax.weights.uncached import available_memory
-from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite
+from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 2 << 20
 _THREADS = 2  # one reads while one converts; more compete for the CPU cache and take half as long again
@@ -103,7 +103,7 @@ def load_weights(
         parameters=sum(run.stored_dtypes.values()),
         bytes=sum(info.nbytes for _, info in plan),
         dtypes=dict(run.stored_dtypes.most_common()),
-        stored_dtypes={stored.name: FLOAT_DTYPES[info.dtype].name for stored, info in plan},
+        stored_dtypes={stored.name: info.array_dtype.name for stored, info in plan},
         param_dtypes=dict(run.param_dtypes.most_common()),
         seconds=time.perf_counter() - began,
         notes=(*notes, *run.notes),
@@ -136,13 +136,13 @@ class _Loader:
 
     def load(self, stored: StoredTensor, info: TensorInfo) -> None:
         """Read one stored tensor and transfer its leaves to their devices."""
-        source = FLOAT_DTYPES[info.dtype]
+        source = info.array_dtype
         wide = _widest(source)
         if wide != source:
             self._note_once("float64 weights become float32: JAX holds float64 only with jax_enable_x64")
         target, bad, overflown = wide, 0, 0
         for leaf in stored.leaves:
-            target = self._target(leaf, wide)
+            target = target_dtype([leaf], wide, self.param_dtype)
             placement = self.place(leaf.path)
             shards = shards_of(leaf, target, placement)
             leaf_bad, leaf_overflown = self._read_leaf(info, leaf, target, shards)
@@ -169,7 +169,7 @@ class _Loader:
         A thread pool reads, checks and transposes blocks of stored rows. Rows that no shard of this process
         holds are not read; of the other rows, only the columns from the first to the last that a shard holds.
         """
-        stored = FLOAT_DTYPES[info.dtype]
+        stored = info.array_dtype
         first, last = (
             min(shard.columns.start for shard in shards),
             max(shard.columns.stop for shard in shards),
@@ -193,13 +193,6 @@ class _Loader:
         blocks = blocks_of(shards, rows)
         counts = list((self.pool.map if len(blocks) > 1 else map)(read_block, blocks))
         return sum(bad for bad, _ in counts), sum(overflown for _, overflown in counts)
-
-    def _target(self, leaf: Leaf, stored: np.dtype) -> np.dtype:
-        if self.param_dtype is None:
-            return stored
-        if leaf.role.keep_precision:  # the smallest dtype that holds both: float32 for float16 with bfloat16
-            return np.dtype(jnp.promote_types(stored, self.param_dtype))
-        return self.param_dtype
 
     def _note_once(self, note: str) -> None:
         if note not in self.notes:

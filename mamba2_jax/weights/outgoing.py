@@ -15,7 +15,7 @@ from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.safetensors_file import Outgoing
 from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, written_name
-from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite
+from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 1 << 20
 
@@ -50,8 +50,7 @@ def outgoing_weights(
     for stored in table:
         own = jnp.result_type(*(arrays[leaf.path].dtype for leaf in stored.leaves))
         target = np.dtype((stored_dtypes or {}).get(stored.name, own))
-        if dtype is not None:
-            target = target_dtype(stored, target, check_dtype(dtype))
+        target = target_dtype(stored.leaves, target, None if dtype is None else check_dtype(dtype))
         blocks = _row_blocks(stored, arrays)
         name = written_name(stored.name, format, head)
         outgoing.append(Outgoing(name, stored.shape, target, blocks))
@@ -83,8 +82,8 @@ def convertible_weights(
     plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
     outgoing = []
     for stored, info in plan:
-        own = FLOAT_DTYPES[info.dtype]
-        target = own if dtype is None else target_dtype(stored, own, check_dtype(dtype))
+        own = info.array_dtype
+        target = target_dtype(stored.leaves, own, None if dtype is None else check_dtype(dtype))
 
         def blocks(info=info) -> Iterator[np.ndarray]:
             for _, block in checkpoint.blocks(info.name):
@@ -104,12 +103,6 @@ def check_dtype(dtype: DTypeLike) -> np.dtype:
         names = ", ".join(sorted(dtype.name for dtype in FLOAT_DTYPES.values()))
         raise ValueError(f"dtype={checked.name}: weights are stored as one of {names}")
     return checked
-
-
-def target_dtype(stored: StoredTensor, own: np.dtype, wanted: np.dtype) -> np.dtype:
-    """Return the dtype to write: `wanted`, but for A_log, dt_bias and D no narrower than `own`."""
-    precise = any(leaf.role.keep_precision for leaf in stored.leaves)
-    return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
 
 
 def _check_paths(arrays: Mapping[str, jax.Array], wanted: Mapping[str, tuple[int, ...]]) -> None:

@@ -35,7 +35,7 @@ from mamba2_jax.weights.files import (
     show,
     will_read,
 )
-from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo, read_header
+from mamba2_jax.weights.header import TensorInfo, read_header
 from mamba2_jax.weights.torch_file import read_torch_header
 from mamba2_jax.weights.uncached import bypass_cache, read_uncached
 
@@ -72,7 +72,7 @@ class Checkpoint:
         """Read the stored rows `first_row` to `last_row` (exclusive) of a tensor in blocks.
 
         Args:
-            name: stored name of a tensor whose dtype is in `FLOAT_DTYPES`.
+            name: stored name of a tensor of a float type.
             first_row: first index along the tensor's first axis.
             last_row: one past the last index; None: the end.
             block_bytes: maximum size of a block, which has at least one row.
@@ -85,7 +85,7 @@ class Checkpoint:
             CheckpointError: not a float dtype, or the file ends before the tensor does.
         """
         info = self.tensors[name]
-        dtype = _float_dtype(info)
+        dtype = info.array_dtype
         rows = info.shape[0] if info.shape else 1
         last_row = rows if last_row is None else last_row
         if not 0 <= first_row <= last_row <= rows:
@@ -109,7 +109,7 @@ class Checkpoint:
             CheckpointError: not a float dtype, or the file ends before the rows do.
         """
         info = self.tensors[name]
-        itemsize = _float_dtype(info).itemsize
+        itemsize = info.array_dtype.itemsize
         row_bytes = math.prod(info.shape[1:]) * itemsize
         start, wanted = info.start + first_row * row_bytes, out.nbytes // max(1, len(out))
         if first_column * itemsize + wanted > row_bytes or start + len(out) * row_bytes > info.stop:
@@ -142,7 +142,7 @@ class Checkpoint:
         """Read a whole tensor into a new array of the stored dtype."""
         info = self.tensors[name]
         whole = [block for _, block in self.blocks(name, block_bytes=max(1, info.nbytes))]
-        return whole[0].reshape(info.shape) if whole else np.empty(info.shape, FLOAT_DTYPES[info.dtype])
+        return whole[0].reshape(info.shape) if whole else np.empty(info.shape, info.array_dtype)
 
     def close(self) -> None:
         """Close the files; `tensors` stays valid."""
@@ -167,12 +167,6 @@ class Checkpoint:
             raise
         self._files[path] = file
         return header
-
-
-def _float_dtype(info: TensorInfo) -> np.dtype:
-    if info.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(info.file, [f"tensor {show(info.name)} is {info.dtype}; want a float type"])
-    return FLOAT_DTYPES[info.dtype]
 
 
 def open_checkpoint(folder: str | os.PathLike[str]) -> Checkpoint:

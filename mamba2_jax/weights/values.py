@@ -2,8 +2,12 @@
 
 import math
 import threading
+from collections.abc import Iterable
 
+import jax.numpy as jnp
 import numpy as np
+
+from mamba2_jax.config.leaves import Leaf
 
 _EXPONENT = {
     8: 0x7FF0 << 48,
@@ -67,3 +71,14 @@ def copy_rows(source: np.ndarray, target: np.ndarray, scratch: Scratch) -> None:
         second[row : row + _TILE_ROWS] = first[row : row + _TILE_ROWS]
     if into:
         target[...] = buffer
+
+
+def target_dtype(leaves: Iterable[Leaf], own: np.dtype, wanted: np.dtype | None) -> np.dtype:
+    """Return the dtype that leaves of dtype `own` get: `wanted`; None keeps theirs.
+
+    A_log, dt_bias and D get the smallest dtype that holds both: float32 for float16 with bfloat16.
+    """
+    if wanted is None:
+        return own
+    precise = any(leaf.role.keep_precision for leaf in leaves)
+    return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted

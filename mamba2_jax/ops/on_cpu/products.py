@@ -40,7 +40,7 @@ def _transposed(rows: Float[Array, "r d"]) -> Float[Array, "d r"]:
     return jnp.moveaxis(rows.reshape(2, -1, rows.shape[1]), 2, 0).reshape(rows.shape[::-1])
 
 
-def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d o"]:
+def as_matrix(weight: Float[Array, "d *out"]) -> Float[Array, "d *o"]:
     """Flatten the output axes of a weight to one axis on a CPU.
 
     With several output axes, a gradient contracts several axes: XLA on a CPU fails at that in half precision
