@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.typing import ArrayLike
 
 from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -36,7 +37,7 @@ _READ = ("input_ids", "labels", "attention_mask", "segment_ids")  # of a batch, 
 
 def loss_fn(
     model: Mamba2ForCausalLM,
-    batch: Mapping[str, Array],
+    batch: Mapping[str, ArrayLike],
     *,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
