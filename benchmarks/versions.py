@@ -18,7 +18,7 @@ import time
 
 ROOT = pathlib.Path(__file__).parents[1]
 DTYPES = ("float32", "bfloat16")
-LAYERS = 6
+LAYERS = 4
 PROMPT = (1, 2048)
 NEW_TOKENS = 48
 BATCH = (2, 512)  # no more than the Trainer takes at a time on a CPU
@@ -71,7 +71,7 @@ def measure(folder: pathlib.Path, repeat: int) -> dict:
         ["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
     found: dict = {"about": f"{commit}, jax {jax.__version__}"}
-    config = mamba2_jax.Mamba2Config.preset("mamba2-130m").replace(num_hidden_layers=LAYERS, vocab_size=4096)
+    config = mamba2_jax.Mamba2Config.preset("mamba2-130m").replace(num_hidden_layers=LAYERS)
 
     def clock(what: str, run, count: int = 1) -> None:
         times = []
