@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mamba2_jax.ops.on_cpu import gradients as cpu_gradients
-from mamba2_jax.ops.on_cpu.gradients import for_every, product, repeat
+from mamba2_jax.ops.on_cpu.gradients import for_every, product
 
 RNG = np.random.default_rng(0)
 
@@ -49,32 +49,21 @@ def test_a_products_gradient_is_not_turned():
     assert transpositions(jnp.einsum) > 0
 
 
-@pytest.mark.parametrize("axis", [0, 1, -1, -2])
-@pytest.mark.parametrize("count", [1, 2, 3, 8, 12])
-def test_repetitions_and_their_gradients(count, axis):
-    array = draw(3, 4)
-    expected = jnp.stack([array] * count, axis)
-    np.testing.assert_array_equal(repeat(array, count, axis), expected)
-    weights = draw(*expected.shape)
-    gradient = jax.grad(lambda array: (jnp.sin(repeat(array, count, axis)) * weights).sum())(array)
-    np.testing.assert_allclose(gradient, (jnp.cos(expected) * weights).sum(axis), rtol=1e-5, atol=1e-6)
-    _, tangent = jax.jvp(lambda array: repeat(array, count, axis), (array,), (2 * array,))
-    np.testing.assert_array_equal(tangent, 2 * expected)
-
-
 def test_repetitions_are_summed_by_halves():
     def sum_of(gradient):
-        return jax.vjp(lambda array: repeat(array, 8, 0), jnp.ones(3))[1](gradient)
+        return jax.vjp(lambda array: for_every((8,), array), jnp.ones(3))[1](gradient)
 
     assert str(jax.make_jaxpr(sum_of)(jnp.ones((8, 3)))).count(" split[") == 3
 
 
-@pytest.mark.parametrize("shape", [(), (1,), (2, 6), (1, 5)])
+@pytest.mark.parametrize("shape", [(), (1,), (2, 6), (1, 5), (8,), (3,)])
 def test_one_array_for_every_index(shape):
     array = draw(3, 4)
     expected = jnp.broadcast_to(array, (*shape, 3, 4))
     np.testing.assert_array_equal(for_every(shape, array), expected)
     weights = draw(*expected.shape)
+    _, tangent = jax.jvp(lambda array: for_every(shape, array), (array,), (2 * array,))
+    np.testing.assert_array_equal(tangent, 2 * expected)
     gradient = jax.grad(lambda array: (for_every(shape, array) * weights).sum())(array)
     np.testing.assert_allclose(gradient, weights.sum(tuple(range(len(shape)))), rtol=1e-5, atol=1e-6)
 
@@ -83,7 +72,7 @@ def test_second_order_and_vmap():
     a, b = draw(2, 4), draw(4, 3)
 
     def ours(a, b):
-        return jnp.sin(product("qn,nk->qk", a, b) * repeat(b[0], 2, 0)).sum()
+        return jnp.sin(product("qn,nk->qk", a, b) * for_every((2,), b[0])).sum()
 
     def own(a, b):
         return jnp.sin((a @ b) * b[0]).sum()
@@ -103,7 +92,7 @@ def test_elsewhere_they_are_jaxs_own(monkeypatch):
     monkeypatch.setattr(cpu_gradients, "platform", lambda: "gpu")
 
     def everything(a, b):
-        return product("qn,nk->qk", a, b) + repeat(b[0], 2, 0) + for_every((2,), b[1])
+        return product("qn,nk->qk", a, b) + for_every((2,), b[1])
 
     jaxpr = str(jax.make_jaxpr(everything)(draw(2, 4), draw(4, 3)))
     assert "custom" not in jaxpr

@@ -29,46 +29,27 @@ def product(formula: str, a: Array, b: Array) -> Array:
     return jnp.einsum(formula, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
 
 
-def repeat(array: Array, count: int, axis: int) -> Array:
-    """Broadcast `array (*left, *right)` along a new axis of size `count` at `axis`: `(*left, count, *right)`.
-
-    The gradient is a sum over that axis. XLA on a CPU calls a library for the sum, whose operands must be
-    written to memory first. Summed by repeated halving, the gradient is fused into the loops around it.
-    """
-    if platform() == "cpu":
-        return _repeat(array, count, axis)
-    return _broadcast(array, count, axis)
-
-
-def _broadcast(array: Array, count: int, axis: int) -> Array:
-    axis %= array.ndim + 1
-    others = tuple(other for other in range(array.ndim + 1) if other != axis)
-    shape = (*array.shape[:axis], count, *array.shape[axis:])
-    return jax.lax.broadcast_in_dim(array, shape, others)
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
-def _repeat(array: Array, count: int, axis: int) -> Array:
-    return _broadcast(array, count, axis)
-
-
-@_repeat.defjvp
-def _repeat_by_doubling(
-    count: int, axis: int, arrays: tuple[Array], tangents: tuple[Array]
-) -> tuple[Array, Array]:
-    doublings = (count & -count).bit_length() - 1  # the power of two in `count`
-    tangent = _broadcast(tangents[0], count >> doublings, axis)
-    for _ in range(doublings):
-        tangent = jnp.concatenate([tangent, tangent], axis)
-    return _broadcast(arrays[0], count, axis), tangent
-
-
 def for_every(shape: tuple[int, ...], array: Array) -> Array:
-    """Broadcast `array (*own)` to `(*shape, *own)`, with the gradient summed by halving as in `repeat`.
+    """Broadcast `array (*own)` to `(*shape, *own)`.
 
-    `shape` is folded to one axis, because XLA on a CPU takes thirty times as long for the sum that halving
-    leaves when an axis of size 1 is beside it.
+    The gradient is a sum over `shape`. XLA on a CPU calls a library for it, whose operands must be written to
+    memory first. Summed by repeated halving, the gradient is fused into the loops around it. `shape` is
+    folded to one axis: beside an axis of size 1, the sum that halving leaves takes thirty times as long.
     """
     if platform() != "cpu":
         return jnp.broadcast_to(array, (*shape, *array.shape))
-    return _repeat(array, math.prod(shape), 0).reshape(*shape, *array.shape)
+    return _for_each(math.prod(shape), array).reshape(*shape, *array.shape)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _for_each(count: int, array: Array) -> Array:
+    return jnp.broadcast_to(array, (count, *array.shape))
+
+
+@_for_each.defjvp
+def _by_doubling(count: int, arrays: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    doublings = (count & -count).bit_length() - 1  # the power of two in `count`
+    tangent = jnp.broadcast_to(tangents[0], (count >> doublings, *tangents[0].shape))
+    for _ in range(doublings):
+        tangent = jnp.concatenate([tangent, tangent])
+    return _for_each(count, arrays[0]), tangent

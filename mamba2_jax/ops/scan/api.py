@@ -28,8 +28,8 @@ def ssd(
     Args:
         x: inputs `(b, l, h, p)`; their dtype is the compute dtype of the matrix products.
         dt: step sizes `(b, l, h)` after softplus and clamp; a token with dt = 0 leaves the state unchanged.
-        A: `(h,)`, negative: natural-log decay per unit of dt. Below -1e30, also -inf, it counts as -1e30 and has
-            gradient 0: any dt above 1e-27 wipes the state, and dt = 0 leaves it.
+        A: `(h,)`, negative: natural-log decay per unit of dt. Below -1e30, also -inf, it counts as -1e30 and
+            has gradient 0: any dt above 1e-27 wipes the state, and dt = 0 leaves it.
         B: `(b, l, g, n)`; `g` divides `h`, head `i` uses group `i // (h // g)`.
         C: `(b, l, g, n)`.
         D: skip weights `(h,)` or `(h, p)`.

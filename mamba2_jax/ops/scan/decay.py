@@ -20,7 +20,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from mamba2_jax.ops.on_cpu.gradients import repeat
 from mamba2_jax.typing import Array, Float
 
 LOWEST_A = -1e30
@@ -79,7 +78,7 @@ def _log_decays_jvp(arrays: tuple[Array], tangents: tuple[Array]) -> tuple[LogDe
     return log_decays(a), LogDecays(
         from_start=product("...t,qt->...q", da, through_q),
         to_end=product("...t,ts->...s", da, behind_s),
-        between=product("...qt,ts->...qs", repeat(da, a.shape[-1], axis=-2) * through_q, behind_s),
+        between=product("...qt,ts->...qs", da[..., None, :] * through_q, behind_s),
     )
 
 
