@@ -10,7 +10,6 @@ from jax.sharding import AxisType, Mesh
 AXES: tuple[str, ...] = ("data", "fsdp", "sequence", "tensor")
 """Mesh axes, outermost first: devices that differ only in the last axis are neighbours."""
 
-
 BATCH = ("data", "fsdp")
 """The mesh axes that shard batch rows."""
 

@@ -158,8 +158,6 @@ batching.primitive_batchers[_tangent] = _tangent_batched
 
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of mallopt(3), in malloc.h
-
-
 _MOST = 2**31 - 1  # bytes of freed memory kept; the largest C int
 
 
