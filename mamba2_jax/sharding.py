@@ -112,8 +112,8 @@ def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None,
         what, count = _pieces(word, units, config)
         why = ""
         if axis is not None and count % size:
-            # With fewer groups than devices, each device's heads belong to one group.
-            shared = what == "groups" and size % count == 0
+            # With fewer groups (or key heads) than devices, each device's heads belong to one of them.
+            shared = what in ("groups", "key heads") and size % count == 0
             why = _BY_DESIGN if shared else f"{axis}={size} does not divide {what}={count}"
         result.append((axis, why))
     return result

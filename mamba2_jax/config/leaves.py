@@ -80,7 +80,8 @@ class Leaf:
 class StoredTensor:
     """One tensor of a checkpoint under its canonical name, with the leaves in the order of its stored rows.
 
-    `leaves` is empty for a head that the file may contain but the model does not have. `reason` says, for
+    `name` is the path of the leaves up to the suffix of each; `file_name` is what the family's files call the
+    tensor. `leaves` is empty for a head that the file may contain but the model does not have. `reason` says, for
     messages, which option requires an optional tensor; "" for other tensors.
     """
 
@@ -88,11 +89,16 @@ class StoredTensor:
     shape: tuple[int, ...]
     leaves: tuple[Leaf, ...]
     reason: str = ""
+    file_name: str = ""
 
-    def below(self, at: str) -> "StoredTensor":
-        """Return a copy with the prefix `at` on the tensor's name and on the leaves' paths."""
+    def below(self, at: str, file_name: str = "") -> "StoredTensor":
+        """Return a copy with the prefix `at` on the tensor's name and on the leaves' paths.
+
+        `file_name` is the name in files; "": the same name.
+        """
         leaves = tuple(dataclasses.replace(leaf, path=at + leaf.path) for leaf in self.leaves)
-        return StoredTensor(at + self.name, self.shape, leaves, self.reason)
+        name = at + self.name
+        return StoredTensor(name, self.shape, leaves, self.reason, file_name or name)
 
 
 @dataclass(frozen=True)
@@ -143,10 +149,10 @@ class Part:
 
 
 def projection(
-    name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = ""
+    name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = "", when: str = ""
 ) -> tuple[Tensor, ...]:
-    """Declare a matrix stored `(rows, width)`, and its bias if `bias` names an option."""
-    weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,))
+    """Declare a matrix stored `(rows, width)` under the option `when`, and its bias under the option `bias`."""
+    weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,), when)
     return (weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)) if bias else (weight,)
 
 

@@ -61,9 +61,14 @@ class Rows(NamedTuple):
 class LayerState(NamedTuple):
     """State of one layer in a `Mamba2Cache`."""
 
-    conv: ConvState | AttentionConvState | None  # None: attention without a convolution
-    ssm: Float[Array, "b h p n"] | None  # None: attention
-    attention: KeyValues | None
+    conv: ConvState | AttentionConvState | None = None  # None: attention without a convolution
+    ssm: Float[Array, "b h p n"] | None = None  # None: attention
+    attention: KeyValues | None = None
+
+    def updated(self, by: "LayerState") -> "LayerState":
+        """Return the state with the fields that a mixer has; a layer may have two mixers."""
+        pairs = zip(self, by, strict=True)
+        return LayerState(*(old if new is None else new for old, new in pairs))
 
 
 class Part(NamedTuple):

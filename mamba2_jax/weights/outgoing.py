@@ -52,7 +52,7 @@ def outgoing_weights(
         target = np.dtype((stored_dtypes or {}).get(stored.name, own))
         target = target_dtype(stored.leaves, target, None if dtype is None else check_dtype(dtype))
         blocks = _row_blocks(stored, arrays)
-        name = written_name(stored.name, format, head)
+        name = written_name(stored, format, head)
         outgoing.append(Outgoing(name, stored.shape, target, blocks))
     return outgoing
 
@@ -92,7 +92,7 @@ def convertible_weights(
                     raise CheckpointError(checkpoint.folder, [message])
                 yield block
 
-        outgoing.append(Outgoing(written_name(stored.name, format, head=True), stored.shape, target, blocks))
+        outgoing.append(Outgoing(written_name(stored, format, head=True), stored.shape, target, blocks))
     return outgoing
 
 

@@ -3,6 +3,7 @@
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.families import ignored_prefixes
 from mamba2_jax.weights.files import CheckpointError, show
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.reader import Checkpoint
@@ -33,8 +34,11 @@ def plan_load(
     tied = config.tie_word_embeddings
     found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
     needed = {stored.name: stored for stored in table}
-    problems = [f"tensor {name!r} is missing{_why_missing(needed[name])}" for name in missing]
-    for name in unexpected:
+    problems = [
+        f"tensor {needed[name].file_name!r} is missing{_why_missing(needed[name])}" for name in missing
+    ]
+    ignored = [name for name in unexpected if name.startswith(ignored_prefixes(config.family))]
+    for name in sorted(set(unexpected) - set(ignored)):
         info = checkpoint.tensors[name]
         shape = f"{info.dtype} {show_shape(info.shape)}"
         problems.append(f"tensor {show(name)} ({shape}, in {info.file.name}) is unexpected")
@@ -46,6 +50,9 @@ def plan_load(
         if info.dtype not in FLOAT_DTYPES:
             problems.append(f"{label(info)} is {info.dtype}, want a float type ({', '.join(FLOAT_DTYPES)})")
     notes = []
+    if ignored:
+        starts = ", ".join(sorted({name.partition(".")[0] for name in ignored}))
+        notes.append(f"{len(ignored)} tensors of {starts} are not used: prediction of several tokens at a time")
     if not problems and HEAD in found and not needed[HEAD].leaves:
         output, embedding = (checkpoint.tensors[found[name]] for name in (HEAD, EMBEDDING))
         if not head:

@@ -42,22 +42,28 @@ def assemble(stored: StoredTensor, arrays: Mapping[str, np.ndarray]) -> np.ndarr
     return np.concatenate(parts).reshape(stored.shape)
 
 
-def stored_names(name: str) -> tuple[str, ...]:
-    """Return every name under which a file may hold a tensor, the canonical name first.
+def stored_names(stored: StoredTensor) -> tuple[str, ...]:
+    """Return every name under which a file may hold a tensor, the family's own name first.
 
-    state-spaces writes `embedding` for `embeddings`, Mistral adds the prefix `model.`, and a bare Mamba2Model
-    has no prefix `backbone.`.
+    state-spaces writes `embedding` for `embeddings`, Mistral adds the prefix `model.`, transformers 5 calls
+    some families' `backbone.` `model.`, and a bare model without a head has no such prefix.
     """
+    name = stored.file_name
+    bare = _without_prefix(name)
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [f"model.{other}" for other in names] + [other.removeprefix(BACKBONE) for other in names]
+    names += [f"model.{other}" for other in (*names, bare)] + [_without_prefix(other) for other in names]
     return tuple(dict.fromkeys(names))
 
 
-def written_name(name: str, form: str, head: bool) -> str:
-    """Return the name of a tensor in a form; names of a bare Mamba2Model have no prefix `backbone.`."""
+def written_name(stored: StoredTensor, form: str, head: bool) -> str:
+    """Return the name of a tensor in a form; a bare model without a head has no prefix `backbone.`."""
     if form == "state-spaces":
-        return name.replace("backbone.embeddings.", "backbone.embedding.")
-    return name if head else name.removeprefix(BACKBONE)
+        return stored.name.replace("backbone.embeddings.", "backbone.embedding.")
+    return stored.file_name if head else _without_prefix(stored.file_name)
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(BACKBONE).removeprefix("model.")
 
 
 def match_names(
@@ -77,7 +83,7 @@ def match_names(
     found: dict[str, str] = {}
     missing = []
     for stored in table:
-        name = next((name for name in stored_names(stored.name) if name in present), None)
+        name = next((name for name in stored_names(stored) if name in present), None)
         if name is not None:
             found[stored.name] = name
         elif stored.leaves:
