@@ -147,7 +147,10 @@ def test_leaves_of_one_name_are_alike_in_every_kind():
         for variant in ("hybrid", "hybrid, MLPs, no biases"):
             for stored in kind.tensors.stored(make_config(variant)):
                 for leaf in stored.leaves:
-                    assert seen.setdefault((kind.attributes[0], leaf.path), (leaf.axes, leaf.role)) == (leaf.axes, leaf.role)
+                    assert seen.setdefault((kind.attributes[0], leaf.path), (leaf.axes, leaf.role)) == (
+                        leaf.axes,
+                        leaf.role,
+                    )
 
 
 def test_the_kinds_of_layers_decide_what_a_cache_holds():

@@ -71,7 +71,9 @@ def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     """List the config options that differ from plain Mamba-2: attention, MLPs, gate and D."""
     rows = []
     attention_layers = [
-        index for index, layer in enumerate(config.layers) if any(slot.kind == "attention" for slot in layer[0])
+        index
+        for index, layer in enumerate(config.layers)
+        if any(slot.kind == "attention" for slot in layer[0])
     ]
     if attention_layers and (attention := config.attn_cfg) is not None:
         heads = f"{attention.num_heads} heads of {attention.head_dim} channels"

@@ -262,9 +262,14 @@ def _layer(layer: Layer, config: "Mamba2Config") -> list[tuple[str, StoredTensor
     """List the tensors of one block, with names below it; each after the prefix that families rename."""
     tensors = []
     for norm, branch in zip(NORMS, layer, strict=False):
-        modules = [(norm, norm, _NORM), *((slot.attribute, slot.kind, KINDS[slot.kind].tensors) for slot in branch)]
+        modules = [
+            (norm, norm, _NORM),
+            *((slot.attribute, slot.kind, KINDS[slot.kind].tensors) for slot in branch),
+        ]
         for attribute, kind, part in modules:
-            tensors += [(f"{kind}.{stored.name}", stored.below(f"{attribute}.")) for stored in part.stored(config)]
+            tensors += [
+                (f"{kind}.{stored.name}", stored.below(f"{attribute}.")) for stored in part.stored(config)
+            ]
     return tensors
 
 

@@ -52,7 +52,9 @@ def plan_load(
     notes = []
     if ignored:
         starts = ", ".join(sorted({name.partition(".")[0] for name in ignored}))
-        notes.append(f"{len(ignored)} tensors of {starts} are not used: prediction of several tokens at a time")
+        notes.append(
+            f"{len(ignored)} tensors of {starts} are not used: prediction of several tokens at a time"
+        )
     if not problems and HEAD in found and not needed[HEAD].leaves:
         output, embedding = (checkpoint.tensors[found[name]] for name in (HEAD, EMBEDDING))
         if not head:

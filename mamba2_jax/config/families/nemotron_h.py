@@ -29,7 +29,13 @@ _OTHER_KEYS = {
 _HARMLESS = (
     *("attention_bias", "mamba_proj_bias", "mamba_ssm_cache_dtype", "mlp_hidden_act", "n_shared_experts"),
     *("moe_shared_expert_overlap", "num_hidden_layers", "num_nextn_predict_layers", "partial_rotary_factor"),
-    *("mtp_hybrid_override_pattern", "mtp_layers_block_type", "residual_in_fp32", "rms_norm_eps", "rope_theta"),
+    *(
+        "mtp_hybrid_override_pattern",
+        "mtp_layers_block_type",
+        "residual_in_fp32",
+        "rms_norm_eps",
+        "rope_theta",
+    ),
     *("rescale_prenorm_residual", "rope_parameters", "time_step_rank", "norm_eps"),
 )
 _MOE = (
