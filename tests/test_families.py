@@ -1,4 +1,4 @@
-"""Models of the families on the Mamba-2 mixer against transformers, and where it is wrong, against themselves."""
+"""Models of the families on the Mamba-2 mixer: against transformers, and, where it is wrong, themselves."""
 
 import shutil
 

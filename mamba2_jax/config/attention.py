@@ -13,9 +13,9 @@ class AttentionConfig:
 
     `Mamba2Config` replaces None in `num_heads_kv` and `head_dim` by integers. `d_conv` is the number of taps
     of the convolution over q, k and v (0: none). Rotary embeddings rotate the first `rotary_emb_dim` channels
-    of each head. `mlp_dim` adds a gated MLP in parallel to the heads (0: none). `separate`: q, k and v are
-    tensors of their own (`q_proj`, `k_proj`, `v_proj`, `o_proj`), as in transformers' models; such layers have
-    neither convolution nor MLP.
+    of each head. `mlp_dim` adds a gated MLP in parallel to the heads (0: none). `separate`: q, k and v have
+    tensors of their own (`q_proj`, `k_proj`, `v_proj`, `o_proj`), as in transformers' models; such layers
+    have neither convolution nor MLP.
     """
 
     num_heads: int

@@ -81,7 +81,7 @@ class StoredTensor:
     """One tensor of a checkpoint under its canonical name, with the leaves in the order of its stored rows.
 
     `name` is the path of the leaves up to the suffix of each; `file_name` is what the family's files call the
-    tensor. `leaves` is empty for a head that the file may contain but the model does not have. `reason` says, for
+    tensor. `leaves` is empty for a head that the file may contain but the model lacks. `reason` says, for
     messages, which option requires an optional tensor; "" for other tensors.
     """
 
@@ -151,7 +151,7 @@ class Part:
 def projection(
     name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = "", when: str = ""
 ) -> tuple[Tensor, ...]:
-    """Declare a matrix stored `(rows, width)` under the option `when`, and its bias under the option `bias`."""
+    """Declare a matrix stored `(rows, width)`, if the option `when` is set, and its bias, if `bias` is."""
     weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,), when)
     return (weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)) if bias else (weight,)
 

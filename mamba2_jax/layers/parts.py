@@ -67,8 +67,8 @@ class Projection(Adaptable):
 class MLP(nnx.Module):
     """MLP without biases: `silu(gate) * value` or `relu(value) ** 2` between two projections.
 
-    The input projections are those of `config.mlp.names`: one `(d, 2, m)` for gate and value, one `(d, m)` for
-    each, or one `(d, m)` without a gate. The output projection is `(m, d)`.
+    The input projections are those of `config.mlp.names`: one `(d, 2, m)` for gate and value, one `(d, m)`
+    for each, or one `(d, m)` without a gate. The output projection is `(m, d)`.
     """
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):

@@ -66,14 +66,13 @@ def family_dict(config: "Mamba2Config") -> dict[str, Any]:
     """Return the content of a family's `config.json`: the file that was read, with what changed since.
 
     Raises:
-        NotImplementedError: a change that the family's file cannot express, or a config that was not read
-            from such a file.
+        NotImplementedError: a change that is not written, or a config not read from such a file.
     """
     family = FAMILIES[config.family]
     if config.source is None:
         raise NotImplementedError(
-            f"Mamba2Config.to_dict: a config of the family {config.family!r} is written from the file that it"
-            " was read from; build it with Mamba2Config.from_dict"
+            f"Mamba2Config.to_dict: a config of the family {config.family!r} is written from the file that it "
+            "was read from; build it with Mamba2Config.from_dict"
         )
     content = json.loads(config.source)
     for name, key in family.write.items():
@@ -85,7 +84,7 @@ def family_dict(config: "Mamba2Config") -> dict[str, Any]:
     if again != config:
         changed = [name for name in vars(again) if getattr(again, name) != getattr(config, name, None)]
         raise NotImplementedError(
-            f"Mamba2Config.to_dict: {', '.join(sorted(changed))} differ from the file that the config was read"
-            f" from, which {family.architecture} cannot express here; change that file instead"
+            f"Mamba2Config.to_dict: {', '.join(sorted(changed))} differ from the file that the config was "
+            f"read from, and are not written; change the file of {family.architecture} instead"
         )
     return content | {"architectures": [family.architecture], "model_type": config.family}

@@ -37,7 +37,7 @@ class ConfigFile:
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any) -> Any:
-        """Return the value of a key; `default`, that of the family's class in transformers, if it is absent."""
+        """Return the value of a key; if absent, `default`, that of the family's class in transformers."""
         self._read.add(key)
         return self.content.get(key, default)
 
@@ -105,9 +105,10 @@ class ConfigFile:
         """
         parameters = self.get("rope_parameters", None) or {}
         scaling = self.get("rope_scaling", None) or {}
-        kind = parameters.get("rope_type", scaling.get("rope_type", scaling.get("type", "default")))
-        if kind != "default":
-            self._refuse({"rope_type": kind})
+        for keys in (parameters, scaling):
+            kind = keys.get("rope_type", keys.get("type", "default"))
+            if kind != "default":
+                self._refuse({"rope_type": kind})
         base = parameters.get("rope_theta", self.get("rope_theta", base))
         part = parameters.get("partial_rotary_factor", self.get("partial_rotary_factor", fraction))
         if part != fraction:
