@@ -88,10 +88,9 @@ class Experts(nnx.Module):
         last = 1.0 if config.latent_size else gain
         self.down = uniform(rngs, (count, inside, inner), last / math.sqrt(inner), param_dtype)
         options = {"bias": False, "dtype": self.dtype, "param_dtype": param_dtype, "rngs": rngs}
-        self.fc1_latent = self.fc2_latent = None
-        if config.latent_size:
-            self.fc1_latent = Projection(width, (inside,), **options)
-            self.fc2_latent = Projection(inside, (width,), gain=gain, **options)
+        latent = bool(config.latent_size)
+        self.fc1_latent = Projection(width, (inside,), **options) if latent else None
+        self.fc2_latent = Projection(inside, (width,), gain=gain, **options) if latent else None
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Compute the float32 update of the residual stream. No token's update depends on another token."""
