@@ -36,7 +36,8 @@ __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch",
 _CUT_BY = {
     "width": "fsdp",
     **dict.fromkeys(("vocabulary", "heads", "groups", "mixed", "query_heads", "key_heads"), "tensor"),
-    **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP"), "tensor"),
+    **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP", "expert_width"), "tensor"),
+    "expert_input": "fsdp",
 }
 # An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")

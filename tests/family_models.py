@@ -60,6 +60,14 @@ _NEMOTRON = {
     "time_step_min": 1e-30,
 }
 
+_EXPERTS = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 2.5,
+}
+
 # name -> (class in transformers, arguments of its config)
 VARIANTS = {
     "bamba": (
@@ -83,6 +91,19 @@ VARIANTS = {
         {**_GRANITE, "layer_types": ["attention"] * 3, "position_embedding_type": "rope"},
     ),
     "nemotron": ("NemotronH", {**_NEMOTRON, "hybrid_override_pattern": "M-M*M-"}),
+    "granite, experts": (
+        "GraniteMoeHybrid",
+        {
+            **_GRANITE,
+            **{"layer_types": ["mamba", "attention", "mamba"], "position_embedding_type": "nope"},
+            **{"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24},
+        },
+    ),
+    "nemotron, experts": ("NemotronH", {**_NEMOTRON, **_EXPERTS, "hybrid_override_pattern": "ME*E"}),
+    "nemotron, groups, latent": (
+        "NemotronH",
+        {**_NEMOTRON, **_EXPERTS, "hybrid_override_pattern": "ME*", "n_group": 2, "moe_latent_size": 16},
+    ),
     "falcon": ("FalconH1", {**_FALCON, "mamba_rms_norm": False}),
     "falcon, norm": (
         "FalconH1",

@@ -122,6 +122,9 @@ def _layer_problems(fields: Mapping[str, Any]) -> list[str]:
         problems.append(f"{where} is given without attn_cfg; say what the attention layers look like")
     if "mlp" in kinds and fields["mlp_cfg"] is None and not fields["d_intermediate"]:
         problems.append("the layers have an MLP, but mlp_cfg is None and d_intermediate is 0; set one")
+    for kind, name in (("experts", "experts_cfg"), ("shared_expert", "shared_mlp_cfg")):
+        if kind in kinds and fields[name] is None:
+            problems.append(f"the layers have {kind}, but {name} is None; set it")
     return problems
 
 

@@ -27,19 +27,22 @@ from typing import TYPE_CHECKING
 from mamba2_jax.config.families import FAMILIES
 from mamba2_jax.config.layers import NORMS, Layer
 from mamba2_jax.config.leaves import (
+    CORRECTION,
     DYNAMICS,
     EMBEDDING_TABLE,
     OUTPUT_HEAD,
+    ROUTER,
     Leaf,
     Part,
     Role,
     StoredTensor,
     Tensor,
     convolution,
+    matrix_per_expert,
     projection,
     vector,
 )
-from mamba2_jax.config.mlp import MLP_LAYOUTS
+from mamba2_jax.config.mlp import MLP_LAYOUTS, MLPConfig
 
 if TYPE_CHECKING:
     from mamba2_jax.config.mamba2 import Mamba2Config
@@ -137,9 +140,8 @@ _ATTENTION = Part(
 )
 
 
-def _mlp_numbers(config: "Mamba2Config") -> Mapping[str, int]:
-    mlp = config.mlp
-    numbers = {"width": config.hidden_size, "MLP": 0 if mlp is None else mlp.width}
+def _mlp_numbers(width: int, mlp: MLPConfig | None) -> Mapping[str, int]:
+    numbers = {"width": width, "MLP": 0 if mlp is None else mlp.width}
     return numbers | {layout: mlp is not None and layout == mlp.layout for layout in MLP_LAYOUTS}
 
 
@@ -153,7 +155,39 @@ def _mlp_tensors(layout: str) -> tuple[Tensor, ...]:
     )
 
 
-_MLP = Part(tuple(tensor for layout in MLP_LAYOUTS for tensor in _mlp_tensors(layout)), _mlp_numbers)
+_MLP_TENSORS = tuple(tensor for layout in MLP_LAYOUTS for tensor in _mlp_tensors(layout))
+_MLP = Part(_MLP_TENSORS, lambda config: _mlp_numbers(config.hidden_size, config.mlp))
+_SHARED_EXPERT = Part(_MLP_TENSORS, lambda config: _mlp_numbers(config.hidden_size, config.shared_mlp_cfg))
+
+
+def _experts_numbers(config: "Mamba2Config") -> Mapping[str, int]:
+    experts = config.experts_cfg
+    if experts is None:
+        raise ValueError("Mamba2Config: a layer with experts without experts_cfg; say what they look like")
+    return {
+        "width": config.hidden_size,
+        "experts": experts.num_experts,
+        "expert_input": experts.latent_size or config.hidden_size,
+        "expert_width": experts.width,
+        "gated": experts.gated,
+        "not_gated": not experts.gated,
+        "sigmoid": experts.router == "sigmoid",
+        "latent": bool(experts.latent_size),
+    }
+
+
+_EXPERTS = Part(
+    (
+        Tensor("router.weight", ROUTER, {"": ("experts",)}, ("width",)),
+        vector("router.correction", "experts", role=CORRECTION, when="sigmoid"),
+        *projection("fc1_latent", "width", {"": ("expert_input",)}, when="latent"),
+        matrix_per_expert("up", "2", "expert_width", width="expert_input", when="gated"),
+        matrix_per_expert("up", "expert_width", width="expert_input", when="not_gated"),
+        matrix_per_expert("down", "expert_input", width="expert_width"),
+        *projection("fc2_latent", "expert_input", {"": ("width",)}, when="latent"),
+    ),
+    _experts_numbers,
+)
 
 
 @dataclass(frozen=True)
@@ -175,6 +209,8 @@ KINDS = {
     "mamba2": LayerKind(_MAMBA2, ("mixer",)),
     "attention": LayerKind(_ATTENTION, ("mixer", "attention"), attends=True),
     "mlp": LayerKind(_MLP, ("mlp",)),
+    "shared_expert": LayerKind(_SHARED_EXPERT, ("shared_expert",)),
+    "experts": LayerKind(_EXPERTS, ("experts",)),
 }
 
 _NORM = Part((vector("weight", "width"),), lambda config: {"width": config.hidden_size})

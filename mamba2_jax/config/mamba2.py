@@ -19,6 +19,7 @@ from typing import Any
 from mamba2_jax import hub
 from mamba2_jax.config import checks, families, forms, kinds
 from mamba2_jax.config.attention import AttentionConfig, attention_config
+from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import Layer, Slot, layer_of
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 from mamba2_jax.config.options import OPTIONS
@@ -74,7 +75,9 @@ class Mamba2Config:
             fields from here on are set by the readers of the families' files.
         layer_pattern: one letter per layer, a key of `config.layers.LAYERS`. None: from `attn_layer_idx`.
         feed_forward: modules after every mixer, under a norm of their own. None: an MLP if `d_intermediate`.
-        mlp_cfg: options of the MLPs of a family; with `d_intermediate` None.
+        mlp_cfg: options of the MLPs of a family; None: those of `d_intermediate`.
+        shared_mlp_cfg: options of the MLP in the layers with experts that every token goes through.
+        experts_cfg: options of the mixtures of experts.
         multipliers: constant factors on activations.
         source: the JSON of the file that the config was read from, if its family has files of its own; not
             part of the config's identity.
@@ -123,6 +126,8 @@ class Mamba2Config:
     layer_pattern: str = None  # pyright: ignore[reportAssignmentType]
     feed_forward: tuple[str, ...] = None  # pyright: ignore[reportAssignmentType]
     mlp_cfg: MLPConfig | None = None
+    shared_mlp_cfg: MLPConfig | None = None
+    experts_cfg: ExpertsConfig | None = None
     multipliers: Multipliers = Multipliers()
     source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 

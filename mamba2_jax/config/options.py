@@ -8,6 +8,7 @@ import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import LAYERS
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 
@@ -149,6 +150,8 @@ _FAMILY: dict[str, Check] = {
     "layer_pattern": Check(f"a string of the letters {' '.join(LAYERS)}", _optional(_letters)),
     "feed_forward": Check(f"a list of {', '.join(_MODULES)}", _optional(_feed_forward)),
     "mlp_cfg": _instance(MLPConfig),
+    "shared_mlp_cfg": _instance(MLPConfig),
+    "experts_cfg": _instance(ExpertsConfig),
     "multipliers": _instance(Multipliers),
 }
 

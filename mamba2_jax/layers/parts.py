@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config import Mamba2Config, MLPConfig
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.ops import rms_norm, silu_gate
 from mamba2_jax.ops.linear import linear
@@ -72,9 +72,9 @@ class MLP(nnx.Module):
     """
 
     def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        mlp = config.mlp
+        mlp = self.options_of(config)
         if mlp is None:
-            raise ValueError("MLP: the config has no MLP; set mlp_cfg or d_intermediate")
+            raise ValueError(f"{type(self).__name__}: the config has no MLP; set mlp_cfg or d_intermediate")
         self.names, self.multipliers = mlp.names, (config.multipliers.mlp_gate, config.multipliers.mlp_out)
         options = {"bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         out = (2, mlp.width) if self.names.pair else (mlp.width,)
@@ -82,6 +82,11 @@ class MLP(nnx.Module):
             setattr(self, name, Projection(config.hidden_size, out, **options))
         output = Projection(mlp.width, (config.hidden_size,), gain=residual_gain(config), **options)
         setattr(self, self.names.output, output)
+
+    @staticmethod
+    def options_of(config: Mamba2Config) -> MLPConfig | None:
+        """Return the options of this MLP in the config."""
+        return config.mlp
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Compute the float32 update of the residual stream."""
@@ -96,6 +101,15 @@ class MLP(nnx.Module):
         else:
             inner = jnp.square(jax.nn.relu(inputs[0])).astype(hidden.dtype)
         return scaled(getattr(self, self.names.output)(inner), on_output)
+
+
+class SharedExpert(MLP):
+    """MLP beside a mixture of experts that every token goes through."""
+
+    @staticmethod
+    def options_of(config: Mamba2Config) -> MLPConfig | None:
+        """Return the options of this MLP in the config."""
+        return config.shared_mlp_cfg
 
 
 def scaled(x: Array, factor: float) -> Array:

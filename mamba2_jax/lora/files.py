@@ -79,8 +79,8 @@ def save_lora(
     refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
     if refused and model.config.family in REFUSING_FAMILIES:
         warnings.warn(
-            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of this model, so only load_lora reads"
-            f" {folder}; for transformers, merge_lora and save the model",
+            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of this model, so only load_lora"
+            f" reads {folder}; for transformers, merge_lora and save the model",
             stacklevel=2,
         )
 
@@ -128,9 +128,9 @@ def load_lora(
     with open_file(folder, file) as checkpoint:
         found, problems = _group(checkpoint, sites)
         for module, site in sites.items():
-            name = site.target.file_name()
-            if is_targeted(name, settings, pattern) and not _factors(found.get(module, {})):
-                problems.append(f"target_modules names {name}, but the file has no tensor of it")
+            theirs = site.target.file_name()
+            if is_targeted(theirs, settings, pattern) and not _factors(found.get(module, {})):
+                problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
             target = sites[module].target
             problems += _check_shapes(checkpoint, target, tensors, settings.rank_of(target.file_name()))

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from mamba2_jax.config.families.family import EACH
 from mamba2_jax.config.kinds import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 from mamba2_jax.config.leaves import Leaf, StoredTensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "assemble",
     "checkpoint_table",
     "match_names",
+    "pieces_of",
     "stored_names",
     "written_name",
 ]
@@ -62,6 +64,11 @@ def written_name(stored: StoredTensor, form: str, head: bool) -> str:
     return stored.file_name if head else _without_prefix(stored.file_name)
 
 
+def pieces_of(name: str, stored: StoredTensor) -> list[str]:
+    """Return the names of the tensors in files that make up a stored tensor: one, or one per matrix."""
+    return [name.replace(EACH, str(number)) for number in range(stored.matrices)] if EACH in name else [name]
+
+
 def _without_prefix(name: str) -> str:
     return name.removeprefix(BACKBONE).removeprefix("model.")
 
@@ -82,14 +89,17 @@ def match_names(
     """
     found: dict[str, str] = {}
     missing = []
+    used: set[str] = set()
     for stored in table:
-        name = next((name for name in stored_names(stored) if name in present), None)
+        names = (name for name in stored_names(stored) if all(p in present for p in pieces_of(name, stored)))
+        name = next(names, None)
         if name is not None:
             found[stored.name] = name
+            used.update(pieces_of(name, stored))
         elif stored.leaves:
             missing.append(stored.name)
     if tied and EMBEDDING in missing and HEAD in found:
         missing.remove(EMBEDDING)
         found[EMBEDDING] = found.pop(HEAD)
-    unexpected = sorted(set(present) - set(found.values()))
+    unexpected = sorted(set(present) - used)
     return found, missing, unexpected

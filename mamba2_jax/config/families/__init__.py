@@ -71,8 +71,8 @@ def family_dict(config: "Mamba2Config") -> dict[str, Any]:
     family = FAMILIES[config.family]
     if config.source is None:
         raise NotImplementedError(
-            f"Mamba2Config.to_dict: a config of the family {config.family!r} is written from the file that it "
-            "was read from; build it with Mamba2Config.from_dict"
+            f"Mamba2Config.to_dict: a config of the family {config.family!r} is written from the file that "
+            "it was read from; build it with Mamba2Config.from_dict"
         )
     content = json.loads(config.source)
     for name, key in family.write.items():

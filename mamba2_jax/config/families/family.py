@@ -37,6 +37,9 @@ class Family(NamedTuple):
         return f"{self.layers}{index}.{_replace_prefix(name, self.inside)}"
 
 
+EACH = "{each}"
+"""In a name in files: the number of one of the equal tensors whose rows make up a tensor of ours."""
+
 COMMON_KEYS = {
     "vocab_size": "vocab_size",
     "pad_token_id": "pad_token_id",

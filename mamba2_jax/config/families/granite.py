@@ -7,6 +7,7 @@ Source: transformers' `modeling_granitemoehybrid.py`; ibm-granite/granite-4.0-h-
 
 from typing import Any
 
+from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.families.bamba import attention_fields, mixer_fields
 from mamba2_jax.config.families.family import COMMON_KEYS, Family
 from mamba2_jax.config.families.file import ConfigFile
@@ -20,10 +21,13 @@ def _read(file: ConfigFile) -> dict[str, Any]:
     rotary = file.rotary(heads["head_dim"])  # the keys are there also where the model does not rotate
     if file.get("position_embedding_type", None) == "rope":
         heads |= rotary
-    experts = file.get("num_local_experts", 8)
-    if experts:
-        raise NotImplementedError(
-            f"config: 'granitemoehybrid' with num_local_experts={experts} (a mixture of experts) is not supported"
+    experts = None
+    if count := file.get("num_local_experts", 8):
+        experts = ExpertsConfig(
+            num_experts=count,
+            width=file.integer("intermediate_size", 11008),
+            top_k=file.integer("num_experts_per_tok", 2),
+            gated=True,
         )
     fields = mixer_fields(file, hidden_size, 1e-6) | file.special_tokens(None, 1, 2)
     fields |= {
@@ -31,7 +35,8 @@ def _read(file: ConfigFile) -> dict[str, Any]:
         "tie_word_embeddings": file.get("tie_word_embeddings", False),
         "num_hidden_layers": layers,
         "layer_pattern": file.layer_letters("layer_types", "layers_block_type") or "M" * layers,
-        "feed_forward": ("mlp",),
+        "feed_forward": ("experts", "mlp") if experts else ("mlp",),
+        "experts_cfg": experts,
         "mlp_cfg": MLPConfig(
             width=file.integer("shared_intermediate_size", 1024), layout="input_output_linear"
         ),
@@ -57,6 +62,9 @@ GRANITE = Family(
         "mamba2.": "mamba.",
         "attention.": "self_attn.",
         "mlp.": "shared_mlp.",
+        "experts.router.": "block_sparse_moe.router.layer.",
+        "experts.up": "block_sparse_moe.input_linear.weight",
+        "experts.down": "block_sparse_moe.output_linear.weight",
     },
     write=COMMON_KEYS,
 )

@@ -8,7 +8,8 @@ Source: transformers' `modeling_nemotron_h.py`; nvidia/NVIDIA-Nemotron-Nano-9B-v
 
 from typing import Any
 
-from mamba2_jax.config.families.family import COMMON_KEYS, Family
+from mamba2_jax.config.experts import ExpertsConfig
+from mamba2_jax.config.families.family import COMMON_KEYS, EACH, Family
 from mamba2_jax.config.families.file import ConfigFile
 from mamba2_jax.config.mlp import MLPConfig
 
@@ -38,7 +39,7 @@ _HARMLESS = (
     ),
     *("rescale_prenorm_residual", "rope_parameters", "time_step_rank", "norm_eps"),
 )
-_MOE = (
+_MOE = (  # unread without experts
     *("moe_intermediate_size", "moe_latent_size", "moe_shared_expert_intermediate_size", "n_group"),
     *("n_routed_experts", "norm_topk_prob", "num_experts_per_tok", "routed_scaling_factor", "topk_group"),
 )
@@ -55,8 +56,6 @@ def _read(file: ConfigFile) -> dict[str, Any]:
     for key in ("mlp_bias", "sliding_window"):
         file.want(key, False, None)
     pattern = _pattern(file)
-    if "E" in pattern:
-        raise NotImplementedError("config: 'nemotron_h' with a mixture of experts is not supported")
     width = file.integer("intermediate_size", 21504)
     fields = file.special_tokens(0, 1, 2) | {
         "hidden_size": hidden_size,
@@ -92,8 +91,29 @@ def _read(file: ConfigFile) -> dict[str, Any]:
             "separate": True,
         },
     }
+    if "E" in pattern:
+        fields |= _expert_fields(file)
     file.refuse_unread([*_HARMLESS, *_OTHER_KEYS.values(), *_MOE])
     return fields
+
+
+def _expert_fields(file: ConfigFile) -> dict[str, Any]:
+    """Read the mixture of experts, and the expert that all tokens share."""
+    file.want("n_shared_experts", 1)  # transformers ignores the number, others multiply the width by it
+    width = file.integer("moe_shared_expert_intermediate_size", 7688)
+    experts = ExpertsConfig(
+        num_experts=file.integer("n_routed_experts", 8),
+        width=file.integer("moe_intermediate_size", 7688),
+        top_k=file.integer("num_experts_per_tok", 2),
+        gated=False,
+        router="sigmoid",
+        num_groups=file.integer("n_group", 1),
+        groups_kept=file.integer("topk_group", 1),
+        normalised=file.get("norm_topk_prob", True),
+        scale=file.number("routed_scaling_factor", 1.0),
+        latent_size=file.get("moe_latent_size", None) or 0,
+    )
+    return {"experts_cfg": experts, "shared_mlp_cfg": MLPConfig(width=width, layout="up_down")}
 
 
 def _pattern(file: ConfigFile) -> str:
@@ -112,7 +132,16 @@ NEMOTRON_H = Family(
     read=_read,
     outside={},
     layers="backbone.layers.",
-    inside=dict.fromkeys(("mamba2.", "attention.", "mlp."), "mixer."),
+    inside={
+        **dict.fromkeys(("mamba2.", "attention.", "mlp."), "mixer."),
+        "shared_expert.": "mixer.shared_experts.",
+        "experts.router.weight": "mixer.gate.weight",
+        "experts.router.correction": "mixer.gate.e_score_correction_bias",
+        "experts.up": f"mixer.experts.{EACH}.up_proj.weight",
+        "experts.down": f"mixer.experts.{EACH}.down_proj.weight",
+        "experts.fc1_latent.": "mixer.fc1_latent_proj.",
+        "experts.fc2_latent.": "mixer.fc2_latent_proj.",
+    },
     write=COMMON_KEYS,
     ignored=("mtp.",),
 )
