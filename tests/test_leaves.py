@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2Model
+from mamba2_jax.config import ExpertsConfig, MLPConfig
 from mamba2_jax.config.kinds import KINDS, checkpoint_table, leaf_at, role_of, weight_at
 from mamba2_jax.layers.kinds import MIXERS, MODULES
 from mamba2_jax.layers.state import Rows
@@ -115,10 +116,17 @@ def test_what_decays_and_what_is_orthogonalised(variant):
         assert projection(path) is is_matrix, path
 
 
+def with_experts(variant):
+    return make_config(variant).replace(
+        experts_cfg=ExpertsConfig(num_experts=4, width=24, top_k=2, gated=False, router="sigmoid"),
+        shared_mlp_cfg=MLPConfig(width=40, layout="up_down"),
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_its_tensors_its_module_and_its_state(kind):
     assert KINDS.keys() == MODULES.keys()
-    config = make_config("hybrid, MLPs, no biases")
+    config = with_experts("hybrid, MLPs, no biases")
     tensors = KINDS[kind].tensors.stored(config)
     shapes = {leaf.path: leaf.shape for stored in tensors for leaf in stored.leaves}
     assert shapes
@@ -145,7 +153,7 @@ def test_leaves_of_one_name_are_alike_in_every_kind():
     seen = {}
     for kind in KINDS.values():
         for variant in ("hybrid", "hybrid, MLPs, no biases"):
-            for stored in kind.tensors.stored(make_config(variant)):
+            for stored in kind.tensors.stored(with_experts(variant)):
                 for leaf in stored.leaves:
                     assert seen.setdefault((kind.attributes[0], leaf.path), (leaf.axes, leaf.role)) == (
                         leaf.axes,

@@ -71,7 +71,14 @@ class MLP(nnx.Module):
     for each, or one `(d, m)` without a gate. The output projection is `(m, d)`.
     """
 
-    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
         mlp = self.options_of(config)
         if mlp is None:
             raise ValueError(f"{type(self).__name__}: the config has no MLP; set mlp_cfg or d_intermediate")
