@@ -16,7 +16,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mamba2_jax.ops.device import platform
-from mamba2_jax.ops.on_cpu.products import computed_once, contract_last, entry
+from mamba2_jax.ops.on_cpu.products import contract_last, entry
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 _OPERANDS = {"sm": ("sd", "emd"), "sd": ("sm", "emd"), "emd": ("sm", "sd")}
@@ -127,7 +127,7 @@ def _transposed(dy: Any, a: Any, b: Any, *groups: Array, result: str, dtype: Any
     if type(dy) is ad.Zero:
         gradient = ad.Zero(operand.aval)
     else:
-        known = {result: computed_once(dy.astype(options["narrow"])), terms[1 - which]: other}
+        known = {result: dy, terms[1 - which]: other}
         left, right = (known[term] for term in _OPERANDS[terms[which]])
         gradient = _grouped.bind(
             left, right, *groups, result=terms[which], dtype=operand.aval.dtype, **options
