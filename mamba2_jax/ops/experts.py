@@ -157,7 +157,7 @@ def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
 def _run(x, up, down, expert_ids, gates, activation: str, dtype: DTypeLike, ragged: bool) -> Array:
     shape, num_experts = x.shape, len(down)
     x, expert_ids, gates = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, gates))
-    block = 1 if ragged else _rows_per_block(expert_ids.size, num_experts, dtype)
+    block = 1 if ragged else rows_per_block(expert_ids.size, num_experts)
     plan = sort_into_blocks(expert_ids, num_experts, block)
     product = partial(grouped_product, groups=plan.groups, dtype=dtype, ragged=ragged)
     full = jnp.promote_types(dtype, jnp.float32)
@@ -205,8 +205,16 @@ def sort_into_blocks(expert_ids: Int[Array, "t k"], num_experts: int, block: int
     return Plan(tokens, slots.reshape(expert_ids.shape), groups)
 
 
-def _rows_per_block(pairs: int, num_experts: int, dtype: DTypeLike) -> int:
-    return 32
+def rows_per_block(pairs: int, num_experts: int) -> int:
+    """Return the slots of a block: the power of two that holds an expert's mean number of pairs, or less.
+
+    On two cores, 64 experts of 3 x 512 x 1536 and 256 or 1024 tokens, blocks of 32 are as fast as those of 16
+    and a fifth faster than those of 64, in float32 and in bfloat16. Elsewhere a step of the loop costs more,
+    and blocks of under 16 rows waste a tensor core.
+    """
+    least, most = (1, 32) if platform() == "cpu" else (16, 128)
+    mean = -(-pairs // num_experts)
+    return min(max(1 << (mean - 1).bit_length(), least), most)
 
 
 def check_arguments(op: str, x, up, down, expert_ids, gates, activation, implementation) -> None:

@@ -15,7 +15,8 @@ from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from mamba2_jax.ops.on_cpu.products import computed_once
+from mamba2_jax.ops.device import platform
+from mamba2_jax.ops.on_cpu.products import contract_last, entry
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 _OPERANDS = {"sm": ("sd", "emd"), "sd": ("sm", "emd"), "emd": ("sm", "sd")}
@@ -74,8 +75,12 @@ def _by_block(a: Array, b: Array, groups: Groups, result: str, narrow: DTypeLike
     def step(block: Array, y: Array) -> Array:
         at = {"s": block, "e": groups.of_blocks[block]}
         # Cast here: a cast of the whole weight would read the matrices of unused groups too.
-        left, right = a[block].astype(narrow), b[at[of_b[0]]].astype(narrow)
-        part = jnp.einsum(formula, left, right, preferred_element_type=full)
+        left, right = entry(a, block).astype(narrow), entry(b, at[of_b[0]]).astype(narrow)
+        if result == "emd" and jnp.dtype(narrow).itemsize == 2 and platform() == "cpu":
+            terms, left, right = contract_last(formula, left, right)
+        else:
+            terms = formula
+        part = jnp.einsum(terms, left, right, preferred_element_type=full)
         return y.at[block].set(part) if result[0] == "s" else y.at[at["e"]].add(part)
 
     if result == "emd":
@@ -122,7 +127,7 @@ def _transposed(dy: Any, a: Any, b: Any, *groups: Array, result: str, dtype: Any
     if type(dy) is ad.Zero:
         gradient = ad.Zero(operand.aval)
     else:
-        known = {result: computed_once(dy.astype(options["narrow"])), terms[1 - which]: other}
+        known = {result: dy, terms[1 - which]: other}
         left, right = (known[term] for term in _OPERANDS[terms[which]])
         gradient = _grouped.bind(
             left, right, *groups, result=terms[which], dtype=operand.aval.dtype, **options
