@@ -70,7 +70,7 @@ class Multipliers:
     embedding: float = 1.0
     residual: float = 1.0
     logits: float = 1.0
-    ssm: tuple[float, float, float, float, float] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    ssm: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     ssm_out: float = 1.0
     attention_out: float = 1.0
     mlp_gate: float = 1.0

@@ -67,8 +67,7 @@ class LayerState(NamedTuple):
 
     def updated(self, by: "LayerState") -> "LayerState":
         """Return the state with the fields that a mixer has; a layer may have two mixers."""
-        pairs = zip(self, by, strict=True)
-        return LayerState(*(old if new is None else new for old, new in pairs))
+        return self._replace(**{name: value for name, value in by._asdict().items() if value is not None})
 
 
 class Part(NamedTuple):

@@ -46,9 +46,8 @@ _MOE = (  # unread without experts
 
 
 def _read(file: ConfigFile) -> dict[str, Any]:
-    file = ConfigFile(
-        {key: file.content[old] for key, old in _OTHER_KEYS.items() if old in file.content} | file.content
-    )
+    older = {key: file.content[old] for key, old in _OTHER_KEYS.items() if old in file.content}
+    file = ConfigFile({**older, **file.content})
     hidden_size, heads = file.integer("hidden_size", 4096), file.integer("mamba_num_heads", 128)
     head_dim = file.integer("mamba_head_dim", 64)
     for key, values in {"mamba_hidden_act": ("silu", "swish"), "mlp_hidden_act": ("relu2",)}.items():
