@@ -1,17 +1,21 @@
 """Models of the families on the Mamba-2 mixer: against transformers, and, where it is wrong, themselves."""
 
+import copy
 import shutil
 
 import family_models
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax.lora import LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 from mamba2_jax.training import loss_fn
 from mamba2_jax.weights import outgoing_weights
 
@@ -272,3 +276,30 @@ def test_text_is_generated_and_streamed(name):
         for _ in range(5):  # by hand: transformers' own cache differs, see the limits above
             ids = torch.cat([ids, family_models.oracle(name)(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert (np.asarray(tokens)[:, -5:] == ids[:, -5:].numpy()).all()
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("granite, experts", ("in_proj", "out_proj", "q_proj", "o_proj", "input_linear")),
+        ("nemotron", ("in_proj", "v_proj", "up_proj", "down_proj")),
+        ("falcon", ("in_proj", "self_attn.k_proj", "gate_proj", "down_proj")),
+    ],
+)
+def test_adapters_have_the_names_that_peft_gives_them(name, targets, tmp_path):
+    model = Mamba2ForCausalLM.from_pretrained(family_models.folder(name))
+    add_lora(model, LoraConfig(rank=2, targets=targets), rngs=nnx.Rngs(0))
+    parameters = lora_parameters(model)
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    nnx.update(model, jax.tree.map(lambda a: 0.2 * jax.random.normal(next(keys), a.shape), parameters))
+    want = np.asarray(model(jnp.array(IDS)).logits)
+    assert relative_error(model_of(name)(jnp.array(IDS)).logits, want) > 1e-3
+    save_lora(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(family_models.oracle(name)), tmp_path)
+    with torch.no_grad():
+        assert relative_error(theirs(torch.tensor(IDS)).logits.numpy(), want) < 2e-5
+    again = Mamba2ForCausalLM.from_pretrained(family_models.folder(name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_lora(again, tmp_path / "theirs")
+    assert (np.asarray(again(jnp.array(IDS)).logits) == want).all()
