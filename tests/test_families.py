@@ -259,6 +259,18 @@ def test_relatives_are_refused_by_name(model_type, reason):
         Mamba2Config.from_dict({"model_type": model_type, "hidden_size": 32})
 
 
+def test_names_with_another_prefix_are_read(tmp_path):
+    """transformers 5 calls Nemotron's backbone `model` in memory; a bare model's file has no prefix."""
+    tensors = load_file(family_models.folder("nemotron") / "model.safetensors")
+    for prefix in ("model.", ""):
+        folder = tmp_path / f"with {prefix}"
+        shutil.copytree(family_models.folder("nemotron"), folder)
+        renamed = {name.replace("backbone.", prefix, 1): array for name, array in tensors.items()}
+        save_file(renamed, folder / "model.safetensors")
+        again = Mamba2ForCausalLM.from_pretrained(folder)
+        assert all((again._arrays()[path] == a).all() for path, a in model_of("nemotron")._arrays().items())
+
+
 def test_predictors_of_several_tokens_are_left_out_with_a_note(tmp_path):
     shutil.copytree(family_models.folder("nemotron"), tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
