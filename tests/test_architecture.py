@@ -54,7 +54,7 @@ OUTSIDE = {
     "weights": "jax ml_dtypes numpy rich torch",
     "layers": "flax jax",
     "lora": "flax jax numpy safetensors",
-    "models": "flax jax numpy",
+    "models": "flax jax numpy safetensors",
     "generation": "jax numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli": "jax rich tyro",

@@ -4,17 +4,20 @@ The loop carries a fixed-size state, so the cost per token is constant. Prompts 
 lengths and the token budget is a traced operand, so a new prompt length or budget rarely recompiles.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.generation.prefill import read_prompts, tokens_seen
+from mamba2_jax.generation.processors import Processor, bind
 from mamba2_jax.generation.request import check_request
 from mamba2_jax.generation.sampling import Sampler, choose_token
-from mamba2_jax.models.cache import Mamba2Cache, bucket
+from mamba2_jax.generation.state import DecodeState, start_state
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.typing import Array, Bool, Float, Int
+from mamba2_jax.typing import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -30,18 +33,6 @@ class GenerateOutput:
     """Natural-log probabilities before temperature and filters; 0 after the end. None unless requested."""
     cache: Mamba2Cache
     """State after the prompt and exactly the returned tokens of each row; pass it on to continue."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """Carry of the decode loop: the cache and the logits of the next token."""
-
-    cache: Mamba2Cache
-    logits: Float[Array, "b v"]
-    finished: Bool[Array, " b"]
-    seen: Bool[Array, "b v"] | None  # ids that occur in the row so far, for the repetition penalty
-    step: Int[Array, ""]
 
 
 def generate(
@@ -111,31 +102,31 @@ def generate(
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    budget = request.budget
     with model.backbone.on_its_device():
-        tokens, lengths, logprobs, after = _generate(
+        state = _generate(
             model,
             request.input_ids,
             request.attention_mask,
             request.cache,
             request.sampler,
             request.key,
-            jnp.asarray(budget, jnp.int32),
-            size=bucket(budget),
+            jnp.asarray(request.budget, jnp.int32),
+            size=request.size,
+            piece=request.piece,
             capacity=request.capacity,
             eos=request.eos,
             pad=request.pad,
             return_logprobs=return_logprobs,
         )
     return GenerateOutput(
-        tokens=tokens[:, :budget],
-        lengths=lengths,
-        logprobs=None if logprobs is None else logprobs[:, :budget],
-        cache=after,
+        tokens=state.tokens[:, : request.budget],
+        lengths=state.lengths,
+        logprobs=None if state.logprobs is None else state.logprobs[:, : request.budget],
+        cache=state.cache,
     )
 
 
-@partial(jax.jit, static_argnames=("size", "capacity", "eos", "pad", "return_logprobs"))
+@partial(jax.jit, static_argnames=("size", "piece", "capacity", "eos", "pad", "return_logprobs"))
 def _generate(
     model,
     input_ids,
@@ -146,51 +137,52 @@ def _generate(
     budget,
     *,
     size,
+    piece,
     capacity,
     eos,
     pad,
     return_logprobs,
-) -> tuple[Array, Array, Array | None, Mamba2Cache]:
-    state = prefill(model, input_ids, attention_mask, cache, sampler, capacity=capacity)
-    state, tokens, lengths, logprobs = decode(
-        model, state, sampler, key, budget, size=size, eos=eos, pad=pad, return_logprobs=return_logprobs
+) -> DecodeState:
+    state = prefill(
+        model,
+        input_ids,
+        attention_mask,
+        cache,
+        sampler,
+        size=size,
+        piece=piece,
+        capacity=capacity,
+        pad=pad,
+        with_logprobs=return_logprobs,
     )
-    return tokens, lengths, logprobs, state.cache
+    return decode(model, state, sampler, key, budget, eos=eos, pad=pad)
 
 
 def prefill(
     model: Mamba2ForCausalLM,
-    input_ids: Int[Array, "b l"],
+    input_ids: Int[Array, "b l"] | None,
     attention_mask: Int[Array, "b l"] | None,
     cache: Mamba2Cache | None,
     sampler: Sampler,
+    inputs_embeds: Float[Array, "b l d"] | None = None,
     *,
-    capacity: int = 0,
+    size: int,
+    piece: int,
+    capacity: int,
+    pad: int,
+    with_logprobs: bool = False,
 ) -> DecodeState:
-    """Run the model over the prompts; call inside `jit`. Logits are computed for each row's last token only.
+    """Read the prompts and return the state of the decode loop; call inside `jit`.
 
-    `capacity`: slots in the key/value buffers of attention layers, for prompt and new tokens together.
+    Args as of `read_prompts`, `start_state` and `choose_token`. Logits are computed for each row's last token
+    only.
     """
-    batch, length = input_ids.shape
-    cache = None if cache is None else cache.reserve(capacity)
-    out = model.backbone.forward(input_ids, attention_mask, None, cache, None)
-    if attention_mask is None:
-        last_hidden = out.last_hidden_state[:, -1]
-    else:
-        last = length - 1 - jnp.argmax(attention_mask[:, ::-1] != 0, axis=1)  # (b,)
-        last_hidden = jnp.take_along_axis(out.last_hidden_state, last[:, None, None], axis=1)[:, 0]
-    seen = None
-    if sampler.repetition_penalty is not None:
-        counts = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask != 0
-        rows = jnp.arange(batch)[:, None]
-        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, input_ids].max(counts)
-    return DecodeState(
-        cache=out.cache.reserve(capacity),
-        logits=model.logits(last_hidden),
-        finished=jnp.zeros((batch,), bool),
-        seen=seen,
-        step=jnp.zeros((), jnp.int32),
+    cache, hidden = read_prompts(
+        model, input_ids, attention_mask, cache, inputs_embeds, piece=piece, capacity=capacity
     )
+    seen = tokens_seen(sampler, input_ids, attention_mask, hidden.shape[0], model.config.vocab_size)
+    logits = model.logits(hidden)
+    return start_state(cache, logits, size=size, pad=pad, seen=seen, with_logprobs=with_logprobs)
 
 
 def decode(
@@ -199,55 +191,49 @@ def decode(
     sampler: Sampler,
     key: Array | None,
     budget: Int[Array, ""],
+    processors: tuple[Processor, ...] = (),
     *,
-    size: int,
     eos: tuple[int, ...],
     pad: int,
-    return_logprobs: bool = False,
-) -> tuple[DecodeState, Int[Array, "b size"], Int[Array, " b"], Float[Array, "b size"] | None]:
-    """Decode up to `budget <= size` tokens per row; call inside `jit`. Stops early once every row has ended.
-
-    Returns:
-        The state to continue from; tokens `(b, size)`; number of new tokens per row `(b,)`; log-probabilities
-        `(b, size)`, or None without `return_logprobs`.
-    """
+) -> DecodeState:
+    """Decode until each row has ended or has `budget` new tokens; call inside `jit`."""
     batch = state.logits.shape[0]
-    freeze_rows = batch > 1 and bool(eos)  # with one row, its end stops the loop
     row_keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
-    def unfinished(carry):
-        index, state, _, _, _ = carry
-        return (index < budget) & ~jnp.all(state.finished)
+    def unfinished(state):
+        return (state.step < budget) & ~jnp.all(state.finished)
 
-    def one_token(carry):
-        index, state, tokens, lengths, logprobs = carry
-        keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
+    def one_token(state):
+        index = state.step
+        keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, index)
+        process = bind(processors, state.tokens, index)
         alive = ~state.finished
-        token = jnp.where(alive, choose_token(state.logits, sampler, state.seen, keys), pad)  # (b,)
-        tokens = tokens.at[:, index].set(token)
+        token = jnp.where(alive, choose_token(state.logits, sampler, state.seen, keys, process), pad)  # (b,)
+        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
+        ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros((batch,), bool)
+
+        # an ended row keeps its state; without end ids no row ends, and of one row the end stops the loop
+        mask = alive[:, None] if eos and not is_one(batch) else None
+        out = model.backbone.forward(token[:, None], mask, None, state.cache, None)
+        logprobs = state.logprobs
         if logprobs is not None:
             nats = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
             logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0).astype(jnp.float32))
-        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
-
-        mask = alive[:, None] if freeze_rows else None  # an ended row keeps its state unchanged
-        out = model.backbone.forward(token[:, None], mask, None, state.cache, None)
-        ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros((batch,), bool)
-        state = DecodeState(
+        return replace(
+            state,
             cache=out.cache,
             logits=model.logits(out.last_hidden_state[:, 0]),
             finished=state.finished | ended,
             seen=seen,
-            step=state.step + 1,
+            tokens=state.tokens.at[:, index].set(token),
+            lengths=state.lengths + alive,
+            logprobs=logprobs,
+            step=index + 1,
         )
-        return index + 1, state, tokens, lengths + alive, logprobs
 
-    start = (
-        jnp.zeros((), jnp.int32),
-        state,
-        jnp.full((batch, size), pad, jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch, size), jnp.float32) if return_logprobs else None,
-    )
-    _, state, tokens, lengths, logprobs = jax.lax.while_loop(unfinished, one_token, start)
-    return state, tokens, lengths, logprobs
+    return jax.lax.while_loop(unfinished, one_token, state)
+
+
+def is_one(size: int) -> bool:
+    """Return whether an axis has size 1; a symbolic size of `jax.export` may be larger."""
+    return isinstance(size, int) and size == 1
