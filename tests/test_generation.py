@@ -11,7 +11,8 @@ from flax import nnx
 from models import SIZES, jax_model, random_ids, relative, torch_model
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
-from mamba2_jax.generation.decoding import _generate, decode
+from mamba2_jax.generation.decoding import _generate
+from mamba2_jax.generation.loop import decode
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.state import start_state
 

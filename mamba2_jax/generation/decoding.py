@@ -4,17 +4,22 @@ The loop carries a fixed-size state, so the cost per token is constant. Prompts 
 lengths and the token budget is a traced operand, so a new prompt length or budget rarely recompiles.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from mamba2_jax.generation.prefill import read_prompts, tokens_seen
-from mamba2_jax.generation.processors import Processor, bind
+from mamba2_jax.generation.beams import beam_search
+from mamba2_jax.generation.loop import decode, prefill
+from mamba2_jax.generation.processors import Processor
 from mamba2_jax.generation.request import check_request
-from mamba2_jax.generation.sampling import Sampler, choose_token
-from mamba2_jax.generation.state import DecodeState, start_state
+from mamba2_jax.generation.sampling import Sampler
+from mamba2_jax.generation.search import Search, check_search, take_best
+from mamba2_jax.generation.speculative import PromptLookup, decode_speculatively, start_draft
+from mamba2_jax.generation.state import DecodeState
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.typing import Array, Float, Int
@@ -33,11 +38,15 @@ class GenerateOutput:
     """Natural-log probabilities before temperature and filters; 0 after the end. None unless requested."""
     cache: Mamba2Cache
     """State after the prompt and exactly the returned tokens of each row; pass it on to continue."""
+    scores: Float[Array, " b"] | None = None
+    """Of beam search: sum of log-probabilities / length ** length_penalty; of `best_of`: their mean."""
+    passes: Int[Array, " b"] | None = None
+    """With a `draft`: calls of the model per row; tokens per call are `(lengths - 1) / passes`."""
 
 
 def generate(
     model: Mamba2ForCausalLM,
-    input_ids: Int[Array, "b l"],
+    input_ids: Int[Array, "b l"] | None = None,
     attention_mask: Int[Array, "b l"] | None = None,
     *,
     max_new_tokens: int,
@@ -52,6 +61,15 @@ def generate(
     key: Array | None = None,
     cache: Mamba2Cache | None = None,
     return_logprobs: bool = False,
+    inputs_embeds: Float[Array, "b l d"] | None = None,
+    logits_processors: Sequence[Processor] = (),
+    num_return_sequences: int = 1,
+    best_of: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    draft: Mamba2ForCausalLM | PromptLookup | None = None,
+    num_draft_tokens: int = 4,
 ) -> GenerateOutput:
     """Continue each prompt up to an eos token or `max_new_tokens`. Also works inside your own `jit`.
 
@@ -65,16 +83,29 @@ def generate(
         top_p: keep the most likely tokens that together reach this probability, in (0, 1].
         min_p: keep tokens with at least this fraction of the highest probability, in [0, 1].
         repetition_penalty: above 1 discourages tokens of this call's prompt and of the new text.
-        eos_token_id: one id or several that end a row; None: the config's; `()`: nothing ends a row.
+        eos_token_id: one id or several that end a row, also ids in the padding of the vocabulary; None: the
+            model's `end_ids`; `()`: nothing ends a row.
         pad_token_id: fills a row after its end; None: the config's.
         vocab_size: ids from this one on pad the vocabulary and are never chosen, e.g.
             `len(tokenizer)`; None: the config's `unpadded_vocab_size`.
         key: `jax.random.key(...)`; the same key gives the same text, independent of the other rows.
         cache: state to continue from, with the same rows as `input_ids`; not donated, so still usable after.
         return_logprobs: also return the log-probability of each token.
+        inputs_embeds: prompts as embeddings `(b, l, d)` instead of `input_ids`.
+        logits_processors: functions `(tokens, count, logits) -> logits`, run in this order in the compiled
+            loop, after the repetition penalty; see `generation.processors`.
+        num_return_sequences: rows returned per prompt, in the order 0, 0, 1, 1, ...
+        best_of: sample this many per prompt, and return those with the highest mean log-probability.
+        num_beams: above 1: beam search, with the sequences and scores of transformers.
+        length_penalty: exponent of the length that divides a beam's log-probability.
+        early_stopping: True ends a prompt's beam search once `num_beams` texts have ended; "never" only once
+            no better one can come; False decides that by the current length.
+        draft: a smaller model of the same vocabulary, or `PromptLookup()`, to guess tokens that the model
+            checks several at a time: the same greedy text, or the same distribution of sampled ones.
+        num_draft_tokens: tokens guessed per call of the model.
 
     Returns:
-        `GenerateOutput(tokens, lengths, logprobs, cache)`.
+        `GenerateOutput(tokens, lengths, logprobs, cache, scores, passes)`.
 
     Raises:
         ValueError: an invalid argument; the message names it.
@@ -85,6 +116,20 @@ def generate(
     >>> generate(model, ids, max_new_tokens=5).tokens.shape
     (1, 5)
     """
+    search = check_search(
+        "generate",
+        model,
+        temperature=temperature,
+        num_return_sequences=num_return_sequences,
+        best_of=best_of,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
+        has_ids=inputs_embeds is None,
+        return_logprobs=return_logprobs,
+    )
     request = check_request(
         "generate",
         model,
@@ -96,6 +141,9 @@ def generate(
         pad_token_id=pad_token_id,
         vocab_size=vocab_size,
         key=key,
+        inputs_embeds=inputs_embeds,
+        logits_processors=logits_processors,
+        slack=search.num_draft_tokens + 1,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -103,137 +151,76 @@ def generate(
         repetition_penalty=repetition_penalty,
     )
     with model.backbone.on_its_device():
-        state = _generate(
+        out = _generate(
             model,
-            request.input_ids,
-            request.attention_mask,
-            request.cache,
+            draft,
+            (request.input_ids, request.attention_mask, request.cache, request.inputs_embeds),
             request.sampler,
+            request.processors,
             request.key,
             jnp.asarray(request.budget, jnp.int32),
+            search=search,
             size=request.size,
             piece=request.piece,
             capacity=request.capacity,
             eos=request.eos,
             pad=request.pad,
-            return_logprobs=return_logprobs,
         )
-    return GenerateOutput(
-        tokens=state.tokens[:, : request.budget],
-        lengths=state.lengths,
-        logprobs=None if state.logprobs is None else state.logprobs[:, : request.budget],
-        cache=state.cache,
+    return replace(
+        out,
+        tokens=out.tokens[:, : request.budget],
+        logprobs=None if out.logprobs is None else out.logprobs[:, : request.budget],
     )
 
 
-@partial(jax.jit, static_argnames=("size", "piece", "capacity", "eos", "pad", "return_logprobs"))
+@partial(jax.jit, static_argnames=("search", "size", "piece", "capacity", "eos", "pad"))
 def _generate(
     model,
-    input_ids,
-    attention_mask,
-    cache,
-    sampler,
+    draft,
+    prompts: tuple,
+    sampler: Sampler,
+    processors,
     key,
     budget,
     *,
-    size,
-    piece,
-    capacity,
-    eos,
-    pad,
-    return_logprobs,
-) -> DecodeState:
+    search: Search,
+    size: int,
+    piece: int,
+    capacity: int,
+    eos: tuple[int, ...],
+    pad: int,
+) -> GenerateOutput:
+    input_ids, mask, cache, embeds = prompts
     state = prefill(
         model,
         input_ids,
-        attention_mask,
+        mask,
         cache,
         sampler,
+        embeds,
         size=size,
         piece=piece,
         capacity=capacity,
         pad=pad,
-        with_logprobs=return_logprobs,
+        with_logprobs=search.needs_logprobs,
     )
-    return decode(model, state, sampler, key, budget, eos=eos, pad=pad)
-
-
-def prefill(
-    model: Mamba2ForCausalLM,
-    input_ids: Int[Array, "b l"] | None,
-    attention_mask: Int[Array, "b l"] | None,
-    cache: Mamba2Cache | None,
-    sampler: Sampler,
-    inputs_embeds: Float[Array, "b l d"] | None = None,
-    *,
-    size: int,
-    piece: int,
-    capacity: int,
-    pad: int,
-    with_logprobs: bool = False,
-) -> DecodeState:
-    """Read the prompts and return the state of the decode loop; call inside `jit`.
-
-    Args as of `read_prompts`, `start_state` and `choose_token`. Logits are computed for each row's last token
-    only.
-    """
-    cache, hidden = read_prompts(
-        model, input_ids, attention_mask, cache, inputs_embeds, piece=piece, capacity=capacity
-    )
-    seen = tokens_seen(sampler, input_ids, attention_mask, hidden.shape[0], model.config.vocab_size)
-    logits = model.logits(hidden)
-    return start_state(cache, logits, size=size, pad=pad, seen=seen, with_logprobs=with_logprobs)
-
-
-def decode(
-    model: Mamba2ForCausalLM,
-    state: DecodeState,
-    sampler: Sampler,
-    key: Array | None,
-    budget: Int[Array, ""],
-    processors: tuple[Processor, ...] = (),
-    *,
-    eos: tuple[int, ...],
-    pad: int,
-) -> DecodeState:
-    """Decode until each row has ended or has `budget` new tokens; call inside `jit`."""
-    batch = state.logits.shape[0]
-    row_keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-
-    def unfinished(state):
-        return (state.step < budget) & ~jnp.all(state.finished)
-
-    def one_token(state):
-        index = state.step
-        keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, index)
-        process = bind(processors, state.tokens, index)
-        alive = ~state.finished
-        token = jnp.where(alive, choose_token(state.logits, sampler, state.seen, keys, process), pad)  # (b,)
-        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
-        ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros((batch,), bool)
-
-        # an ended row keeps its state; without end ids no row ends, and of one row the end stops the loop
-        mask = alive[:, None] if eos and not is_one(batch) else None
-        out = model.backbone.forward(token[:, None], mask, None, state.cache, None)
-        logprobs = state.logprobs
-        if logprobs is not None:
-            nats = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
-            logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0).astype(jnp.float32))
-        return replace(
-            state,
-            cache=out.cache,
-            logits=model.logits(out.last_hidden_state[:, 0]),
-            finished=state.finished | ended,
-            seen=seen,
-            tokens=state.tokens.at[:, index].set(token),
-            lengths=state.lengths + alive,
-            logprobs=logprobs,
-            step=index + 1,
+    passes = scores = None
+    if search.num_beams > 1:
+        state, scores = beam_search(model, state, sampler, processors, budget, search, eos=eos, pad=pad)
+        return _output(state, search, scores=scores)
+    state = state.repeat(search.candidates)
+    if draft is None:
+        state = decode(model, state, sampler, key, budget, processors, eos=eos, pad=pad)
+    else:
+        start = start_draft(draft, input_ids, mask, piece=piece, capacity=capacity, copies=search.candidates)
+        state, passes = decode_speculatively(
+            model, state, start, sampler, key, budget, processors, num_draft=search.num_draft_tokens, eos=eos
         )
+    if search.candidates > search.num_return_sequences:
+        state, scores = take_best(state, search)
+    return _output(state, search, scores=scores, passes=passes)
 
-    return jax.lax.while_loop(unfinished, one_token, state)
 
-
-def is_one(size: int) -> bool:
-    """Return whether an axis has size 1; a symbolic size of `jax.export` may be larger."""
-    return isinstance(size, int) and size == 1
+def _output(state: DecodeState, search: Search, scores=None, passes=None) -> GenerateOutput:
+    logprobs = state.logprobs if search.return_logprobs else None
+    return GenerateOutput(state.tokens, state.lengths, logprobs, state.cache, scores, passes)

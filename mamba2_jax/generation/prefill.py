@@ -37,7 +37,7 @@ def padded_length(length: int) -> int:
 def read_prompts(
     model: Mamba2ForCausalLM,
     input_ids: Int[Array, "b l"] | None,
-    attention_mask: Int[Array, "b l"] | None,
+    attention_mask: Array | None,
     cache: Mamba2Cache | None,
     inputs_embeds: Float[Array, "b l d"] | None = None,
     *,
@@ -49,7 +49,7 @@ def read_prompts(
     Args:
         model: the model.
         input_ids: `(b, l)`.
-        attention_mask: `(b, l)` of 0/1, or None.
+        attention_mask: `(b, l)` of 0/1 or booleans, or None.
         cache: state to continue from, or None.
         inputs_embeds: `(b, l, d)` instead of `input_ids`.
         piece: tokens per piece; from `l` on, the prompt is read as a whole.
@@ -72,7 +72,7 @@ def read_prompts(
     cache = replace(cache, conv=jax.tree.map(lambda state: state.astype(model.dtype), cache.conv))
     if attention_mask is None:
         attention_mask = jnp.ones((batch, length), bool)
-    inputs, lengths = _to_the_left(inputs, attention_mask != 0)
+    inputs, lengths = to_the_left(inputs, attention_mask != 0)
     count = -(-length // piece)
     extra = ((0, 0), (0, count * piece - length), *((0, 0),) * (inputs.ndim - 2))
     inputs = jnp.pad(inputs, extra).reshape(batch, count, piece, *inputs.shape[2:])
@@ -115,7 +115,7 @@ def _last_hidden(hidden: Float[Array, "b l d"], mask: Array | None) -> Float[Arr
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
-def _to_the_left(inputs: Array, mask: Bool[Array, "b l"]) -> tuple[Array, Int[Array, " b"]]:
+def to_the_left(inputs: Array, mask: Bool[Array, "b l"]) -> tuple[Array, Int[Array, " b"]]:
     """Move left padding to the right end, so that all rows begin in the first piece; also return lengths."""
     start = jnp.argmax(mask, axis=1)  # (b,)
     index = jnp.minimum(start[:, None] + jnp.arange(mask.shape[1]), mask.shape[1] - 1)

@@ -1,8 +1,9 @@
 """Logits processors: pure functions that change the next token's logits, inside the compiled loop.
 
 A processor maps `(tokens, count, logits)` to logits `(b, v)`. `tokens (b, n)` are the new tokens, without the
-prompt, valid before position `count`, a scalar. Excluded tokens get -inf. A processor with arrays is a pytree, such as `jax.tree_util.Partial(function, array)`: other values then compile nothing anew, whereas another
-plain function compiles the loop again.
+prompt, valid before position `count`, a scalar. Excluded tokens get -inf. A processor with arrays is a
+pytree, such as `jax.tree_util.Partial(function, array)`: other values then compile nothing anew, whereas
+another plain function compiles the loop again.
 
 >>> import jax.numpy as jnp
 >>> from mamba2_jax import Mamba2ForCausalLM, generate
@@ -103,6 +104,20 @@ def bind(
         return logits
 
     return process
+
+
+def bind_rows(
+    processors: tuple[Processor, ...], tokens: Int[Array, "b n"], counts: Int[Array, " b"]
+) -> Callable[[Array], Array] | None:
+    """Return the function that runs all processors, on rows with different numbers of tokens."""
+    if not processors:
+        return None
+
+    def of_row(tokens, count, logits):
+        process = bind(processors, tokens[None], count)
+        return logits if process is None else process(logits[None])[0]
+
+    return lambda logits: jax.vmap(of_row)(tokens, counts, logits)
 
 
 def _ids(name: str, ids: Sequence[int]) -> Int[Array, " n"]:

@@ -1,6 +1,6 @@
 """What a decoding loop carries: the model's state, the next token's logits, and what is written so far."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -31,10 +31,15 @@ class DecodeState:
     step: Int[Array, ""]
     """Number of loop iterations so far."""
 
+    def repeat(self, count: int) -> "DecodeState":
+        """Fork each row `count` times: rows 0, 0, 1, 1, ... for a count of 2."""
+        if count == 1:
+            return self
+        return self.take(jnp.repeat(jnp.arange(self.logits.shape[0]), count))
+
     def take(self, rows: Int[Array, " n"]) -> "DecodeState":
         """Select or reorder rows; a row may be taken several times."""
-        taken = jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, self)
-        return replace(taken, step=self.step)
+        return jax.tree.map(lambda leaf: leaf[rows] if leaf.ndim else leaf, self)
 
 
 def start_state(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.generation.decoding import decode, prefill
+from mamba2_jax.generation.loop import decode, prefill
 from mamba2_jax.generation.processors import Processor
 from mamba2_jax.generation.request import Request, check_request
 from mamba2_jax.generation.state import DecodeState

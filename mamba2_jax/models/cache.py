@@ -18,7 +18,7 @@ from mamba2_jax.layers.kinds import MIXERS
 from mamba2_jax.layers.state import AttentionConvState, ConvState, KeyValues
 from mamba2_jax.models.cache_file import load_states, save_states
 from mamba2_jax.ops.checks import is_concrete
-from mamba2_jax.typing import Array, DTypeLike, Float, Int
+from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +93,20 @@ class Mamba2Cache:
     def repeat(self, count: int) -> "Mamba2Cache":
         """Fork each row `count` times: rows 0, 0, 1, 1, ... for a count of 2."""
         return jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), self)
+
+    def after_token(self, index: Int[Array, " b"]) -> "Mamba2Cache":
+        """Take each row's state after token `index`, of those that `forward(every_state=True)` kept."""
+        rows = jnp.arange(index.shape[0])
+        kept = replace(self, attention=())
+        return replace(jax.tree.map(lambda a: a[rows, index], kept), attention=self.attention)
+
+    def where(self, rows: Bool[Array, " b"], other: "Mamba2Cache") -> "Mamba2Cache":
+        """Take the rows where `rows` is true from this cache, the others from `other`."""
+
+        def choose(mine, others):
+            return jnp.where(rows.reshape(-1, *(1,) * (mine.ndim - 1)), mine, others)
+
+        return jax.tree.map(choose, self, other)
 
     @classmethod
     def concatenate(cls, caches: "list[Mamba2Cache]") -> "Mamba2Cache":

@@ -73,8 +73,8 @@ def load_states(file: str | os.PathLike[str], wanted: Mapping[str, Any], model: 
     here = fingerprint(model)
     if made_by != here:
         raise ValueError(
-            f"{file}: the state of another model (fingerprint {made_by[:12]}, here {here[:12]}); load the model "
-            "that read the text, with the same param_dtype and adapters"
+            f"{file}: the state of another model (fingerprint {made_by[:12]}, here {here[:12]}); load the "
+            "model that read the text, with the same param_dtype and adapters"
         )
     return {name: states[name] for name in wanted}
 
