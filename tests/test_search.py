@@ -97,24 +97,25 @@ class TestSeveralTexts:
         assert_has_read(model, ids, best, 2)
 
 
+@pytest.fixture(scope="module")
+def drafts(model):
+    # the same but for its last norm: guesses that are sometimes right
+    near = nnx.clone(model)
+    norm = near.backbone.norm_f.weight
+    norm[...] = norm[...] * jnp.linspace(0.5, 1.5, norm.shape[0])
+    return {"itself": model, "another": near, "lookup": PromptLookup()}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    ids = np.tile(random_ids(2, 4), 4)  # something to look up
+    mask = np.ones_like(ids)
+    mask[0, :3] = 0
+    return ids, mask
+
+
 class TestDrafts:
-    @pytest.fixture(scope="class")
-    def drafts(self, model):
-        # the same but for its last norm: guesses that are sometimes right
-        near = nnx.clone(model)
-        norm = near.backbone.norm_f.weight
-        norm[...] = norm[...] * jnp.linspace(0.5, 1.5, norm.shape[0])
-        return {"itself": model, "another": near, "lookup": PromptLookup()}
-
-    @pytest.fixture(scope="class")
-    def prompts(self):
-        ids = np.tile(random_ids(2, 4), 4)  # something to look up
-        mask = np.ones_like(ids)
-        mask[0, :3] = 0
-        return ids, mask
-
-    @pytest.mark.parametrize("name", ["itself", "another", "lookup"])
-    @pytest.mark.parametrize("penalty", [None, 1.4])
+    @pytest.mark.parametrize(("name", "penalty"), [("itself", None), ("another", 1.4), ("lookup", 1.4)])
     def test_a_greedy_text_is_the_same(self, model, drafts, prompts, name, penalty):
         ids, mask = prompts
         free = generate(model, ids, mask, max_new_tokens=NEW, eos_token_id=(), repetition_penalty=penalty)
