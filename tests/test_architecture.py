@@ -55,7 +55,7 @@ OUTSIDE = {
     "layers": "flax jax",
     "lora": "flax jax numpy safetensors",
     "models": "flax jax numpy safetensors",
-    "generation": "jax numpy",
+    "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli": "jax rich tyro",
     "__init__": "",

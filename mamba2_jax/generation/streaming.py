@@ -10,7 +10,7 @@ from mamba2_jax.generation.loop import decode, prefill
 from mamba2_jax.generation.processors import Processor
 from mamba2_jax.generation.request import Request, check_request
 from mamba2_jax.generation.state import DecodeState
-from mamba2_jax.generation.text import IncrementalDecoder, first_stop, possible_stop, prompt_ids
+from mamba2_jax.generation.text import IncrementalDecoder, first_stop, possible_stop, prompt_tokens
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import SpecialTokenIds, special_token_ids
@@ -36,6 +36,7 @@ def stream(
     key: Array | None = None,
     cache: Mamba2Cache | None = None,
     logits_processors: Sequence[Processor] = (),
+    add_special_tokens: bool = True,
 ) -> "TextStream":
     """Continue a prompt and yield the new text in chunks while decoding.
 
@@ -55,6 +56,7 @@ def stream(
         key: see `generate`.
         cache: see `generate`.
         logits_processors: see `generate`.
+        add_special_tokens: False: the prompt has all special tokens that it needs, such as a chat template's.
 
     Returns:
         An iterator over chunks of text, with attributes `tokens`, `num_tokens`, `finish_reason` and `cache`.
@@ -75,9 +77,8 @@ def stream(
         raise ValueError(f"stream: stop={stop!r} must be non-empty strings")
     if not isinstance(prompt, str):
         raise ValueError(f"stream: prompt must be a string, got {type(prompt).__name__}")
-    ids = prompt_ids(
-        tokenizer, prompt, goes_on=isinstance(cache, Mamba2Cache) and bool(np.any(cache.position))
-    )
+    goes_on = isinstance(cache, Mamba2Cache) and bool(np.any(cache.position))
+    ids = prompt_tokens(tokenizer, prompt, goes_on=goes_on or not add_special_tokens)
     if not ids:
         raise ValueError("stream: prompt is empty; give it at least one character")
     special = special_token_ids(tokenizer, model.config)
@@ -197,6 +198,8 @@ class TextStream(Iterator[str]):
     """Tokens read so far, the eos and those of a stop string included."""
     text: str
     """Text yielded so far."""
+    prompt_ids: list[int]
+    """Tokens of the prompt."""
     finish_reason: str | None
     """None until the text ends; then `"eos"`, `"stop"` or `"length"`."""
 
@@ -209,6 +212,7 @@ class TextStream(Iterator[str]):
         eos: tuple[int, ...],
     ):
         self.tokens, self.text = [], ""
+        self.prompt_ids = prompt_ids
         self.finish_reason = None
         self._source = source
         self._stop = stop

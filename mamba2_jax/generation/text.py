@@ -6,7 +6,7 @@ from typing import Any
 REPLACEMENT = "\ufffd"  # decoded from an incomplete character
 
 
-def prompt_ids(tokenizer: Any, prompt: str, *, goes_on: bool) -> list[int]:
+def prompt_tokens(tokenizer: Any, prompt: str, *, goes_on: bool) -> list[int]:
     """Tokenize a prompt, with one bos token if the tokenizer begins texts with one.
 
     No special token is added to a text that goes on from a state, or that begins with the bos token itself,
@@ -15,6 +15,15 @@ def prompt_ids(tokenizer: Any, prompt: str, *, goes_on: bool) -> list[int]:
     bos = getattr(tokenizer, "bos_token", None)
     begun = goes_on or (bos is not None and prompt.startswith(bos))
     return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+
+
+def text_after(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], *, special: bool) -> str:
+    """Decode tokens as the continuation of a prompt, with or without special tokens."""
+    before, whole = (
+        tokenizer.decode(ids, skip_special_tokens=not special, clean_up_tokenization_spaces=False)
+        for ids in ([*prompt], [*prompt, *tokens])
+    )
+    return whole[len(before) :]
 
 
 class IncrementalDecoder:
