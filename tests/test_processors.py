@@ -1,4 +1,4 @@
-"""Functions on the logits inside the loop: bans, forced beginnings, ends, automata, functions of one's own."""
+"""Functions on the logits inside the loop: bans, forced beginnings, ends, automata, one's own."""
 
 import json
 import re

@@ -120,7 +120,7 @@ def bind_rows(
     return lambda logits: jax.vmap(of_row)(tokens, counts, logits)
 
 
-def _ids(name: str, ids: Sequence[int]) -> Int[Array, " n"]:
+def _ids(name: str, ids: Any) -> Int[Array, " n"]:
     array = np.asarray(ids)
     if array.ndim != 1 or not array.size or not np.issubdtype(array.dtype, np.integer) or array.min() < 0:
         raise ValueError(f"{name}: wants a list of token ids, at least one, got {ids!r}")

@@ -152,7 +152,7 @@ def temper_and_filter(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Ar
     """Divide logits by the temperature, and set those that the filters exclude to -inf."""
     if sampler.temperature is None:
         return filter_logits(logits, sampler)
-    return filter_logits(logits / jnp.maximum(sampler.temperature, 1e-6), sampler)
+    return filter_logits(logits / jnp.clip(sampler.temperature, 1e-6, 1e30), sampler)
 
 
 def filter_logits(logits: Float[Array, "b v"], sampler: Sampler) -> Float[Array, "b v"]:
