@@ -28,21 +28,22 @@ def ids():
 
 def assert_has_read(model, ids, out, copies: int = 1):
     """The state is that after each prompt and exactly the tokens of its rows."""
+    padded, mask = np.zeros((2, len(out.tokens), 32), int)
     for row, length in enumerate(out.lengths.tolist()):
-        read = np.concatenate([ids[row // copies], out.tokens[row, :length]])
-        want = model(read[None]).cache
-        for mine, other in zip(jax.tree.leaves(out.cache[row].ssm), jax.tree.leaves(want.ssm), strict=True):
-            assert relative(mine, other) < 1e-5
-        assert out.cache.position[row] == len(read)
+        read = [*ids[row // copies], *out.tokens[row, :length].tolist()]
+        padded[row, : len(read)], mask[row, : len(read)] = read, 1
+    want = model(padded, mask).cache
+    np.testing.assert_array_equal(out.cache.position, want.position)
+    for mine, other in zip(jax.tree.leaves(out.cache.ssm), jax.tree.leaves(want.ssm), strict=True):
+        assert relative(mine, other) < 1e-5
 
 
 class TestBeams:
     @pytest.mark.parametrize(
         ("options", "eos"),
         [
-            ({"num_beams": 3}, ()),
-            ({"num_beams": 4, "num_return_sequences": 3, "repetition_penalty": 1.3}, 5),
-            ({"num_beams": 3, "num_return_sequences": 3, "early_stopping": True}, (5, 40, 61)),
+            ({"num_beams": 3, "num_return_sequences": 2}, ()),
+            ({"num_beams": 3, "early_stopping": True, "repetition_penalty": 1.3}, (5, 40, 61)),
             ({"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0}, (40, 61)),
             ({"num_beams": 4, "num_return_sequences": 4, "length_penalty": -1.0}, (5, 40, 61, 7, 90)),
         ],

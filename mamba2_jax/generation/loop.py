@@ -36,8 +36,8 @@ def prefill(
     cache, hidden = read_prompts(
         model, input_ids, attention_mask, cache, inputs_embeds, piece=piece, capacity=capacity
     )
-    seen = tokens_seen(sampler, input_ids, attention_mask, hidden.shape[0], model.config.vocab_size)
     logits = model.logits(hidden)
+    seen = tokens_seen(sampler, input_ids, attention_mask, logits)
     return start_state(cache, logits, size=size, pad=pad, seen=seen, with_logprobs=with_logprobs)
 
 

@@ -71,8 +71,9 @@ def read_prompts(
     # the dtype that a call returns, so that the loop's carry keeps it
     cache = replace(cache, conv=jax.tree.map(lambda state: state.astype(model.dtype), cache.conv))
     if attention_mask is None:
-        attention_mask = jnp.ones((batch, length), bool)
-    inputs, lengths = to_the_left(inputs, attention_mask != 0)
+        lengths = jnp.full((batch,), length)
+    else:
+        inputs, lengths = to_the_left(inputs, attention_mask != 0)
     count = -(-length // piece)
     extra = ((0, 0), (0, count * piece - length), *((0, 0),) * (inputs.ndim - 2))
     inputs = jnp.pad(inputs, extra).reshape(batch, count, piece, *inputs.shape[2:])
@@ -96,16 +97,16 @@ def read_prompts(
 
 
 def tokens_seen(
-    sampler: Sampler, input_ids: Int[Array, "b l"] | None, mask: Array | None, batch: int, vocab_size: int
+    sampler: Sampler, input_ids: Int[Array, "b l"] | None, mask: Array | None, logits: Float[Array, "b v"]
 ) -> Bool[Array, "b v"] | None:
     """Mark the ids of each prompt, for the repetition penalty; None without one."""
     if sampler.repetition_penalty is None:
         return None
-    seen = jnp.zeros((batch, vocab_size), bool)
+    seen = jnp.zeros(logits.shape, bool)
     if input_ids is None:  # embeddings have no ids: only new tokens are penalized
         return seen
     counts = jnp.ones(input_ids.shape, bool) if mask is None else mask != 0
-    return seen.at[jnp.arange(batch)[:, None], input_ids].max(counts)
+    return seen.at[jnp.arange(seen.shape[0])[:, None], input_ids].max(counts)
 
 
 def _last_hidden(hidden: Float[Array, "b l d"], mask: Array | None) -> Float[Array, "b d"]:
