@@ -75,10 +75,9 @@ def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[
     from mamba2_jax.cli.chat import new_conversation
 
     loaded = load(options, tell)
-    given = stream_options(options, loaded.settings)
 
     def begin(max_new_tokens: int) -> TextStream:
-        chosen = given | {"max_new_tokens": max_new_tokens}
+        chosen = stream_options(options, loaded.settings | {"max_new_tokens": max_new_tokens})
         if options.chat:
             return new_conversation(options, loaded).say(prompt, **chosen)
         return stream(loaded.model, loaded.tokenizer, prompt, **chosen)

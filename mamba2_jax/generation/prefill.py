@@ -6,6 +6,7 @@ are as long as the prompt.
 """
 
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def read_prompts(
     Returns:
         The state after each prompt, and the final hidden state of each row's last token `(b, d)`.
     """
-    inputs = input_ids if inputs_embeds is None else inputs_embeds
+    inputs: Any = input_ids if inputs_embeds is None else inputs_embeds
     batch, length = inputs.shape[:2]
     if cache is not None:
         cache = cache.reserve(capacity)

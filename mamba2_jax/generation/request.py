@@ -95,11 +95,14 @@ def check_request(
         empty = np.flatnonzero(~np.asarray(attention_mask).any(axis=1))
         if empty.size:
             raise ValueError(f"{name}: row {empty[0]} has no token: its attention_mask is all 0")
-    eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id, vocab_size)
-    if vocab_size is None:
-        vocab_size = config.unpadded_vocab_size
-    elif positive_integer(name, "vocab_size", vocab_size) > config.vocab_size:
+    if vocab_size is not None and positive_integer(name, "vocab_size", vocab_size) > config.vocab_size:
         raise ValueError(f"{name}: vocab_size={vocab_size} is above the model's {config.vocab_size}")
+    eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
+    if vocab_size is not None and eos_token_id is not None and max(eos, default=0) >= vocab_size:
+        raise ValueError(
+            f"{name}: eos_token_id={max(eos)} lies outside the ids 0..{vocab_size - 1} that can be chosen"
+        )
+    vocab_size = config.unpadded_vocab_size if vocab_size is None else vocab_size
     sampler = make_sampler(name, vocab_size=vocab_size, ends=eos, **sampling)
     if sampler.temperature is None:
         key = None
@@ -139,16 +142,11 @@ def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budg
     return bucket(past + length + budget)
 
 
-def _end_and_pad(name: str, model, eos_token_id, pad_token_id, vocab_size) -> tuple[tuple[int, ...], int]:
+def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[int, ...], int]:
     """Return the eos ids and the pad id; the model's own where an argument is None."""
     limit = model.config.vocab_size
     eos = model.end_ids if eos_token_id is None else eos_token_id
     eos = _token_ids(name, "eos_token_id", () if eos is None else eos, limit)
-    outside = [token for token in eos if vocab_size is not None and token >= vocab_size]
-    if outside and eos_token_id is not None:
-        raise ValueError(
-            f"{name}: eos_token_id={outside[0]} lies outside the ids 0..{vocab_size - 1} that can be chosen"
-        )
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     if pad is None:
         pad = eos[0] if eos else 0

@@ -159,7 +159,7 @@ class BlockDecoder:
         if count == done:
             return before.cache
         tokens = jax.lax.dynamic_slice_in_dim(after.tokens, done, TOKENS_PER_CALL, axis=1)
-        mask = (np.arange(TOKENS_PER_CALL) < count - done).astype(np.int32)[None]
+        mask = (jnp.arange(TOKENS_PER_CALL) < count - done).astype(jnp.int32)[None]
         return self._model.backbone(tokens, mask, cache=before.cache).cache
 
     def _started(self) -> DecodeState:
@@ -168,7 +168,7 @@ class BlockDecoder:
             return self._state
         request = self._request
         with self._model.backbone.on_its_device():
-            self._state = _prefill(
+            state = _prefill(
                 self._model,
                 request.input_ids,
                 request.attention_mask,
@@ -179,8 +179,8 @@ class BlockDecoder:
                 capacity=request.capacity,
                 pad=request.pad,
             )
-        self._prompt_cache = self._state.cache
-        return self._state
+        self._state, self._prompt_cache = state, state.cache
+        return state
 
 
 _prefill = jax.jit(prefill, static_argnames=("size", "piece", "capacity", "pad"))

@@ -252,7 +252,9 @@ class Mamba2Mixer(nnx.Module):
         """Run `_one_token` over a few tokens, and return the states after each of them, `(b, l, ...)`."""
 
         def step(state, token):
-            y, conv, ssm = self._one_token(*(a[:, None] for a in token), *state, Rows(), part)
+            conv, ssm = state
+            x, BC, dt = (a[:, None] for a in token)
+            y, conv, ssm = self._one_token(x, BC, dt, conv, ssm, Rows(), part)
             return (conv, ssm), (y[:, 0], conv, ssm)
 
         tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, BC, dt))

@@ -3,6 +3,7 @@
 Attention layers of a hybrid store keys and values of every token of the document, up to a fixed capacity.
 """
 
+import contextlib
 import operator
 import os
 from collections.abc import Mapping
@@ -190,12 +191,10 @@ def bucket(length: int) -> int:
 
 def _row_indices(rows, batch: int) -> np.ndarray | Array:
     """Return row indices as an array, checked against the batch if concrete."""
-    try:
-        rows = [operator.index(rows)]  # of Python, of numpy, or of a concrete array without axes
-    except TypeError:
-        rows = rows if isinstance(rows, jax.Array) else np.asarray(rows)
-    if not is_concrete(rows):
+    if isinstance(rows, jax.Array) and not is_concrete(rows):
         return rows.reshape(-1)
+    with contextlib.suppress(TypeError):
+        rows = [operator.index(rows)]  # of Python, of numpy, or an array without axes
     rows = np.asarray(rows)
     if rows.dtype == bool and rows.shape == (batch,):
         rows = np.flatnonzero(rows)

@@ -64,9 +64,9 @@ def load_states(file: str | os.PathLike[str], wanted: Mapping[str, Any], model: 
     with _opened(file) as stored:
         states = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         made_by = stored.metadata()["model"]
-    position = states.get("position")
-    fits = states.keys() == wanted.keys() and position is not None and position.ndim == 1
-    if not fits or not all(_fits(name, states[name], wanted[name], position.size) for name in wanted):
+    batch = states["position"].size if "position" in states else 0
+    fits = states.keys() == wanted.keys() and batch
+    if not fits or not all(_fits(name, states[name], wanted[name], batch) for name in wanted):
         raise ValueError(
             f"{file}: its states do not fit this model's config; load the model that read the text"
         )
