@@ -1,5 +1,7 @@
 """Test XLA's behaviors on a CPU and the workaround for each; a failure means a workaround is obsolete."""
 
+import timeit
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.on_cpu.gradients import for_every, product
-from mamba2_jax.ops.on_cpu.products import contract_last, embedding_lookup
+from mamba2_jax.ops.on_cpu.products import contract_last, embedding_lookup, entry
 from mamba2_jax.training.on_cpu import choose_update, recomputed
 
 pytestmark = pytest.mark.xla_habits
@@ -47,6 +49,21 @@ def test_a_look_up_keeps_a_float32_copy_of_the_table_beside_a_loop():
     assert temporary_bytes(decode(embedding_lookup), table, ids) < table.nbytes / 10
 
 
+def test_a_slice_keeps_a_float32_copy_of_the_array_beside_a_loop():
+    weight = jnp.ones((16, 64, 64), jnp.bfloat16)
+
+    def run(take):
+        def step(i, x, weight):
+            y = jnp.einsum("sd,md->sm", x, take(weight, i), preferred_element_type=jnp.float32)
+            return y.astype(x.dtype)
+
+        return lambda x, weight, n: jax.lax.fori_loop(0, n, lambda i, x: step(i, x, weight), x)
+
+    x = jnp.ones((4, 64), jnp.bfloat16)
+    assert temporary_bytes(run(lambda weight, i: weight[i]), x, weight, 5) > 1.9 * weight.nbytes
+    assert temporary_bytes(run(entry), x, weight, 5) < weight.nbytes / 2
+
+
 def test_a_product_over_the_rows_widens_half_precision():
     a, b = jnp.ones((64, 32), jnp.bfloat16), jnp.ones((64, 48), jnp.bfloat16)
 
@@ -59,6 +76,23 @@ def test_a_product_over_the_rows_widens_half_precision():
 
     assert widened(lambda *same: same)
     assert not widened(contract_last)
+
+
+def test_merged_reshapes_slow_a_transpose_down(monkeypatch):
+    """A transpose without the barrier takes twenty times as long; the HLO differs in one bitcast only."""
+    x = jnp.ones((8, 128, 1024), jnp.bfloat16)
+
+    def transpose(x):
+        return contract_last("rd,re->de", x.reshape(-1, x.shape[2]), jnp.ones((1024, 1), x.dtype))[1]
+
+    ours = compiled(transpose, x)
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda array: array)
+    merged = compiled(lambda x: transpose(x), x)  # another function, which is traced again
+
+    def seconds(run):  # the fastest, because others use the processor too
+        return min(timeit.repeat(lambda: run(x).block_until_ready(), number=1, repeat=20))
+
+    assert seconds(merged) > 3 * seconds(ours)
 
 
 def test_half_precision_has_no_gradient_by_a_weight_of_several_axes(monkeypatch):
