@@ -80,9 +80,8 @@ def test_buckets_waste_less_than_an_eighth_and_are_few():
 
 
 class TestFiles:
-    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-    def test_a_saved_state_goes_on_as_the_state_itself(self, tmp_path, dtype):
-        model = random_jax_model(HYBRID, dtype)
+    def test_a_saved_state_goes_on_as_the_state_itself(self, tmp_path):
+        model = random_jax_model(HYBRID, "bfloat16")  # and its states in bfloat16, float32 and int32
         cache = model(random_ids(2, 7)).cache
         cache.save(tmp_path / "a" / "state", model, notes={"who": "näme", "list": json.dumps([1])})
         again = Mamba2Cache.load(tmp_path / "a" / "state", model)

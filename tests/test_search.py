@@ -42,7 +42,6 @@ class TestBeams:
     @pytest.mark.parametrize(
         ("options", "eos"),
         [
-            ({"num_beams": 3, "num_return_sequences": 2}, ()),
             ({"num_beams": 3, "early_stopping": True, "repetition_penalty": 1.3}, (5, 40, 61)),
             ({"num_beams": 2, "early_stopping": "never", "length_penalty": 2.0}, (40, 61)),
             ({"num_beams": 4, "num_return_sequences": 4, "length_penalty": -1.0}, (5, 40, 61, 7, 90)),
@@ -173,7 +172,7 @@ class TestDrafts:
 
     @pytest.mark.parametrize("sure", [False, True], ids=["drawn", "looked up"])
     def test_accepted_and_replaced_tokens_follow_the_models_distribution(self, sure):
-        count, vocab = 40_000, 5
+        count, vocab = 10_000, 5
         p = jax.nn.softmax(jax.random.normal(jax.random.key(0), (3, vocab)))
         q = jax.nn.softmax(2 * jax.random.normal(jax.random.key(1), (2, vocab)))
         q = jax.nn.one_hot(jnp.array([1, 3]), vocab) if sure else q
