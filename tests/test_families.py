@@ -14,7 +14,8 @@ import transformers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax.generation import PromptLookup
 from mamba2_jax.lora import LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 from mamba2_jax.training import loss_fn
 from mamba2_jax.weights import outgoing_weights
@@ -315,3 +316,18 @@ def test_adapters_have_the_names_that_peft_gives_them(name, targets, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     load_lora(again, tmp_path / "theirs")
     assert (np.asarray(again(jnp.array(IDS)).logits) == want).all()
+
+
+def test_drafts_of_a_hybrid_are_checked_in_one_call(tmp_path):
+    """Falcon-H1's layers have both kinds of states; going back to an accepted token takes all of them."""
+    model = model_of("falcon")
+    plain = generate(model, jnp.array(IDS), max_new_tokens=8, eos_token_id=None)
+    drafted = generate(model, jnp.array(IDS), max_new_tokens=8, eos_token_id=None, draft=PromptLookup(2))
+    assert (plain.tokens == drafted.tokens).all()
+    assert relative_error(drafted.cache.ssm[0], plain.cache.ssm[0]) < 1e-5
+    read = int(plain.cache.position[0])  # the slots behind are unused
+    drafted_keys, keys = (out.cache.attention[0].keys[:, :read] for out in (drafted, plain))
+    assert relative_error(drafted_keys, keys) < 1e-5
+    drafted.cache.save(tmp_path / "state", model)
+    again = Mamba2Cache.load(tmp_path / "state", model)
+    assert (again.ssm[1] == drafted.cache.ssm[1]).all()

@@ -33,6 +33,7 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
         "chunk_size",
         "tie_word_embeddings",
+        "source",
     ]
 )
 
