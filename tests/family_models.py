@@ -123,7 +123,10 @@ RARE = {
     ),
     "granite, biases": (
         "GraniteMoeHybrid",
-        {**_GRANITE, "layer_types": ["mamba"] * 3, "mamba_proj_bias": True, "mamba_conv_bias": False},
+        {
+            **{**_GRANITE, "layer_types": ["mamba", "attention", "mamba"]},
+            **{"mamba_proj_bias": True, "mamba_conv_bias": False},
+        },
     ),
     "nemotron, biases": (
         "NemotronH",
