@@ -151,6 +151,8 @@ def test_public_names_exist():
     for name in mamba2_jax.__all__:
         assert getattr(mamba2_jax, name).__module__ == f"mamba2_jax.{mamba2_jax._HOMES[name]}"
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
+    code = "import mamba2_jax; mamba2_jax.lora.LoraConfig; mamba2_jax.training.TrainConfig"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
 

@@ -127,3 +127,10 @@ class TestFiles:
         for name in ("junk", "other"):
             with pytest.raises(ValueError, match=f"{name}: not a saved state"):
                 Mamba2Cache.load(tmp_path / name, model)
+
+
+def test_a_float64_model_keeps_a_float64_state():
+    with jax.enable_x64(True):
+        cache = Mamba2Cache.zeros(Mamba2Config.preset("mamba2-130m"), 1, "float64")
+        assert cache.ssm[0].dtype == cache.conv[0].x.dtype == "float64"
+    assert Mamba2Cache.zeros(Mamba2Config.preset("mamba2-130m"), 1, "bfloat16").ssm[0].dtype == "float32"

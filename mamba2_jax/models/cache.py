@@ -53,7 +53,7 @@ class Mamba2Cache:
         batch: int,
         dtype: DTypeLike = jnp.float32,
         *,
-        ssm_dtype: DTypeLike = jnp.float32,
+        ssm_dtype: DTypeLike | None = None,
         capacity: int = 0,
     ) -> "Mamba2Cache":
         """Build the cache of `batch` rows before any token.
@@ -62,7 +62,7 @@ class Mamba2Cache:
             config: config of the model.
             batch: number of rows.
             dtype: dtype of convolution inputs, keys and values; the model's compute dtype.
-            ssm_dtype: dtype of the SSM state.
+            ssm_dtype: dtype of the SSM state; None: float32, or float64 when `dtype` is.
             capacity: tokens that the buffers of attention layers hold; ignored without such layers. Empty
                 buffers take the length of the first input.
 
@@ -74,6 +74,8 @@ class Mamba2Cache:
         if capacity < 0:
             raise ValueError(f"Mamba2Cache.zeros: capacity={capacity} must be at least 0")
 
+        if ssm_dtype is None:
+            ssm_dtype = jnp.promote_types(dtype, jnp.float32)
         states = []
         for layer in config.layers:
             state = LayerState()
