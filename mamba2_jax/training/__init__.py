@@ -15,11 +15,12 @@ if TYPE_CHECKING:
     from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
     from mamba2_jax.training.config import LoraOptions, MeshOptions, TrainConfig
     from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
+    from mamba2_jax.training.evaluate import Evaluation
     from mamba2_jax.training.loss import loss_fn
     from mamba2_jax.training.on_cpu import keep_freed_memory
     from mamba2_jax.training.optim import OptimConfig, make_optimizer
     from mamba2_jax.training.step import TrainState, eval_step, split_model, train_step
-    from mamba2_jax.training.trainer import Evaluation, Trainer, TrainResult
+    from mamba2_jax.training.trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointConfig",
@@ -53,7 +54,8 @@ _MODULES = {
     "loss": ("loss_fn",),
     "optim": ("OptimConfig", "make_optimizer"),
     "step": ("TrainState", "eval_step", "split_model", "train_step"),
-    "trainer": ("Evaluation", "TrainResult", "Trainer"),
+    "evaluate": ("Evaluation",),
+    "trainer": ("TrainResult", "Trainer"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

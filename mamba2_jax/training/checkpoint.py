@@ -27,6 +27,10 @@ class SaveError(OSError):
     """A checkpoint could not be written; earlier checkpoints are intact."""
 
 
+class OtherRunError(Exception):
+    """A checkpoint belongs to a run with other data, another model or other options."""
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     """Options for how often checkpoints are written, and which are kept.
@@ -35,8 +39,8 @@ class CheckpointConfig:
         ValueError: an invalid value; the message names it.
     """
 
-    every: int = 500
-    """Steps between checkpoints; one more is written at the end."""
+    every: int | None = None
+    """Steps between checkpoints (None: a fifth of the run, at most 500); one more is written at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
@@ -44,8 +48,8 @@ class CheckpointConfig:
 
     def __post_init__(self):
         for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CheckpointConfig: {name}={getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"CheckpointConfig: {name}={value} must be at least 1")
 
 
 class Checkpoints:
@@ -148,11 +152,14 @@ class Checkpoints:
             "Free disk space, then continue from there with resume"
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda extra: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """Read the newest intact checkpoint; newer, damaged ones are moved to the folder `<name>-damaged`.
 
         Args:
             like: a state of the same run; the restored arrays get its dtypes, shapes and shardings.
+            check: called with `extra` before the arrays are read; raises `OtherRunError` to refuse them.
 
         Returns:
             The state and `extra`, or None if there is no checkpoint.
@@ -164,9 +171,10 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 content = self._read_meta(step)
+                check(content["extra"])
                 _check_same_run(self._folder / str(step), content["arrays"], _flatten(like))
                 arrays = self._read_arrays(step, content, like)
-            except _OtherRunError as error:
+            except OtherRunError as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # damaged files can raise anything
                 damaged.append(step)
@@ -212,15 +220,11 @@ class Checkpoints:
         self._manager.reload()
 
 
-class _OtherRunError(Exception):
-    pass
-
-
 def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:
     here = {name: [str(a.dtype), list(a.shape)] for name, a in wanted.items()}
     for name in sorted(stored.keys() | here.keys()):
         if stored.get(name) != here.get(name):
-            raise _OtherRunError(
+            raise OtherRunError(
                 f"{path}: {name} is {stored.get(name, 'absent')} there and {here.get(name, 'absent')} here; "
                 "a run goes on only with the model and the options it began with"
             )
@@ -243,6 +247,12 @@ def _unflatten(arrays: dict[str, Array], like: TrainState) -> TrainState:
 
 def _plain(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _PARTS} | {"key": jax.random.key_data(state.key)}
+
+
+def fingerprint(arrays: dict[str, Array]) -> str:
+    """Return a short hash of all bits of named arrays, independent of their sharding."""
+    sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @jax.jit
