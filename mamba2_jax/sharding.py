@@ -38,7 +38,8 @@ _CUT_BY = {
     **dict.fromkeys(("vocabulary", "heads", "groups", "mixed", "query_heads", "key_heads"), "tensor"),
     **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP"), "tensor"),
 }
-# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
+# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank). A
+# magnitude (DoRA) has no entry here and is whole on every device.
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from mamba2_jax.files import first_line
@@ -71,17 +72,13 @@ class Checkpoints:
         policies = checkpoint_managers.preservation_policy
         preserved: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_best:
-            preserved.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: -metrics["eval_loss"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            best = policies.BestN(_rank, n=1, keep_checkpoints_without_metrics=False)
+            preserved.append(best)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(preserved),
+                best_fn=_rank if config.keep_best else None,  # without it, metrics are not stored
                 cleanup_tmp_directories=True,
             ),
         )
@@ -107,6 +104,7 @@ class Checkpoints:
             "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
             "checksums": {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()},
             "extra": extra,
+            "eval_loss": eval_loss,
         }
         text = json.dumps(content, sort_keys=True)
         meta = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -192,22 +190,14 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
-            raise ValueError("its metadata does not match its checksum")
-        content = json.loads(meta["content"])
-        if content["step"] != step:
-            raise ValueError(f"its metadata is of step {content['step']}")
-        return content
+        return _checked_content(meta, step)
 
     def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(like))
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
         )
-        found = jax.device_get(_checksums(restored["arrays"]))
-        wrong = [name for name, value in content["checksums"].items() if int(found[name]) != value]
-        if wrong:
-            raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
+        _check_sums(restored["arrays"], content)
         return restored["arrays"]
 
     def _put_aside(self, step: int) -> None:
@@ -220,6 +210,57 @@ class Checkpoints:
         self._manager.reload()
 
 
+def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Read the parameters of one checkpoint, without optimizer moments, whatever devices wrote it.
+
+    Args:
+        path: folder of the checkpoint, `checkpoints/<step>`.
+
+    Returns:
+        content: what was stored beside the arrays: `step`, `eval_loss` and `extra`.
+        params: the trained parameters by path.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    path = path.absolute()
+    try:
+        content = _checked_content(json.loads((path / "meta" / "metadata").read_text()), int(path.name))
+        target = {
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+            for name, (dtype, shape) in content["arrays"].items()
+            if name.startswith(_PARAMS)
+        }
+        args = ocp.checkpoint_utils.construct_restore_args(target)
+        arrays = ocp.PyTreeCheckpointer().restore(
+            path / "arrays", args=ocp.args.PyTreeRestore(target, args, partial_restore=True)
+        )
+        _check_sums(arrays, content)
+    except Exception as error:  # damaged files can raise anything
+        raise ValueError(f"{path}: damaged ({first_line(error)}); take another checkpoint") from error
+    return content, {name.removeprefix(_PARAMS): array for name, array in arrays.items()}
+
+
+def _rank(metrics: dict[str, float]) -> float:
+    return -metrics["eval_loss"]
+
+
+def _checked_content(meta: dict[str, Any], step: int) -> dict[str, Any]:
+    if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
+        raise ValueError("its metadata does not match its checksum")
+    content = json.loads(meta["content"])
+    if content["step"] != step:
+        raise ValueError(f"its metadata is of step {content['step']}")
+    return content
+
+
+def _check_sums(arrays: dict[str, Array], content: dict[str, Any]) -> None:
+    found = jax.device_get(_checksums(arrays))
+    wrong = [name for name, value in found.items() if content["checksums"].get(name) != int(value)]
+    if wrong:
+        raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
+
+
 def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:
     here = {name: [str(a.dtype), list(a.shape)] for name, a in wanted.items()}
     for name in sorted(stored.keys() | here.keys()):
@@ -230,6 +271,7 @@ def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str
             )
 
 
+_PARAMS = "params."  # of a parameter's name in a flattened state
 _PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
 
 

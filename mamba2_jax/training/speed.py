@@ -112,6 +112,8 @@ def operations_per_token(
 
 def _multiplies(name: str, config: Mamba2Config) -> bool:
     """Tell whether every token is multiplied by the parameter: projections, taps, the head and adapters."""
+    if name.startswith("full."):  # base weights that an adapter replaces
+        return False
     role = role_of(name)
     if role is None:
         return ".lora." in name

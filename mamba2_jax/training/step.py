@@ -24,6 +24,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
+from mamba2_jax.lora.attach import trained_paths
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
@@ -50,8 +51,8 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
 
     Args:
         model: not modified; the frozen arrays are shared with it.
-        trainable: an `nnx` filter that selects the trained parameters. None: the adapters (`nnx.LoRAParam`)
-            if the model has any, else every parameter.
+        trainable: an `nnx` filter that selects the trained parameters. None: the adapters, with what they
+            train in full, if the model has any, else every parameter.
 
     Returns:
         structure: rebuilds the model from both dicts with `merge`.
@@ -61,10 +62,10 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
     Raises:
         ValueError: the filter selects no parameter.
     """
-    if trainable is None:
-        adapters = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
-        trainable = nnx.LoRAParam if adapters else nnx.Param
-    chosen = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, trainable))}
+    chosen = trained_paths(model) if trainable is None else set()
+    if not chosen:
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param if trainable is None else trainable))
+        chosen = {".".join(map(str, path)) for path, _ in state}
     if not chosen:
         raise ValueError(
             f"split_model: the model has no parameter that fits {trainable}; nothing would be trained"
