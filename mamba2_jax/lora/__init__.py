@@ -33,14 +33,17 @@ from mamba2_jax.lora.attach import (
     set_dropout_key,
     use_lora,
 )
-from mamba2_jax.lora.files import load_lora, save_lora
+from mamba2_jax.lora.files import base_of, is_adapter, load_lora
 from mamba2_jax.lora.merge import merge_lora, unmerge_lora
+from mamba2_jax.lora.save import save_lora
 from mamba2_jax.lora.settings import LoraConfig
 
 __all__ = [
     "LoraConfig",
     "adapter_names",
     "add_lora",
+    "base_of",
+    "is_adapter",
     "load_lora",
     "lora_filter",
     "lora_parameters",

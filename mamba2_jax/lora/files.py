@@ -1,113 +1,75 @@
-"""Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Read adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import json
 import os
 import pathlib
-import tempfile
-import warnings
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.layers.adaptable import Adapter
-from mamba2_jax.lora.attach import Site, adapter_names, attach, sites_of, weights_of
-from mamba2_jax.lora.full import adapter_values, full_weights, leaves_of, match_full, new_full_weights
+from mamba2_jax.lora.attach import Site, attach, sites_of, weights_of
+from mamba2_jax.lora.full import leaves_of, match_full, new_full_weights
 from mamba2_jax.lora.peft import (
     MAGNITUDE,
     PREFIX,
-    REFUSED_BY_PEFT,
     factor_shapes,
     from_peft,
     is_targeted,
     magnitude_from_peft,
-    peft_config,
     read_peft_config,
-    to_peft,
 )
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target
-from mamba2_jax.processes import fetch, is_first, meet
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights.files import CheckpointError, show
-from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.weights.files import CheckpointError, read_json_inside, show
+from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.reader import Checkpoint, open_file
-from mamba2_jax.weights.table import StoredTensor, assemble
+from mamba2_jax.weights.table import StoredTensor
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"  # from older versions of PEFT; never written, read as plain tensors only
-_NO_MODULES = ("A_log", "D", "dt_bias")  # parameters of a mixer; PEFT trains modules
+ADAPTER_FILES = (CONFIG_NAME, "adapter_model.*")
+"""Patterns of the files to download of an adapter on the hub."""
 _BASE_KEYS = ("base_layer.weight", "weight")
 _KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE, *_BASE_KEYS)
 
 
-def save_lora(
-    model: nnx.Module, folder: str | os.PathLike[str], *, name: str = "default", base_model: str | None = None
-) -> None:
-    """Write one adapter without the base weights, in files that `load_lora` and PEFT read.
+def is_adapter(path: str | os.PathLike[str] | None) -> bool:
+    """Return whether `path` is a folder that holds an adapter and no model."""
+    folder = None if path is None else pathlib.Path(path).expanduser()
+    return folder is not None and (folder / CONFIG_NAME).is_file() and not (folder / "config.json").exists()
 
-    Warns if the adapter targets `out_proj` or `conv1d`: PEFT refuses adapters of Mamba-2 there.
 
-    Args:
-        model: a model with adapters.
-        folder: created if it does not exist; an adapter in it is replaced.
-        name: name of the adapter.
-        base_model: folder or hub id of the base model, recorded in the config for PEFT.
+def base_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the base model that an adapter's config names, if any.
 
     Raises:
-        ValueError: the model has no adapter of this name, or `folder` is a file.
+        CheckpointError: the config cannot be read.
     """
-    folder = pathlib.Path(folder)
-    if name not in adapter_names(model):
-        raise ValueError(f"save_lora: no adapter {name!r}; the model has {adapter_names(model)}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_lora: {folder} is a file; want a folder")
-    whole = hasattr(model, "backbone")
-    sites = {
-        path if whole else path.removeprefix("backbone."): site for path, site in sites_of(model).items()
-    }
-    adapters = {
-        path: adapters[name] for path, site in sites.items() if name in (adapters := site.module.lora or {})
-    }
-    tensors = {
-        f"{PREFIX}{path}.{key}": array
-        for path, adapter in adapters.items()
-        for key, array in to_peft(sites[path].target, adapter).items()
-    }
-    full = full_weights(model).get(name)
-    saved = () if full is None else full.names
-    if full is not None:
-        values = {path: fetch(array) for path, array in adapter_values(model, full).items()}
-        for stored in match_full("save_lora", model, saved):
-            inner = stored.name if whole else stored.name.removeprefix("backbone.")
-            tensors[f"{PREFIX}{inner}"] = assemble(stored, values)
-    task = "CAUSAL_LM" if whole else "FEATURE_EXTRACTION"
-    config = peft_config(adapters, sites, base_model, task, saved)
-    if is_first():
-        _write(folder, tensors, config)
-    meet("mamba2_jax: an adapter is written")
-    refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
-    refused += [name for name in saved if name in _NO_MODULES]
-    if refused:
-        warnings.warn(
-            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of Mamba-2, so only load_lora reads"
-            f" {folder}; for transformers, merge_lora and save the model",
-            stacklevel=2,
-        )
+    base = read_json_inside(resolve_folder(path, None, [CONFIG_NAME]), CONFIG_NAME, "the config", 1 << 20)
+    name = base.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
-def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
-        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
-        pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS_NAME, CONFIG_NAME):
-            os.replace(f"{part}/{file}", folder / file)
+def describe_adapter(folder: pathlib.Path) -> tuple[LoraConfig, list[TensorInfo]]:
+    """Return the settings of the adapter in a folder and the headers of its tensors.
+
+    Raises:
+        CheckpointError: unreadable or unsupported files.
+    """
+    settings, _ = read_peft_config(folder, CONFIG_NAME)
+    with open_file(folder, _tensors_file(folder)) as checkpoint:
+        return settings, list(checkpoint.tensors.values())
+
+
+def _tensors_file(folder: pathlib.Path) -> str:
+    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
+    return PICKLE_NAME if older else TENSORS_NAME
 
 
 def load_lora(
@@ -136,10 +98,9 @@ def load_lora(
         ValueError: a name in use.
     """
     path = path if isinstance(path, str) else pathlib.Path(path)
-    folder = resolve_folder(path, revision, [CONFIG_NAME, "adapter_model.*"])
+    folder = resolve_folder(path, revision, ADAPTER_FILES)
     settings, pattern = read_peft_config(folder, CONFIG_NAME)
-    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
-    file = PICKLE_NAME if older else TENSORS_NAME
+    file = _tensors_file(folder)
     sites = sites_of(model)
     with open_file(folder, file) as checkpoint:
         saved, problems = _find_full(checkpoint, model, settings.modules_to_save)

@@ -12,14 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from mamba2_jax.files import first_line
 from mamba2_jax.processes import is_first, meet
+from mamba2_jax.training.checksums import check_sums, checked_content, checksums
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
 
@@ -72,7 +71,7 @@ class Checkpoints:
         policies = checkpoint_managers.preservation_policy
         preserved: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_best:
-            best = policies.BestN(_rank, n=1, keep_checkpoints_without_metrics=False)
+            best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
             preserved.append(best)
         self._manager = ocp.CheckpointManager(
             self._folder,
@@ -102,7 +101,7 @@ class Checkpoints:
         content = {
             "step": step,
             "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
-            "checksums": {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()},
+            "checksums": {name: int(value) for name, value in jax.device_get(checksums(arrays)).items()},
             "extra": extra,
             "eval_loss": eval_loss,
         }
@@ -190,14 +189,14 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        return _checked_content(meta, step)
+        return checked_content(meta, step)
 
     def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(like))
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
         )
-        _check_sums(restored["arrays"], content)
+        check_sums(restored["arrays"], content)
         return restored["arrays"]
 
     def _put_aside(self, step: int) -> None:
@@ -225,7 +224,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array
     """
     path = path.absolute()
     try:
-        content = _checked_content(json.loads((path / "meta" / "metadata").read_text()), int(path.name))
+        content = checked_content(json.loads((path / "meta" / "metadata").read_text()), int(path.name))
         target = {
             name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
             for name, (dtype, shape) in content["arrays"].items()
@@ -235,7 +234,7 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array
         arrays = ocp.PyTreeCheckpointer().restore(
             path / "arrays", args=ocp.args.PyTreeRestore(target, args, partial_restore=True)
         )
-        _check_sums(arrays, content)
+        check_sums(arrays, content)
     except Exception as error:  # damaged files can raise anything
         raise ValueError(f"{path}: damaged ({first_line(error)}); take another checkpoint") from error
     return content, {name.removeprefix(_PARAMS): array for name, array in arrays.items()}
@@ -243,22 +242,6 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array
 
 def _rank(metrics: dict[str, float]) -> float:
     return -metrics["eval_loss"]
-
-
-def _checked_content(meta: dict[str, Any], step: int) -> dict[str, Any]:
-    if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
-        raise ValueError("its metadata does not match its checksum")
-    content = json.loads(meta["content"])
-    if content["step"] != step:
-        raise ValueError(f"its metadata is of step {content['step']}")
-    return content
-
-
-def _check_sums(arrays: dict[str, Array], content: dict[str, Any]) -> None:
-    found = jax.device_get(_checksums(arrays))
-    wrong = [name for name, value in found.items() if content["checksums"].get(name) != int(value)]
-    if wrong:
-        raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
 
 
 def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:
@@ -289,28 +272,3 @@ def _unflatten(arrays: dict[str, Array], like: TrainState) -> TrainState:
 
 def _plain(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _PARTS} | {"key": jax.random.key_data(state.key)}
-
-
-def fingerprint(arrays: dict[str, Array]) -> str:
-    """Return a short hash of all bits of named arrays, independent of their sharding."""
-    sums = {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()}
-    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:16]
-
-
-@jax.jit
-def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
-    """Compute a uint32 checksum per array, independent of sharding: the sum of words times odd weights.
-
-    A change of a single word always changes the sum, because odd numbers are invertible modulo 2^32.
-    """
-
-    def one(array: Array) -> Array:
-        unsigned = np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
-        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-        place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-        for axis in reversed(range(words.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-            stride *= words.shape[axis]
-        return jnp.sum(words * (place * np.uint32(0x9E3779B2) + np.uint32(1)), dtype=jnp.uint32)
-
-    return {name: one(array) for name, array in arrays.items()}

@@ -34,8 +34,14 @@ class LoraOptions:
     dropout: float = 0.0
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    use_dora: bool = False
+    """Train the norm of each output channel's weights apart from their direction (DoRA)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules and parameters to train in full beside the adapters: embeddings, lm_head, A_log, D, dt_bias."""
     merge: bool = False
     """Also save the model with the adapter merged into its weights."""
+    merge_dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Dtype of the merged model; what rounding takes away of the training is told."""
 
     def __post_init__(self):
         if self.rank is None:
@@ -46,13 +52,23 @@ class LoraOptions:
                     f"LoraOptions: {name}={getattr(self, name)!r} needs a rank; without lora.rank no adapter "
                     "is made and all weights are trained"
                 )
+        if self.merge_dtype != "stored" and not self.merge:
+            raise ValueError(f"LoraOptions: merge_dtype={self.merge_dtype!r} needs merge")
         self.config()
 
     def config(self) -> LoraConfig | None:
         """Return the settings for `add_lora`, or None without a rank."""
         if self.rank is None:
             return None
-        return LoraConfig(self.rank, self.alpha, self.targets, self.dropout, self.use_rslora)
+        return LoraConfig(
+            self.rank,
+            self.alpha,
+            self.targets,
+            self.dropout,
+            self.use_rslora,
+            use_dora=self.use_dora,
+            modules_to_save=self.modules_to_save,
+        )
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,13 @@ from mamba2_jax.mesh import BATCH, axis_size
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import is_first, meet, place
 from mamba2_jax.sharding import splits_batch, token_sharding
-from mamba2_jax.training.checkpoint import Checkpoints, fingerprint
+from mamba2_jax.training.checkpoint import Checkpoints
+from mamba2_jax.training.checksums import fingerprint
 from mamba2_jax.training.config import TrainConfig, spacing
 from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
 from mamba2_jax.training.evaluate import Evaluation, evaluate
+from mamba2_jax.training.export import base_arrays, describe_model
+from mamba2_jax.training.folder import CHECKPOINTS, TOKENIZER
 from mamba2_jax.training.loop import Loop, Plan, in_parts
 from mamba2_jax.training.metrics import Metrics, draw_curve
 from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
@@ -101,7 +104,7 @@ class Trainer:
         self._held_out = None if eval_data is None else self._load("evaluation data", eval_data)
         if config.data.eval_share:
             self._documents, self._held_out = self._documents.hold_out(config.data.eval_share, config.seed)
-        self._base = fingerprint(_base_arrays(model))
+        self._base = fingerprint(base_arrays(model))
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
@@ -122,6 +125,10 @@ class Trainer:
                 "set mesh.data or mesh.fsdp to -1, which is all of them"
             )
         if self._mesh is not None:
+            if config.lora.use_dora and axis_size(self._mesh, "tensor") > 1:
+                raise ValueError(
+                    "Trainer: lora.use_dora needs whole weights for its norms; leave mesh.tensor at 1"
+                )
             if not splits_batch(self._mesh, config.batch_size):
                 raise ValueError(
                     f"Trainer: batch_size={config.batch_size} is no multiple of mesh.data x mesh.fsdp = "
@@ -142,12 +149,14 @@ class Trainer:
             ValueError: the output folder holds a checkpoint of another run, or only damaged ones.
         """
         self._output.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(self._output / "checkpoints", self.config.checkpoint, self._report)
+        checkpoints = Checkpoints(self._output / CHECKPOINTS, self.config.checkpoint, self._report)
         state, batches = self._start(checkpoints)
         first = int(state.step)
         if is_first():
             text = json.dumps(plain(self._options), indent=2)
             (self._output / OPTIONS_FILE).write_text(text + "\n", encoding="utf-8")
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(self._output / TOKENIZER)
         metrics = Metrics(
             self._output,
             after=first,
@@ -168,7 +177,7 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
-            save_result(self.model, self._output, self.tokenizer, self.config.lora.merge, self._report)
+            save_result(self.model, self._output, self.tokenizer, self.config.lora, self._report)
             if is_first():
                 draw_curve(self._output)
         return TrainResult(
@@ -192,7 +201,7 @@ class Trainer:
             arrange=lambda batch: self._in_turns(in_parts(batch, config.accumulate)),
             place=self._placed,
             evaluate=None if self._held_out is None else self.evaluate,
-            extra={"run": self._identity()},
+            extra={"run": self._identity(), "model": describe_model(self.model, config.lora)},
             sharded=self._mesh is not None,
             peak=peak and peak * (1 if self._mesh is None else self._mesh.size),
             operations_per_token=operations_per_token(self.model.config, self._trained, self._frozen),
@@ -316,9 +325,3 @@ def _check_evaluation(config: TrainConfig, eval_data: Any) -> None:
         raise ValueError(
             f"Trainer: eval_every={config.eval_every} needs evaluation data: eval_data or data.eval_share"
         )
-
-
-def _base_arrays(model: Mamba2ForCausalLM) -> dict[str, jax.Array]:
-    """Return the model's parameters without adapters, by path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
