@@ -43,7 +43,7 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
     check_target(target, options.overwrite)
     if from_run and options.adapter is not None:
         raise ValueError(f"--adapter {options.adapter}: {source} is a run, which has its own; leave it out")
-    if from_run:
+    if adapter is None:
         model, rounded, beside = _model_of_run(options, dtype, tell)
     else:
         model, rounded, beside = *_merged(options, adapter, dtype, tell), None

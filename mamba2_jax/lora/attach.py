@@ -11,6 +11,8 @@ from flax import nnx
 from mamba2_jax.layers.adaptable import Adaptable, Adapter, DropoutKey
 from mamba2_jax.lora.full import (
     FullWeights,
+    attach_full,
+    detach_full,
     full_weights,
     match_full,
     new_full_weights,
@@ -93,9 +95,7 @@ def attach(
             raise ValueError(f"{op}: {both[0]} is in targets and in modules_to_save; name it in one of them")
     use_lora(model, None)  # so that the weights in the model are its own
     if full is not None:
-        if not full_weights(model):
-            model.full = nnx.Dict()
-        model.full[name] = full
+        attach_full(model, name, full)
     for path, adapter in adapters.items():
         module = sites[path].module
         if module.lora is None:
@@ -137,7 +137,7 @@ def _check_combination(model: nnx.Module, sites: Mapping[str, Site], shares: Map
     chosen = {name for name, share in shares.items() if share}
     alone = set(full_weights(model)) & chosen
     for _, module in sites.values():
-        alone |= {name for name in chosen & set(module.lora or ()) if module.lora[name].magnitude is not None}
+        alone |= {name for name, one in (module.lora or {}).items() if one.magnitude is not None} & chosen
     for name in sorted(alone):
         if len(chosen) > 1 or shares[name] != 1:
             raise ValueError(
@@ -153,8 +153,7 @@ def remove_lora(model: nnx.Module, names: str | Iterable[str] | None = None) -> 
     _check_names("remove_lora", model, names)
     refuse_merged("remove_lora", sites)
     for name in names & full_weights(model).keys():
-        set_in_use(model, model.full[name], False)
-        del model.full[name]
+        detach_full(model, name)
     for _, module in sites.values():
         for name in names & set(module.lora or ()):
             del module.lora[name]  # pyright: ignore[reportOptionalSubscript]

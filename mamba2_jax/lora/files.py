@@ -51,7 +51,8 @@ def base_of(path: str | os.PathLike[str]) -> str | None:
     Raises:
         CheckpointError: the config cannot be read.
     """
-    base = read_json_inside(resolve_folder(path, None, [CONFIG_NAME]), CONFIG_NAME, "the config", 1 << 20)
+    folder = resolve_folder(path if isinstance(path, str) else pathlib.Path(path), None, [CONFIG_NAME])
+    base = read_json_inside(folder, CONFIG_NAME, "the config", 1 << 20)
     name = base.get("base_model_name_or_path")
     return name if isinstance(name, str) and name else None
 

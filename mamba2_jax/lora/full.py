@@ -41,6 +41,21 @@ def full_weights(model: Any) -> Mapping[str, FullWeights]:
     return getattr(model, "full", None) or {}
 
 
+def attach_full(model: Any, name: str, full: FullWeights) -> None:
+    """Add the full weights of an adapter to the model, not in use yet."""
+    if not full_weights(model):
+        model.full = nnx.Dict()
+    model.full[name] = full
+
+
+def detach_full(model: Any, name: str) -> None:
+    """Remove the full weights of an adapter; the model's own come back."""
+    set_in_use(model, model.full[name], False)
+    del model.full[name]
+    if not model.full:
+        del model.full
+
+
 def match_full(op: str, model: Any, names: Iterable[str]) -> list[StoredTensor]:
     """Select the stored tensors that belong to, or are, one of the named modules and parameters.
 

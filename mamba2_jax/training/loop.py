@@ -100,7 +100,7 @@ class Loop:
             self._pending = _Pending(step, metrics, batch)
             saves = _is_due(step, plan.save_every, plan.steps)
             evaluates = plan.evaluate is not None and _is_due(step, plan.eval_every, plan.steps)
-            if saves or evaluates or metrics.loss.is_ready():  # at once where dispatch is synchronous
+            if saves or evaluates or _is_ready(metrics.loss):  # at once where dispatch is synchronous
                 self._settle(state)
             if evaluates:
                 self._evaluate(step, state)
@@ -171,6 +171,10 @@ class Loop:
         with self._speed.aside("save"):
             extra = {**self._plan.extra, "batches": batches.get_state()}
             self._checkpoints.save(state, extra, self._eval_losses.get(int(state.step)))
+
+
+def _is_ready(array: Any) -> bool:
+    return array.is_ready()
 
 
 def _is_due(step: int, every: int, steps: int) -> bool:
