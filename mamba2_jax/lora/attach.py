@@ -206,6 +206,24 @@ def adapter_names(model: nnx.Module) -> list[str]:
     return sorted({name for _, module in sites_of(model).values() for name in module.lora or ()})
 
 
+def settings_of(model: nnx.Module, name: str) -> LoraConfig:
+    """Return settings with which `add_lora` makes an adapter of the same shapes and scales."""
+    of_sites = {path: (site.module.lora or {}).get(name) for path, site in sites_of(model).items()}
+    adapters = {path: one for path, one in of_sites.items() if one is not None}
+    first, full = next(iter(adapters.values())), full_weights(model).get(name)
+    return LoraConfig(
+        rank=first.rank,
+        alpha=first.alpha,
+        targets=tuple(adapters),
+        dropout=first.dropout,
+        use_rslora=first.use_rslora,
+        rank_pattern={path: one.rank for path, one in adapters.items() if one.rank != first.rank},
+        alpha_pattern={path: one.alpha for path, one in adapters.items() if one.alpha != first.alpha},
+        use_dora=first.magnitude is not None,
+        modules_to_save=() if full is None else full.names,
+    )
+
+
 def adapters_in_use(model: nnx.Module) -> bool:
     """Return whether any unmerged adapter contributes to the model's output."""
     return any(site.module.adapters_in_use() for site in sites_of(model).values())

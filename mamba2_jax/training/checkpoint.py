@@ -255,7 +255,7 @@ def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str
 
 
 _PARAMS = "params."  # of a parameter's name in a flattened state
-_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
+_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row", "cache")
 
 
 def _flatten(state: TrainState) -> dict[str, Array]:

@@ -124,6 +124,14 @@ class TrainConfig:
     tokens_per_turn: int | None = None
     """Most tokens of a batch, in whole rows, that one device runs at the same time; dropout is drawn for each
     turn (None: on a CPU as many as its cache holds, elsewhere all; 0: all)."""
+    carry_state: bool = False
+    """Rows go on in the next batch from the state that they ended in (truncated backpropagation through
+    time), so that documents may be of any length; with `accumulate`, a step takes that many pieces of each
+    row."""
+    pass_gradient: bool = False
+    """With `carry_state` and `accumulate`: let the gradient flow from piece to piece of one step."""
+    train_initial_state: bool = False
+    """Also train the state that a document begins with; needs `data.rows` pad."""
     seed: int = 0
     """Seed of the data order, new adapters and dropout."""
     max_skipped: int = 5
@@ -161,6 +169,7 @@ class TrainConfig:
             )
         if self.new_learning_rate and not self.resume:
             raise ValueError("TrainConfig: new_learning_rate needs resume; a new run has no other rate")
+        self._check_states()
         if self.wandb == "":
             raise ValueError("TrainConfig: wandb is empty; name a project of Weights & Biases")
         turn = self.tokens_per_turn
@@ -170,6 +179,22 @@ class TrainConfig:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed={self.seed} must lie in 0..{2**32 - 1}")
+
+    def _check_states(self) -> None:
+        if self.pass_gradient and not (self.carry_state and self.accumulate > 1):
+            raise ValueError("TrainConfig: pass_gradient needs carry_state and accumulate above 1")
+        if self.train_initial_state and self.data.rows != "pad":
+            raise ValueError(
+                f"TrainConfig: train_initial_state needs data.rows='pad', not {self.data.rows!r}: packed "
+                "documents begin inside a row, with zeros"
+            )
+        if self.carry_state and self.tokens_per_turn:
+            raise ValueError(
+                f"TrainConfig: tokens_per_turn={self.tokens_per_turn} splits the rows that carry_state keeps "
+                "together; leave one out"
+            )
+        if self.carry_state and self.mesh != MeshOptions():
+            raise ValueError("TrainConfig: carry_state is for one device; leave mesh.* at 1")
 
 
 def spacing(steps: int) -> int:

@@ -7,27 +7,27 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.lora import add_lora, merge_lora
+from mamba2_jax.lora import LoraConfig, add_lora, merge_lora
+from mamba2_jax.lora.attach import adapter_names, settings_of
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.models.pretrained import Origin
 from mamba2_jax.training.checkpoint import read_checkpoint
 from mamba2_jax.training.checksums import fingerprint
-from mamba2_jax.training.config import LoraOptions
-from mamba2_jax.training.options import build, plain
+from mamba2_jax.training.options import plain
 from mamba2_jax.typing import DTypeLike
 
 
-def describe_model(model: Mamba2ForCausalLM, lora: LoraOptions) -> dict[str, Any]:
+def describe_model(model: Mamba2ForCausalLM) -> dict[str, Any]:
     """Return, as JSON values, what `model_of` needs to rebuild a model from its trained parameters."""
     try:
         config = model.config.to_dict()
     except NotImplementedError:  # transformers has no words for it
         config = model.config.to_state_spaces_dict()
-    origin = model.origin
+    origin, names = model.origin, adapter_names(model)
     return {
         "config": config,
         "dtype": model.dtype.name,
-        "lora": plain(lora),
+        "adapter": plain(settings_of(model, names[0])) if len(names) == 1 else None,
         "folder": None if origin is None else str(origin.folder),
         "stored_dtypes": [] if origin is None else [list(pair) for pair in origin.stored_dtypes],
     }
@@ -55,8 +55,7 @@ def model_of(
     described = content["extra"].get("model")
     if described is None:
         raise ValueError(f"{path}: an earlier version wrote it, without the config; resume the run once")
-    lora = build(LoraOptions, described["lora"], str(path))
-    if lora.rank is None:
+    if described["adapter"] is None:
         config = Mamba2Config.from_dict(described["config"])
         model = Mamba2ForCausalLM._from_arrays(config, params, dtype=jnp.float32)
         rounded = 0.0
@@ -77,8 +76,7 @@ def _with_adapter(
     model = Mamba2ForCausalLM.from_pretrained(base)
     if fingerprint(base_arrays(model)) != extra["run"]["base"]:
         raise ValueError(f"{base}: not the weights that the adapter in {path} was trained on")
-    settings = build(LoraOptions, extra["model"]["lora"], str(path)).config()
-    add_lora(model, settings, rngs=nnx.Rngs(0))
+    add_lora(model, LoraConfig(**extra["model"]["adapter"]), rngs=nnx.Rngs(0))
     parameters = nnx.state(model, nnx.Param)
     for name, leaf in nnx.to_flat_state(parameters):
         if (array := params.get(".".join(map(str, name)))) is not None:

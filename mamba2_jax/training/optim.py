@@ -11,6 +11,7 @@ import optax
 
 from mamba2_jax.config.kinds import role_of
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.training.carry import INITIAL_STATE
 from mamba2_jax.typing import Array
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -114,7 +115,9 @@ def decayed(name: str) -> bool:
     (True, False)
     """
     role = role_of(name)
-    return role is None or role.decays  # adapter matrices have no role
+    if role is None:
+        return not name.startswith(INITIAL_STATE)  # adapter matrices have no role
+    return role.decays
 
 
 def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> optax.GradientTransformation:

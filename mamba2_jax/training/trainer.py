@@ -15,9 +15,11 @@ from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora import add_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.mesh import BATCH, axis_size
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import is_first, meet, place
 from mamba2_jax.sharding import splits_batch, token_sharding
+from mamba2_jax.training.carry import initial_cache, new_initial_state
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.checksums import fingerprint
 from mamba2_jax.training.config import TrainConfig, spacing
@@ -25,6 +27,7 @@ from mamba2_jax.training.data import Batch, Documents, eval_batches, load_docume
 from mamba2_jax.training.evaluate import Evaluation, evaluate
 from mamba2_jax.training.export import base_arrays, describe_model
 from mamba2_jax.training.folder import CHECKPOINTS, TOKENIZER
+from mamba2_jax.training.lanes import Lanes
 from mamba2_jax.training.loop import Loop, Plan, in_parts
 from mamba2_jax.training.metrics import Metrics, draw_curve
 from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
@@ -36,7 +39,7 @@ from mamba2_jax.training.result import save_result
 from mamba2_jax.training.resume import check_identity, identity, tell_changes
 from mamba2_jax.training.signals import StopSignals
 from mamba2_jax.training.speed import operations_per_token, peak_operations
-from mamba2_jax.training.step import TrainState, eval_step, split_model
+from mamba2_jax.training.step import TrainState, eval_piece, eval_step, split_model
 
 
 @dataclass(frozen=True)
@@ -108,12 +111,19 @@ class Trainer:
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
+        if model.config.attends and (config.carry_state or config.train_initial_state):
+            raise ValueError(
+                "Trainer: carry_state and train_initial_state are for models without attention, whose keys "
+                "and values grow with the text"
+            )
         self._mesh = config.mesh.make()
         self._check_mesh()
         if self._mesh is not None:
             model.to_mesh(self._mesh)
         self.steps = config.steps or self._count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
+        if config.train_initial_state:
+            self._trained |= new_initial_state(model.config)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
         meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
 
@@ -197,11 +207,15 @@ class Trainer:
             frozen=self._frozen,
             optimizer=self._optimizer,
             learning_rate=learning_rate(config.optim, self.steps),
-            options={"remat": config.remat, "tokens_per_slice": config.tokens_per_slice},
-            arrange=lambda batch: self._in_turns(in_parts(batch, config.accumulate)),
+            options={
+                "remat": config.remat,
+                "tokens_per_slice": config.tokens_per_slice,
+                "pass_gradient": config.pass_gradient,
+            },
+            arrange=self._arranged,
             place=self._placed,
             evaluate=None if self._held_out is None else self.evaluate,
-            extra={"run": self._identity(), "model": describe_model(self.model, config.lora)},
+            extra={"run": self._identity(), "model": describe_model(self.model)},
             sharded=self._mesh is not None,
             peak=peak and peak * (1 if self._mesh is None else self._mesh.size),
             operations_per_token=operations_per_token(self.model.config, self._trained, self._frozen),
@@ -217,19 +231,32 @@ class Trainer:
         if self._held_out is None:
             raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
         params = self._trained if params is None else params
+        held_out, config, cache = self._held_out, self.config, self._empty_cache()
+        options = {"structure": self._structure, "tokens_per_slice": config.tokens_per_slice}
 
         def score(batch: Batch) -> tuple[Any, Any]:
+            nonlocal cache
             with self.model.backbone.on_its_device():
-                return eval_step(
-                    params,
-                    self._frozen,
-                    self._placed(batch),
-                    structure=self._structure,
-                    tokens_per_slice=self.config.tokens_per_slice,
-                )
+                if cache is None:
+                    return eval_step(params, self._frozen, self._placed(batch), **options)
+                *sums, cache = eval_piece(params, self._frozen, batch, cache, **options)
+                return sums[0], sums[1]
 
-        batches = eval_batches(self._held_out, self.config.data, self.config.batch_size)
-        return evaluate(batches, score, int(self._held_out.num_bytes.sum()))
+        if cache is None:
+            batches = eval_batches(held_out, config.data, config.batch_size)
+        else:
+            batches = self._lanes(held_out, 1, False, 1)
+        return evaluate(batches, score, int(held_out.num_bytes.sum()))
+
+    def initial_state(self, rows: int = 1) -> Mamba2Cache | None:
+        """Return the trained state that documents begin with, as a cache; None if none is trained."""
+        return initial_cache(self._trained, self.model.config, rows, self.model.dtype)
+
+    def _arranged(self, batch: Batch) -> Any:
+        """Split a batch of the pipeline into microbatches; pieces that carry a state are so already."""
+        if self.config.carry_state:
+            return batch
+        return self._in_turns(in_parts(batch, self.config.accumulate))
 
     def _in_turns(self, batch: Batch) -> Any:
         """Split a batch `(b, l)` or `(a, b, l)` into microbatches of at most `tokens_per_turn` tokens."""
@@ -255,7 +282,10 @@ class Trainer:
                 refuse_remote(source)
         if self.tokenizer is None:
             raise ValueError("Trainer: give the model's tokenizer, or Documents")
-        documents = load_documents(data, self.tokenizer, self.config.data)
+        config = self.config.data
+        if self.config.carry_state:  # documents in one piece: the lanes cut them
+            config = dataclasses.replace(config, max_length=2**31 - 1)
+        documents = load_documents(data, self.tokenizer, config)
         highest = int(documents.tokens.max())
         if highest >= self.model.config.vocab_size:
             raise ValueError(
@@ -268,8 +298,29 @@ class Trainer:
     def _pipeline(self) -> Any:
         config = self.config
         epochs = (config.epochs or 1) if config.steps is None else None
+        if config.carry_state:
+            return self._lanes(self._documents, config.accumulate, config.data.shuffle, epochs)
         rows = config.batch_size * config.accumulate
         return make_pipeline(self._documents, config.data, rows, seed=config.seed, epochs=epochs)
+
+    def _lanes(self, documents: Documents, pieces: int, shuffle: bool, epochs: int | None) -> Lanes:
+        config = self.config
+        return Lanes(
+            documents,
+            rows=config.batch_size,
+            length=config.data.max_length,
+            pieces=pieces,
+            pad=config.data.rows == "pad",
+            shuffle=shuffle,
+            seed=config.seed,
+            epochs=epochs,
+        )
+
+    def _empty_cache(self) -> Mamba2Cache | None:
+        """Return the state before the first batch, if rows carry it on."""
+        if not self.config.carry_state:
+            return None
+        return Mamba2Cache.zeros(self.model.config, self.config.batch_size, self.model.dtype)
 
     def _count_steps(self) -> int:
         """Count the batches by reading the whole pipeline once: packing makes their number unpredictable."""
@@ -278,7 +329,8 @@ class Trainer:
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
         """Return the initial state and batch iterator, or those restored from the newest checkpoint."""
         params = {name: array.copy() for name, array in self._trained.items()}  # steps donate the buffers
-        state = TrainState.start(params, self._optimizer, jax.random.key(self.config.seed))
+        key, cache = jax.random.key(self.config.seed), self._empty_cache()
+        state = TrainState.start(params, self._optimizer, key, cache)
         if self._mesh is not None:
             state = state.to_mesh(self._mesh)
         batches = iter(self._pipeline())
@@ -310,7 +362,9 @@ class Trainer:
         self._trained = state.params
         leaves = jax.tree.leaves(self.model)
         stored = dict(zip(self._structure.names, leaves, strict=True))
-        params = {name: array.astype(stored[name].dtype) for name, array in state.params.items()}
+        params = {
+            name: array.astype(stored[name].dtype) for name, array in state.params.items() if name in stored
+        }
         nnx.update(self.model, nnx.state(self._structure.merge(params, self._frozen)))
 
 
