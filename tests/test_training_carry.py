@@ -1,4 +1,4 @@
-"""Training on a carried state: pieces add up to the whole, gradients stop or pass, runs go on, a trained state."""
+"""Training on a carried state: pieces add up to the whole, gradients stop or pass, a state is trained."""
 
 from functools import partial
 
@@ -21,7 +21,7 @@ from mamba2_jax.training import (
     split_model,
     train_step,
 )
-from mamba2_jax.training.carry import initial_cache, new_initial_state
+from mamba2_jax.training.carry import begin_or_go_on, initial_cache, new_initial_state
 from mamba2_jax.training.lanes import Lanes
 from mamba2_jax.training.loss import loss_and_cache
 from mamba2_jax.training.metrics import read_metrics
@@ -36,7 +36,7 @@ def parts():
 
 
 def whole_and_pieces():
-    """Rows with documents that begin inside a piece, at its beginning and at its end; and the same in pieces."""
+    """Rows with documents that begin inside a piece, at its first and at its last token; and in pieces."""
     ids = random_ids(ROWS, LENGTH + 1)
     segments = np.stack([np.repeat([1, 2, 3], [20, 44, 33]), np.repeat([5, 4], [63, 34])])
     labels = np.where(np.arange(LENGTH + 1) % 5 == 3, -100, ids)
@@ -68,18 +68,12 @@ def test_the_loss_of_pieces_adds_up_to_that_of_the_whole(parts):
     whole, cut = whole_and_pieces()
     model = structure.merge(params, frozen)
     want, count = loss_fn(model, whole)
-    cache = Mamba2Cache.zeros(model.config, ROWS)
+    cache, score = Mamba2Cache.zeros(model.config, ROWS), jax.jit(loss_and_cache)
     nats, tokens = 0.0, 0
     for i in range(PIECES):
         piece = {name: array[i] for name, array in cut.items() if name != "continues"}
-        more, (scored, after) = loss_and_cache(model, piece, cache)
-        starts = cut["continues"][(i + 1) % PIECES].reshape(-1, 1, 1, 1)
-        cache = Mamba2Cache(
-            jax.tree.map(lambda a: a * starts.reshape(-1, *(1,) * (a.ndim - 1)), after.conv),
-            tuple(state * starts for state in after.ssm),
-            after.position,
-            after.attention,
-        )
+        more, (scored, after) = score(model, piece, cache)
+        cache = begin_or_go_on(after, None, jnp.asarray(cut["continues"][(i + 1) % PIECES]))
         nats, tokens = nats + float(more), tokens + int(scored)
     assert tokens == int(count)
     np.testing.assert_allclose(nats, want, rtol=TOLERANCE)
@@ -189,12 +183,14 @@ def test_a_run_sums_the_loss_of_whole_documents(tmp_path):
     tokens = sum(line["tokens"] for line in lines)
     model, want, count = tiny_model(), [], []
     longest = max(len(document["input_ids"]) for document in (*trainer._documents, *trainer._held_out))
+    score = jax.jit(loss_fn)
     for texts in (trainer._documents, trainer._held_out):
-        ids = np.zeros((len(texts), longest), int)
-        for row, document in zip(ids, texts, strict=True):
-            row[: len(document["input_ids"])] = document["input_ids"]
-        mask = np.arange(longest) < np.array([len(document["input_ids"]) for document in texts])[:, None]
-        summed = loss_fn(model, {"input_ids": ids, "segment_ids": mask.astype(int)})
+        ids = np.zeros((len(trainer._documents), longest), int)  # of one shape, with empty rows
+        segments = np.zeros_like(ids)
+        for i, document in enumerate(texts):
+            ids[i, : len(document["input_ids"])] = document["input_ids"]
+            segments[i, : len(document["input_ids"])] = 1
+        summed = score(model, {"input_ids": ids, "segment_ids": segments})
         want.append(float(summed[0]))
         count.append(int(summed[1]))
     assert tokens == count[0]
