@@ -40,9 +40,22 @@ class LoraOptions:
     """Scale by alpha / sqrt(rank) instead."""
     merge: bool = False
     """Also save the model with the adapter merged into its weights."""
+    init: str | None = None
+    """Folder or hub id of an adapter to begin from, with its own rank, targets, alpha and dropout."""
 
     def __post_init__(self):
         self.config()
+        ours = {
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "use_rslora": self.use_rslora,
+        }
+        given = [name for name, value in ours.items() if value not in (None, False)]
+        if self.init is not None and given:
+            raise ValueError(
+                f"LoraOptions: {given[0]}={ours[given[0]]} is set beside init, whose adapter has its own"
+            )
 
     def config(self) -> LoraConfig | None:
         """Return the settings for `add_lora`, or None without a rank."""

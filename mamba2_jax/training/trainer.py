@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mamba2_jax.lora import add_lora
+from mamba2_jax.lora import add_lora, load_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.mesh import BATCH, axis_size
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -21,13 +21,21 @@ from mamba2_jax.processes import is_first, meet, place
 from mamba2_jax.sharding import splits_batch, token_sharding
 from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.config import TrainConfig
-from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
+from mamba2_jax.training.data import (
+    Batch,
+    Documents,
+    Source,
+    count_batches,
+    eval_batches,
+    load_documents,
+    make_pipeline,
+)
+from mamba2_jax.training.data.documents import with_template
 from mamba2_jax.training.diagnosis import first_not_finite
 from mamba2_jax.training.metrics import Metrics, draw_curve, peak_memory
 from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.progress import training_bar
-from mamba2_jax.training.records import Source
 from mamba2_jax.training.result import save_result
 from mamba2_jax.training.signals import StopSignals
 from mamba2_jax.training.step import (
@@ -38,6 +46,8 @@ from mamba2_jax.training.step import (
     split_model,
     train_step,
 )
+
+TOKENS_FOLDER = "tokens"  # in the output folder: the tokenised data
 
 
 @dataclass(frozen=True)
@@ -107,15 +117,18 @@ class Trainer:
         eval_data: Iterable[Source] | Source | Documents | None = None,
         report: Callable[[str], None] = lambda message: None,
     ):
-        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.model, self.config = model, config
+        self.tokenizer = None if tokenizer is None else with_template(tokenizer, config.data)
         self._report = report if is_first() else lambda message: None
         self._output = pathlib.Path(config.output).expanduser()
         if self._output.exists() and not self._output.is_dir():
             raise FileExistsError(f"{self._output}: is a file; name a folder")
-        if not config.resume and self._output.is_dir() and any(self._output.iterdir()):
+        used = {path.name for path in self._output.iterdir()} if self._output.is_dir() else set()
+        if not config.resume and used - {TOKENS_FOLDER}:
             raise FileExistsError(
                 f"{self._output}: is not empty; go on from what is in it with resume, or name another folder"
             )
+        meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
         self._documents = self._load("data", data)
         self._held_out = None if eval_data is None else self._load("evaluation data", eval_data)
         if self._held_out is None and config.data.eval_share:
@@ -123,6 +136,8 @@ class Trainer:
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
+        if config.lora.init is not None and not adapter_names(model):
+            load_lora(model, config.lora.init)
         self._mesh = config.mesh.make()
         if self._mesh is None and jax.process_count() > 1:
             raise ValueError(
@@ -145,7 +160,6 @@ class Trainer:
         self._structure, self._trained, self._frozen = split_model(model)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
         self._learning_rate = learning_rate(config.optim, self.steps)
-        meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
 
     def fit(self) -> TrainResult:
         """Train for the remaining steps, or until SIGTERM or Ctrl-C, which save a checkpoint first.
@@ -179,7 +193,8 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
-            save_result(self.model, self._output, self.tokenizer, self.config.lora.merge, self._report)
+            config, replaced = self.config, self.config.data.chat_template is not None
+            save_result(self.model, self._output, self.tokenizer, config.lora.merge, self._report, replaced)
             if is_first():
                 draw_curve(self._output)
         return TrainResult(
@@ -196,7 +211,8 @@ class Trainer:
             raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
         params = self._trained if params is None else params
         nats, tokens = 0.0, 0
-        for batch in eval_batches(self._held_out, self.config.data, self.config.batch_size):
+        own = self._own_rows()
+        for batch in eval_batches(self._held_out, self.config.data, self.config.batch_size, own):
             with self.model.backbone.on_its_device():
                 sums = eval_step(
                     params,
@@ -231,8 +247,15 @@ class Trainer:
             return data
         if self.tokenizer is None:
             raise ValueError("Trainer: give the model's tokenizer, or Documents")
-        documents = load_documents(data, self.tokenizer, self.config.data)
-        highest = int(documents.tokens.max())
+        documents = load_documents(
+            data,
+            self.tokenizer,
+            self.config.data,
+            folder=self._output / TOKENS_FOLDER / what.replace(" ", "-"),
+            progress=self.config.progress and is_first(),
+            report=self._report,
+        )
+        highest = documents.files.highest
         if highest >= self.model.config.vocab_size:
             raise ValueError(
                 f"Trainer: token {highest} lies outside the model's vocabulary of "
@@ -244,12 +267,27 @@ class Trainer:
     def _pipeline(self) -> Any:
         config = self.config
         epochs = config.epochs if config.steps is None else None
+        own = self._own_rows()
+        own = None if own is None else np.tile(own, config.accumulate)
         rows = config.batch_size * config.accumulate
-        return make_pipeline(self._documents, config.data, rows, seed=config.seed, epochs=epochs)
+        return make_pipeline(
+            self._documents, config.data, rows, seed=config.seed, epochs=epochs, own_rows=own
+        )
+
+    def _own_rows(self) -> np.ndarray | None:
+        """Return which rows of a batch have tokens on this process's devices, `(b,)` bool; None: all."""
+        if self._mesh is None or jax.process_count() == 1:
+            return None
+        shape = (self.config.batch_size, self.config.data.max_length)
+        own = np.zeros(shape[0], bool)
+        for index in token_sharding(self._mesh, *shape).addressable_devices_indices_map(shape).values():
+            own[index[0]] = True
+        return own
 
     def _count_steps(self) -> int:
-        """Count the batches by reading the whole pipeline once: packing makes their number unpredictable."""
-        return sum(1 for _ in self._pipeline())
+        config = self.config
+        rows = config.batch_size * config.accumulate
+        return count_batches(self._documents, config.data, rows, seed=config.seed, epochs=config.epochs)
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
         """Return the initial state and batch iterator, or those restored from the newest checkpoint."""
@@ -366,6 +404,7 @@ class _Run:
         self._show(step, values)
         in_a_row = int(numbers.skipped_in_a_row)
         if in_a_row >= trainer.config.max_skipped:
+            batch = trainer._placed(batch)
             bad = first_not_finite(state.params, trainer._frozen, batch, trainer._structure)
             raise FloatingPointError(
                 f"step {step}: {in_a_row} steps in a row were not finite; the first such tensor is "
