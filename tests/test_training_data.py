@@ -174,3 +174,11 @@ def test_a_share_is_held_out():
     assert all(tokens[-1] == EOS for tokens in texts(found))
     with pytest.raises(ValueError, match="leaves none to train on"):
         documents([{"text": "one"}]).hold_out(0.5, 0)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_others():
+    found = documents([{"text": "one"}, {"text": "t\udc80"}])
+    assert [learnt(document) for document in found] == ["ne<end>"]
+    assert [str(record) for record in found.report.unusable] == [
+        r"record 2: holds \udc80, half of a surrogate pair, at character 1"
+    ]
