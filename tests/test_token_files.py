@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -142,3 +143,17 @@ def test_a_run_uses_the_tokens_of_the_start_before(tmp_path):
     make_trainer(tmp_path / "run", source, said.append)
     assert said[0] == f"tokens of an earlier start are used: {tmp_path / 'run' / 'tokens' / 'data'}"
     assert said[1].startswith("data: 20 texts")
+
+
+def test_other_processes_wait_for_the_first(tmp_path, monkeypatch):
+    """The other process: it reads no source, and ends when the first one fails."""
+    monkeypatch.setattr(documents, "_SECONDS", 0.01)
+    folder, failed = tmp_path / "tokens", tmp_path / ".tokens.failed"
+    first = load(texts_file(), tmp_path / "first")
+    writer = threading.Timer(0.1, (tmp_path / "first").rename, [folder])
+    writer.start()
+    found, report = documents._wait_for(folder, failed)
+    assert (found.fingerprint, report["texts"]) == (first.fingerprint(), 60)
+    failed.touch()
+    with pytest.raises(ValueError, match="the first process wrote no tokens; its message has the reason"):
+        documents._wait_for(tmp_path / "none", failed)

@@ -6,9 +6,12 @@ import hashlib
 import itertools
 import json
 import pathlib
+import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, cast
 
+import jax
 import numpy as np
 
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL
@@ -19,6 +22,8 @@ from mamba2_jax.training.data.records import Source
 from mamba2_jax.training.data.sources import local_files
 from mamba2_jax.training.data.token_files import TokenFiles, TokenWriter, open_tokens
 from mamba2_jax.training.progress import reading_bar
+
+_SECONDS = 0.5  # between looks for the tokens that the first process writes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,22 +143,34 @@ def load_documents(
     tokenizer = with_template(tokenizer, config)
     if folder is None or not sources or any(isinstance(source, Mapping) for source in sources):
         return _written(None, {}, sources, tokenizer, config, progress)
-    folder, documents = pathlib.Path(folder), None
+    folder, key = pathlib.Path(folder), _key(sources, tokenizer, config)
+    found, failed = None, folder.with_name(f".{folder.name}.failed")
     if is_first():
-        key = _key(sources, tokenizer, config)
         found = open_tokens(folder, key)
+        failed.unlink(missing_ok=True)
         if found is None:
-            documents = _written(folder, key, sources, tokenizer, config, progress)
-        else:
-            report(f"tokens of an earlier start are used: {folder}")
-            documents = Documents(found[0], Report.read(found[1]))
-    meet(f"mamba2_jax: tokens in {folder.name}")
-    if documents is None:
+            shutil.rmtree(folder, ignore_errors=True)
+    meet(f"mamba2_jax: tokens in {folder.name}")  # what is in the folder from here on is valid
+    if found is not None:
+        report(f"tokens of an earlier start are used: {folder}")
+    elif is_first():
+        return _written(folder, key, sources, tokenizer, config, progress)
+    else:
+        found = _wait_for(folder, failed)
+    return Documents(found[0], Report.read(found[1]))
+
+
+def _wait_for(folder: pathlib.Path, failed: pathlib.Path) -> tuple[TokenFiles, dict[str, Any]]:
+    """Open the tokens as soon as the first process has written them.
+
+    No barrier, since collectives time out, and tokenisation may take hours.
+    """
+    while not failed.exists():
         found = open_tokens(folder, None)
-        if found is None:
-            raise FileNotFoundError(f"{folder}: no tokens there; all processes must reach the output folder")
-        documents = Documents(found[0], Report.read(found[1]))
-    return documents
+        if found is not None:
+            return found
+        time.sleep(_SECONDS)
+    raise ValueError(f"{folder}: the first process wrote no tokens; its message has the reason")
 
 
 def with_template(tokenizer: Any, config: DataConfig) -> Any:
@@ -210,6 +227,9 @@ def _written(
         return Documents(writer.finish(key, dataclasses.asdict(report)), report)
     except BaseException:
         writer.abandon()
+        if folder is not None and jax.process_count() > 1:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.with_name(f".{folder.name}.failed").touch()  # the others wait for the tokens
         raise
 
 
