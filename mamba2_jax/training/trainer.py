@@ -280,7 +280,8 @@ class Trainer:
             return None
         shape = (self.config.batch_size, self.config.data.max_length)
         own = np.zeros(shape[0], bool)
-        for index in token_sharding(self._mesh, *shape).addressable_devices_indices_map(shape).values():
+        sharding = token_sharding(self._mesh, *shape)
+        for index in filter(None, sharding.addressable_devices_indices_map(shape).values()):
             own[index[0]] = True
         return own
 
