@@ -11,11 +11,11 @@ from mamba2_jax.training.data import json_values
 
 RECORDS = [
     {"text": "one\ntwo"},
-    {"text": "three [four], {five} é"},
+    {"text": "three [four], {five} é\u2028\x85."},
     {"prompt": "q. ", "completion": "a \ud83d"},
 ]
 RECORDS[2]["completion"] = "a 😀"
-TEXTS = ["one\ntwo<end>", "three [four], {five} é<end>", "q. a 😀<end>"]
+TEXTS = ["one\ntwo<end>", "three [four], {five} é\u2028\x85.<end>", "q. a 😀<end>"]
 
 
 def lines(records=RECORDS, end="\n", **options) -> str:

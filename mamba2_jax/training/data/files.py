@@ -75,6 +75,26 @@ class _Counted(io.RawIOBase):
         return len(data)
 
 
+class _Recoded(io.RawIOBase):
+    """Binary stream of UTF-8, of a file in another encoding. That of `codecs` splits lines at U+2028."""
+
+    def __init__(self, file: Any, encoding: str):
+        self._file, self._decoder, self._held = file, codecs.getincrementaldecoder(encoding)(), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._held:
+            data = self._file.read(_BLOCK)
+            self._held = self._decoder.decode(data, final=not data).encode()
+            if not data:
+                break
+        count = min(len(buffer), len(self._held))
+        buffer[:count], self._held = self._held[:count], self._held[count:]
+        return count
+
+
 def _read_encoded(stream: _Counted, path: pathlib.Path, suffix: str) -> Iterator[Record | Text | Unusable]:
     """Find the encoding of a file by its first bytes, and read it as UTF-8."""
     file: Any = io.BufferedReader(stream, _BLOCK)
@@ -84,7 +104,7 @@ def _read_encoded(stream: _Counted, path: pathlib.Path, suffix: str) -> Iterator
     if encoding == "utf-8":
         file.read(len(mark))
     else:
-        file = codecs.EncodedFile(file, "utf-8", encoding)
+        file = io.BufferedReader(_Recoded(file, encoding), _BLOCK)
     if encoding == "utf-8" and b"\0" in head:
         names = "UTF-16 or UTF-32 without a byte-order mark, or no text"
         yield Unusable(str(path), f"has zero bytes where text begins: {names}; convert it to UTF-8")

@@ -38,7 +38,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{self.texts:,} texts, {self.documents:,} documents, {self.tokens:,} tokens"]
         if set(self.kinds) - {"text"}:
-            lines[0] += " (" + ", ".join(f"{count:,} of {kind}" for kind, count in self.kinds.items()) + ")"
+            lines[0] += " (" + ", ".join(f"{count:,} from {kind}" for kind, count in self.kinds.items()) + ")"
         if self.truncated:
             lines.append(f"{self.truncated:,} texts were longer than a row and were truncated")
         if self.spelled:
