@@ -122,6 +122,15 @@ def test_kinds_of_conversations(record, text, learnt):
     assert text_and_learnt(record) == (text, learnt)
 
 
+def test_a_chat_that_the_assistant_begins_after_what_the_template_writes():
+    template = "{{ 'be an a: ' }}{% for m in messages %}{{ m.role[0] + ': ' + m.content + ' ' }}{% endfor %}"
+    messages = turns("", "yes a: b", "hi")[1:]
+    prompted = template + "{% if add_generation_prompt %}a: {% endif %}"
+    text = "be an a: a: yes a: b u: hi "
+    assert text_and_learnt({"messages": messages}, template=prompted) == (text, "yes a: b ")
+    assert text_and_learnt({"messages": messages}, template=template) == (text, "yes a: b ")
+
+
 def test_alpaca_without_a_template_is_in_its_own_words():
     record = {"instruction": "Add.", "input": "1 2", "output": "3"}
     text, learnt = text_and_learnt(record, template=None)

@@ -152,10 +152,9 @@ class Chats:
         """Find where the assistant's text begins in a first message: behind what prompts for a turn."""
         prompted = self._render(turns, variables, prompt=True)
         prompt = prompted[len(text) :] if prompted.startswith(text) else ""
-        begin = after.find(prompt)
-        if prompt and begin >= 0:
-            return begin + len(prompt)
-        return after.find((turns[0].get("content") or "").strip() or after)
+        content = after.rfind((turns[0].get("content") or "").strip())
+        begin = after.rfind(prompt, 0, content) if content > 0 else after.find(prompt)
+        return begin + len(prompt) if prompt and begin >= 0 else max(content, 0)
 
 
 def _turns(messages: Any, field: str, record: Record) -> list[dict[str, Any]]:
