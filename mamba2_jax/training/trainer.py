@@ -288,6 +288,8 @@ class Trainer:
     def _count_steps(self) -> int:
         config = self.config
         rows = config.batch_size * config.accumulate
+        if len(self._documents) * config.epochs > 500_000:
+            self._report("counting the steps, about a minute per million documents; with steps set, none are")
         return count_batches(self._documents, config.data, rows, seed=config.seed, epochs=config.epochs)
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
