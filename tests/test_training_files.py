@@ -81,10 +81,12 @@ def test_encodings_with_a_byte_order_mark(encoding, tmp_path):
 def test_compressed_files_tables_and_folders(tmp_path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines().encode()))
     (tmp_path / "b.tsv").write_text("prompt\tcompletion\nq. \ta 😀\n", encoding="utf-8")
+    long = "x" * 200_000
+    (tmp_path / "c.csv").write_text(f",text\n0,{long}\n")  # with an index, as pandas writes it
     (tmp_path / ".cache").mkdir()
     (tmp_path / ".cache" / "c.jsonl").write_text("no JSON")
     (tmp_path / ".DS_Store").write_bytes(b"\0\1\2")
-    assert read(tmp_path) == [*TEXTS, TEXTS[2]]
+    assert read(tmp_path, max_length=300_000) == [*TEXTS, TEXTS[2], long + "<end>"]
     (tmp_path / "empty" / "er").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match=r"empty: the folder has no files$"):
         read(tmp_path / "empty")
@@ -102,6 +104,14 @@ def test_a_large_text_is_read_in_blocks(tmp_path, monkeypatch):
     found = read(tmp_path / "a.txt")
     assert len(found) > 10
     assert "".join(found) == text.replace("\r\n", "\n") + "<end>"
+    for whole in (
+        "one line\n" * 64,
+        "é" * 999,
+        "one " * 99,
+        "x" * 64,
+    ):  # of blocks, and without ends of lines
+        (tmp_path / "c.txt").write_text(whole, encoding="utf-8")
+        assert "".join(read(tmp_path / "c.txt")) == whole + "<end>"
     (tmp_path / "b.txt").write_bytes(text.encode() + b"\xff")
     with pytest.raises(
         ValueError, match=rf"b.txt: is not UTF-8 \(byte {len(text.encode())}\): the records behind"

@@ -23,6 +23,8 @@ Advance = Callable[[int], None]
 _COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _DAMAGED = (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error, OSError)
 _BLOCK = 1 << 20
+_SURPLUS = "fields beyond the header's"
+_LONGEST_FIELD = 1 << 30  # characters of a field of a CSV file; the module's own limit is 131,072
 _MARKS = {  # byte-order marks; UTF-32's first, which begins like UTF-16's
     codecs.BOM_UTF8: "utf-8",
     codecs.BOM_UTF32_LE: "utf-32",
@@ -122,39 +124,51 @@ def _read_encoded(stream: _Counted, path: pathlib.Path, suffix: str) -> Iterator
 
 def _read_csv(file: Any, path: pathlib.Path, delimiter: str) -> Iterator[Record | Unusable]:
     lines = (line.decode("utf-8") for line in file)
-    rows = csv.DictReader(lines, delimiter=delimiter, restkey="")
+    rows = csv.DictReader(lines, delimiter=delimiter, restkey=_SURPLUS)
+    limit = csv.field_size_limit(_LONGEST_FIELD)
     try:
         for number, row in enumerate(rows, start=1):
             where = f"{path}: row {number}"
-            if "" in row or None in row.values():
+            if _SURPLUS in row or None in row.values():
                 count = len(rows.fieldnames or [])
                 yield Unusable(where, f"has another number of fields than the header's {count}")
             else:
                 yield Record(where, row)
     except csv.Error as error:
         yield Unusable(str(path), f"cannot be read as CSV ({error})", ends=True)
+    finally:
+        csv.field_size_limit(limit)
 
 
-def _read_text(file: Any, path: pathlib.Path) -> Iterator[Text | Unusable]:
+def _read_text(file: io.BufferedReader, path: pathlib.Path) -> Iterator[Text | Unusable]:
     """Read a plain text; one larger than a block is read in several, cut at ends of lines."""
-    block, offset, first = b"", 0, True
-    while True:
-        data = file.read(_BLOCK)
-        block += data
-        cut = block.rfind(b"\n") + 1 if data else len(block)
-        if data and (len(block) < _BLOCK or not cut):
+    block, offset, last = b"", 0, False
+    while not last:
+        block += file.read(_BLOCK)
+        last = not file.peek(1)
+        cut = len(block) if last else _end_of_line(block)
+        if not cut:
             continue
         try:
             text = block[:cut].decode("utf-8").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
-            yield Unusable(str(path), f"is not UTF-8 (byte {offset + error.start})", ends=not first)
+            reason = f"is not UTF-8 (byte {offset + error.start})"
+            yield Unusable(str(path), reason, ends=offset > 0)
             return
-        where = str(path) if first else f"{path}: byte {offset}"
-        if text.strip() or first:
-            yield Text(text, ((0, len(text)),), where, begins=first, ends=not data)
-        offset, first, block = offset + cut, False, block[cut:]
-        if not data:
-            return
+        where = f"{path}: byte {offset}" if offset else str(path)
+        yield Text(text, ((0, len(text)),), where, begins=not offset, ends=last)
+        offset, block = offset + cut, block[cut:]
+
+
+def _end_of_line(block: bytes) -> int:
+    """Return where a block is cut: behind its last line, or its last word if the line is very long; or 0."""
+    cut = block.rfind(b"\n") + 1
+    if cut or len(block) < 4 * _BLOCK:
+        return cut
+    cut = block.rfind(b" ") + 1 or len(block) - 4
+    while cut < len(block) and block[cut] & 0xC0 == 0x80:  # inside of a character
+        cut += 1
+    return cut
 
 
 def _read_parquet(path: pathlib.Path, advance: Advance) -> Iterator[Record]:

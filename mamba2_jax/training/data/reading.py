@@ -127,7 +127,7 @@ class Reading:
         for found in read_source(source, self._config, advance):
             if isinstance(found, Record):
                 yield text_of(found, self._chats, self._config.text_field)
-            elif isinstance(found, Text) and not found.text.strip():
+            elif isinstance(found, Text) and not found.text.strip() and found.begins:
                 yield Unusable(found.where, "is empty")
             else:
                 yield found
