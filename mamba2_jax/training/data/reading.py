@@ -15,7 +15,7 @@ from mamba2_jax.training.data.sources import read_source
 from mamba2_jax.training.data.token_files import TokenWriter
 
 _TEXTS_AT_ONCE = 512
-_CHARACTERS_AT_ONCE = 4 << 20
+_CHARACTERS_AT_ONCE = 1 << 20  # the tokenizer needs 200 bytes for each
 _LISTED = 10  # unusable records that are named
 
 
