@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from training_runs import STEPS, arrays_of, make_trainer, model_folder, texts_file, tiny_model, tokenizer
 
-from mamba2_jax import Mamba2ForCausalLM
+from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.cli import main
-from mamba2_jax.training import LoraOptions, OptimConfig
+from mamba2_jax.files import TOKENIZER_FILES
+from mamba2_jax.lora import load_lora
+from mamba2_jax.training import LoraOptions, OptimConfig, split_model
 from mamba2_jax.training.metrics import read_metrics
 
 
@@ -339,7 +341,7 @@ def test_bad_options_are_told(options, message, tmp_path, monkeypatch, capsys):
         code = error.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert not pathlib.Path("new").exists()
+    assert {path.name for path in pathlib.Path("new").glob("*")} <= {"tokens"}
     assert pathlib.Path("used", "notes.txt").read_text() == "mine"
 
 
@@ -404,3 +406,46 @@ def test_no_option_at_all_is_told(capsys):
     err = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert "--data" in err
     assert "--output" in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_tuned_from_a_template_and_an_adapter(tmp_path, capsys):
+    pytest.importorskip("torch")
+    bare = tmp_path / "bare"
+    tiny_model().save_pretrained(bare, format="state-spaces")
+    for file in (file for pattern in TOKENIZER_FILES for file in bare.glob(pattern)):
+        file.unlink()
+    chats = [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two."}]}]
+    pathlib.Path(tmp_path, "chats.json").write_text(json.dumps(chats * 8, indent=1))
+    template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    pathlib.Path(tmp_path, "template.jinja").write_text(template)
+
+    def run(output, *options):
+        common = f"--model {bare} --data {tmp_path}/chats.json --output {tmp_path / output} --batch-size 2"
+        common += " --steps 2 --no-tensorboard --no-progress --optim.warmup 0 --data.max-length 48"
+        return main(["finetune", *common.split(), *options])
+
+    assert run("none") == 2
+    assert "--tokenizer EleutherAI/gpt-neox-20b on the command line" in capsys.readouterr().err
+    ours = ("--tokenizer", str(model_folder()))
+    assert run("none", *ours) == 2
+    assert "name one with data.chat_template (--data.chat-template FILE)" in capsys.readouterr().err
+    ours += ("--data.chat-template", str(tmp_path / "template.jinja"))
+    assert run("first", *ours, "--lora.rank", "2", "--lora.targets", "in_proj", "--lora.merge") == 0
+    saved = load_tokenizer(tmp_path / "first" / "model")
+    assert saved.chat_template == template
+    assert "8 texts, 8 documents" in capsys.readouterr().err
+
+    # another run begins from this one's adapter
+    trainer = make_trainer(tmp_path / "second", lora=LoraOptions(init=str(tmp_path / "first" / "adapter")))
+    begun = arrays_of(trainer)
+    model = tiny_model()
+    load_lora(model, tmp_path / "first" / "adapter")
+    _, wanted, _ = split_model(model)
+    assert begun.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert array.any()
+        np.testing.assert_array_equal(begun[name], array)
+    with pytest.raises(ValueError, match="rank=4 is set beside init, whose adapter has its own"):
+        LoraOptions(rank=4, init="adapter")
+    with pytest.raises(FileNotFoundError, match="nowhere/at/all: no such folder"):
+        make_trainer(tmp_path / "third", lora=LoraOptions(init="nowhere/at/all"))

@@ -52,11 +52,15 @@ class Finetune:
     """
 
     data: Annotated[tuple[str, ...], arg(metavar="PATH...")]
-    """Training files (JSON lines with text, prompt and completion, or messages; Parquet; else plain text),
-    folders of them, or the id of a hub dataset."""
+    """Training files (JSON lines, a JSON array, CSV or Parquet with text, prompt and completion, messages,
+    ShareGPT's or Alpaca's fields; else plain text; also .gz), folders of them, or the id of a hub dataset."""
     train: Annotated[TrainConfig, arg(name="")]
     model: Annotated[str | None, arg(metavar="PATH")] = None
     """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
+    tokenizer: Annotated[str | None, arg(metavar="PATH")] = None
+    """Folder or hub id of the tokenizer, for a checkpoint without one (None: the checkpoint's)."""
+    revision: str | None = None
+    """Branch, tag or commit of a checkpoint on the hub."""
     eval_data: Annotated[tuple[str, ...], arg(metavar="PATH...")] = ()
     """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -72,7 +76,8 @@ class Finetune:
             keep_freed_memory()
         if not is_first():
             tell = _say_nothing
-        folder = resolve_folder(self.model)
+        folder = resolve_folder(self.model, self.revision)
+        tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(
             folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
@@ -81,7 +86,7 @@ class Finetune:
             model,
             self.train,
             self.data,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=tokenizer,
             eval_data=self.eval_data or None,
             report=tell,
             options=_written(self),

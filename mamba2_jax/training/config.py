@@ -42,16 +42,24 @@ class LoraOptions:
     """Also save the model with the adapter merged into its weights."""
     merge_dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Dtype of the merged model; what rounding takes away of the training is told."""
+    init: str | None = None
+    """Folder or hub id of an adapter to begin from, with its own rank, targets, alpha and dropout."""
 
     def __post_init__(self):
-        if self.rank is None:
-            given = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-            if given:
-                name = given[0].name
-                raise ValueError(
-                    f"LoraOptions: {name}={getattr(self, name)!r} needs a rank; without lora.rank no adapter "
-                    "is made and all weights are trained"
-                )
+        given = {
+            f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default
+        }
+        no_adapter = [name for name in given if name != "init"] if self.init is None else []
+        if self.rank is None and no_adapter:
+            raise ValueError(
+                f"LoraOptions: {no_adapter[0]}={given[no_adapter[0]]!r} needs a rank; without lora.rank no "
+                "adapter is made and all weights are trained"
+            )
+        own = [name for name in given if name not in ("init", "merge", "merge_dtype")]
+        if self.init is not None and own:
+            raise ValueError(
+                f"LoraOptions: {own[0]}={given[own[0]]} is set beside init, whose adapter has its own"
+            )
         if self.merge_dtype != "stored" and not self.merge:
             raise ValueError(f"LoraOptions: merge_dtype={self.merge_dtype!r} needs merge")
         self.config()

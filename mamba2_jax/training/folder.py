@@ -7,6 +7,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 ADAPTER = "adapter"
+TOKENS = "tokens"  # the tokenised data
 
 
 def find_run(path: str | pathlib.Path) -> pathlib.Path | None:

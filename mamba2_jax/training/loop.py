@@ -43,6 +43,8 @@ class Plan:
     """Options of `train_step`."""
     arrange: Callable[[Batch], Any]
     """Split a batch of the pipeline into microbatches."""
+    count_tokens: Callable[[Any], int]
+    """Count the tokens of a batch, padding excluded."""
     place: Callable[[Any], Any]
     """Transfer a batch to the devices."""
     evaluate: Callable[[Params], Evaluation] | None
@@ -119,7 +121,7 @@ class Loop:
         (step, metrics, batch), self._pending = self._pending, None
         plan = self._plan
         numbers: Any = jax.device_get(metrics)
-        self._speed.step_done(int((batch["segment_ids"] != 0).sum()))
+        self._speed.step_done(plan.count_tokens(batch))
         values: dict[str, float | int] = {
             "loss": float(numbers.loss),
             "learning_rate": float(plan.learning_rate(step - 1 - int(numbers.skipped))),
@@ -138,7 +140,7 @@ class Loop:
         self._show(step, values, self._seconds_left(step))
         in_a_row = int(numbers.skipped_in_a_row)
         if in_a_row >= plan.max_skipped:
-            bad = first_not_finite(state.params, plan.frozen, batch, plan.structure)
+            bad = first_not_finite(state.params, plan.frozen, plan.place(batch), plan.structure)
             raise FloatingPointError(
                 f"step {step}: {in_a_row} steps in a row were not finite; the first such tensor is "
                 f"{bad or 'not to be found any more'}. A lower learning rate or a longer warm-up may help"

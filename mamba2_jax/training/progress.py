@@ -42,5 +42,30 @@ def training_bar(total: int, done: int, shown: bool) -> Iterator[Show]:
         yield show
 
 
+@contextlib.contextmanager
+def reading_bar(total: int | None, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function (bytes read) that advances the progress bar of tokenisation.
+
+    Args:
+        total: bytes to read; None if unknown.
+        shown: whether to show the bar.
+    """
+    if not shown:
+        yield lambda count: None
+        return
+    columns = (
+        progress.TextColumn("tokenising"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TransferSpeedColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)
+
+
 def _duration(seconds: float | None) -> str:
     return "-:--:--" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))

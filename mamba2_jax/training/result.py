@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -19,15 +20,18 @@ def save_result(
     tokenizer: Any,
     lora: LoraOptions,
     report: Callable[[str], None],
+    replaced: bool = False,
 ) -> None:
     """Write the trained model to `output/model`, or its adapter to `output/adapter`.
 
     Args:
         model: the trained model.
         output: folder of the run.
-        tokenizer: saved too if the source checkpoint of the model has no tokenizer.
+        tokenizer: saved in place of that of the model's source checkpoint, if it was loaded from elsewhere,
+            `replaced` is set, or the source has none.
         lora: with an adapter, say whether also to write the model with the adapter merged, in which dtype.
         report: called with messages: the paths written, and warnings about PEFT.
+        replaced: whether the tokenizer was changed since it was loaded.
     """
     adapters = adapter_names(model)
     if len(adapters) == 1:
@@ -47,8 +51,14 @@ def save_result(
     model.save_pretrained(folder, dtype=dtype)
     if adapters:
         unmerge_lora(model)
-    if is_first() and tokenizer is not None and not any(folder.glob("tokenizer*")):
-        tokenizer.save_pretrained(folder)
+    if is_first() and tokenizer is not None:
+        loaded_from = pathlib.Path(tokenizer.name_or_path).resolve()
+        own = model.origin is not None and loaded_from == model.origin.folder and not replaced
+        present = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]
+        if not (own and present):
+            for file in present:
+                file.unlink()
+            tokenizer.save_pretrained(folder)
     report(f"model: {folder}")
 
 

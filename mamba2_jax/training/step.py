@@ -29,6 +29,7 @@ from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
 from mamba2_jax.training.carry import begin_or_go_on, initial_cache
+from mamba2_jax.training.gradients import gradients_through, summed_gradients
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_and_cache, loss_fn
 from mamba2_jax.training.on_cpu import choose_update, on_one_cpu
 from mamba2_jax.typing import Array, Bool, Float, Int
@@ -195,7 +196,7 @@ def _train_step(
         return nats, (tokens, None if cache is None else after)
 
     passes = pass_gradient and state.cache is not None and batch["input_ids"].ndim == 3
-    summed = _gradients_through if passes else _summed_gradients
+    summed = gradients_through if passes else summed_gradients
     nats, tokens, grads, cache = summed(summed_loss, state.params, batch, state.cache)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     loss, norm = nats / count, optax.tree.norm(grads) / count
@@ -234,47 +235,6 @@ train_step = _jit_step(_train_step)
 def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, StepMetrics]]:
     """Return `train_step` for a state on a mesh, jitted to keep the sharding of each array of `state`."""
     return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
-
-
-def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array], cache: Mamba2Cache | None):
-    """Sum nats, tokens and gradients of a batch `(b, l)`, or over the microbatches of one `(a, b, l)`.
-
-    Also returns the cache, carried through the microbatches without its gradient.
-    """
-    gradient = jax.value_and_grad(summed_loss, has_aux=True)
-    if batch["input_ids"].ndim == 2:
-        (nats, (tokens, cache)), grads = gradient(params, batch, 0, cache)
-        return nats, tokens, grads, cache
-
-    def add(carried, numbered):
-        (total, cache), (index, part) = carried, numbered
-        (nats, (tokens, cache)), grads = gradient(params, part, index, cache)
-        return (jax.tree.map(jnp.add, total, (nats, tokens, grads)), cache), None
-
-    zeros = (jnp.zeros((), jnp.float32), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
-    numbers = jnp.arange(batch["input_ids"].shape[0])
-    total, cache = jax.lax.scan(add, (zeros, cache), (numbers, batch))[0]
-    return *total, cache
-
-
-def _gradients_through(summed_loss, params: Params, batch: Mapping[str, Array], cache: Mamba2Cache | None):
-    """Compute `_summed_gradients` of pieces `(a, b, l)` with the gradient of the cache between them."""
-
-    @jax.checkpoint
-    def piece(params: Params, carried, numbered):
-        (nats, tokens, cache), (index, part) = carried, numbered
-        more, (count, cache) = summed_loss(params, part, index, cache)
-        return nats + more, tokens + count, cache
-
-    def through(params: Params):
-        start = (jnp.zeros((), jnp.float32), jnp.int32(0), cache)
-        numbers = jnp.arange(batch["input_ids"].shape[0])
-        run = lambda carried, numbered: (piece(params, carried, numbered), None)  # noqa: E731
-        nats, tokens, after = jax.lax.scan(run, start, (numbers, batch))[0]
-        return nats, (tokens, after)
-
-    (nats, (tokens, after)), grads = jax.value_and_grad(through, has_aux=True)(params)
-    return nats, tokens, grads, after
 
 
 _jit_eval = partial(jax.jit, static_argnames=("structure", "tokens_per_slice"))

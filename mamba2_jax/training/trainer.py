@@ -11,30 +11,29 @@ import jax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mamba2_jax.files import refuse_remote
-from mamba2_jax.lora import add_lora
+from mamba2_jax.lora import add_lora, load_lora
 from mamba2_jax.lora.attach import adapter_names
-from mamba2_jax.mesh import BATCH, axis_size
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import is_first, meet, place
-from mamba2_jax.sharding import splits_batch, token_sharding
+from mamba2_jax.sharding import token_sharding
 from mamba2_jax.training.carry import initial_cache, new_initial_state
 from mamba2_jax.training.checkpoint import Checkpoints
+from mamba2_jax.training.checks import check_evaluation, check_mesh, check_output, check_states
 from mamba2_jax.training.checksums import fingerprint
 from mamba2_jax.training.config import TrainConfig, spacing
-from mamba2_jax.training.data import Batch, Documents, eval_batches, load_documents, make_pipeline
+from mamba2_jax.training.data import Batch, Documents, Source
+from mamba2_jax.training.data.documents import with_template
 from mamba2_jax.training.evaluate import Evaluation, evaluate
 from mamba2_jax.training.export import base_arrays, describe_model
-from mamba2_jax.training.folder import CHECKPOINTS, TOKENIZER
-from mamba2_jax.training.lanes import Lanes
+from mamba2_jax.training.feed import Feed
+from mamba2_jax.training.folder import CHECKPOINTS, TOKENIZER, TOKENS
 from mamba2_jax.training.loop import Loop, Plan, in_parts
 from mamba2_jax.training.metrics import Metrics, draw_curve
 from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.options import OPTIONS_FILE, plain
 from mamba2_jax.training.progress import training_bar
-from mamba2_jax.training.records import Source
 from mamba2_jax.training.result import save_result
 from mamba2_jax.training.resume import check_identity, identity, tell_changes
 from mamba2_jax.training.signals import StopSignals
@@ -92,63 +91,34 @@ class Trainer:
         report: Callable[[str], None] = lambda message: None,
         options: Mapping[str, Any] | None = None,
     ):
-        self.model, self.config, self.tokenizer = model, config, tokenizer
+        self.model, self.config = model, config
+        self.tokenizer = None if tokenizer is None else with_template(tokenizer, config.data)
         self._options = plain(config) if options is None else options
         self._report = report if is_first() else lambda message: None
         self._output = pathlib.Path(config.output).expanduser()
-        if self._output.exists() and not self._output.is_dir():
-            raise FileExistsError(f"{self._output}: is a file; name a folder")
-        if not config.resume and self._output.is_dir() and any(self._output.iterdir()):
-            raise FileExistsError(
-                f"{self._output}: is not empty; go on from what is in it with resume, or name another folder"
-            )
-        _check_evaluation(config, eval_data)
-        self._documents = self._load("data", data)
-        self._held_out = None if eval_data is None else self._load("evaluation data", eval_data)
-        if config.data.eval_share:
-            self._documents, self._held_out = self._documents.hold_out(config.data.eval_share, config.seed)
+        check_output(config, self._output)
+        check_evaluation(config, eval_data)
+        check_states(config, model)
+        self._mesh = config.mesh.make()
+        check_mesh(config, self._mesh)
         self._base = fingerprint(base_arrays(model))
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
             add_lora(model, settings, rngs=nnx.Rngs(config.seed))
-        if model.config.attends and (config.carry_state or config.train_initial_state):
-            raise ValueError(
-                "Trainer: carry_state and train_initial_state are for models without attention, whose keys "
-                "and values grow with the text"
-            )
-        self._mesh = config.mesh.make()
-        self._check_mesh()
+        if config.lora.init is not None and not adapter_names(model):
+            load_lora(model, config.lora.init)
+        if config.steps is not None:
+            learning_rate(config.optim, config.steps)  # a warm-up that is too long, before data is read
+        meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
+        self._feed = Feed(config, self.tokenizer, model.config.vocab_size, self._mesh, self._report)
+        self._feed.load(data, eval_data, self._output / TOKENS)
         if self._mesh is not None:
             model.to_mesh(self._mesh)
-        self.steps = config.steps or self._count_steps()
+        self.steps = config.steps or self._feed.count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
         if config.train_initial_state:
             self._trained |= new_initial_state(model.config)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
-        meet("mamba2_jax: Trainer")  # every process has checked the output folder before one writes
-
-    def _check_mesh(self) -> None:
-        config = self.config
-        if self._mesh is None and jax.process_count() > 1:
-            raise ValueError(
-                f"Trainer: {jax.process_count()} processes, and no mesh of their devices; "
-                "set mesh.data or mesh.fsdp to -1, which is all of them"
-            )
-        if self._mesh is not None:
-            if config.lora.use_dora and axis_size(self._mesh, "tensor") > 1:
-                raise ValueError(
-                    "Trainer: lora.use_dora needs whole weights for its norms; leave mesh.tensor at 1"
-                )
-            if not splits_batch(self._mesh, config.batch_size):
-                raise ValueError(
-                    f"Trainer: batch_size={config.batch_size} is no multiple of mesh.data x mesh.fsdp = "
-                    f"{axis_size(self._mesh, *BATCH)}"
-                )
-            if config.tokens_per_turn:
-                raise ValueError(
-                    f"Trainer: tokens_per_turn={config.tokens_per_turn} is for one device; on a mesh, make "
-                    "batch_size smaller and accumulate larger"
-                )
 
     def fit(self) -> TrainResult:
         """Train for the remaining steps, or until SIGTERM or Ctrl-C, which save a checkpoint first.
@@ -187,7 +157,8 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
-            save_result(self.model, self._output, self.tokenizer, self.config.lora, self._report)
+            replaced = self.config.data.chat_template is not None
+            save_result(self.model, self._output, self.tokenizer, self.config.lora, self._report, replaced)
             if is_first():
                 draw_curve(self._output)
         return TrainResult(
@@ -213,8 +184,9 @@ class Trainer:
                 "pass_gradient": config.pass_gradient,
             },
             arrange=self._arranged,
+            count_tokens=self._feed.tokens_of,
             place=self._placed,
-            evaluate=None if self._held_out is None else self.evaluate,
+            evaluate=None if self._feed.held_out is None else self.evaluate,
             extra={"run": self._identity(), "model": describe_model(self.model)},
             sharded=self._mesh is not None,
             peak=peak and peak * (1 if self._mesh is None else self._mesh.size),
@@ -228,10 +200,10 @@ class Trainer:
         Args:
             params: trained arrays by path; None: the current ones.
         """
-        if self._held_out is None:
+        if self._feed.held_out is None:
             raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
         params = self._trained if params is None else params
-        held_out, config, cache = self._held_out, self.config, self._empty_cache()
+        held_out, config, cache = self._feed.held_out, self.config, self._empty_cache()
         options = {"structure": self._structure, "tokens_per_slice": config.tokens_per_slice}
 
         def score(batch: Batch) -> tuple[Any, Any]:
@@ -242,11 +214,7 @@ class Trainer:
                 *sums, cache = eval_piece(params, self._frozen, batch, cache, **options)
                 return sums[0], sums[1]
 
-        if cache is None:
-            batches = eval_batches(held_out, config.data, config.batch_size)
-        else:
-            batches = self._lanes(held_out, 1, False, 1)
-        return evaluate(batches, score, int(held_out.num_bytes.sum()))
+        return evaluate(self._feed.eval_batches(), score, int(held_out.num_bytes.sum()))
 
     def initial_state(self, rows: int = 1) -> Mamba2Cache | None:
         """Return the trained state that documents begin with, as a cache; None if none is trained."""
@@ -265,6 +233,12 @@ class Trainer:
             tokens = tokens_in_cache(self.model.config.hidden_size)
         return rows_in_turn(batch, tokens) if tokens else batch
 
+    def _empty_cache(self) -> Mamba2Cache | None:
+        """Return the state before the first batch, if rows carry it on."""
+        if not self.config.carry_state:
+            return None
+        return Mamba2Cache.zeros(self.model.config, self.config.batch_size, self.model.dtype)
+
     def _placed(self, batch: Batch) -> dict[str, Any]:
         """Shard a batch `(b, l)` or `(a, b, l)` over the mesh, if there is one."""
         if self._mesh is None:
@@ -274,58 +248,6 @@ class Trainer:
         sharding = NamedSharding(self._mesh, PartitionSpec(*(None for _ in parts), *sharding.spec))
         return {name: place(array, sharding) for name, array in batch.items()}
 
-    def _load(self, what: str, data: Any) -> Documents:
-        if isinstance(data, Documents):
-            return data
-        for source in [data] if isinstance(data, str | pathlib.Path) else data:
-            if isinstance(source, str | pathlib.Path):
-                refuse_remote(source)
-        if self.tokenizer is None:
-            raise ValueError("Trainer: give the model's tokenizer, or Documents")
-        config = self.config.data
-        if self.config.carry_state:  # documents in one piece: the lanes cut them
-            config = dataclasses.replace(config, max_length=2**31 - 1)
-        documents = load_documents(data, self.tokenizer, config)
-        highest = int(documents.tokens.max())
-        if highest >= self.model.config.vocab_size:
-            raise ValueError(
-                f"Trainer: token {highest} lies outside the model's vocabulary of "
-                f"{self.model.config.vocab_size}; was another model's tokenizer used?"
-            )
-        self._report(f"{what}: {documents.report}")
-        return documents
-
-    def _pipeline(self) -> Any:
-        config = self.config
-        epochs = (config.epochs or 1) if config.steps is None else None
-        if config.carry_state:
-            return self._lanes(self._documents, config.accumulate, config.data.shuffle, epochs)
-        rows = config.batch_size * config.accumulate
-        return make_pipeline(self._documents, config.data, rows, seed=config.seed, epochs=epochs)
-
-    def _lanes(self, documents: Documents, pieces: int, shuffle: bool, epochs: int | None) -> Lanes:
-        config = self.config
-        return Lanes(
-            documents,
-            rows=config.batch_size,
-            length=config.data.max_length,
-            pieces=pieces,
-            pad=config.data.rows == "pad",
-            shuffle=shuffle,
-            seed=config.seed,
-            epochs=epochs,
-        )
-
-    def _empty_cache(self) -> Mamba2Cache | None:
-        """Return the state before the first batch, if rows carry it on."""
-        if not self.config.carry_state:
-            return None
-        return Mamba2Cache.zeros(self.model.config, self.config.batch_size, self.model.dtype)
-
-    def _count_steps(self) -> int:
-        """Count the batches by reading the whole pipeline once: packing makes their number unpredictable."""
-        return sum(1 for _ in self._pipeline())
-
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
         """Return the initial state and batch iterator, or those restored from the newest checkpoint."""
         params = {name: array.copy() for name, array in self._trained.items()}  # steps donate the buffers
@@ -333,7 +255,7 @@ class Trainer:
         state = TrainState.start(params, self._optimizer, key, cache)
         if self._mesh is not None:
             state = state.to_mesh(self._mesh)
-        batches = iter(self._pipeline())
+        batches = iter(self._feed.batches())
         here = self._identity()
         restored = checkpoints.restore(
             state, lambda extra: check_identity(extra["run"], here, self.config, self._output)
@@ -351,7 +273,7 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         return identity(
             self.config,
-            data=self._documents.fingerprint(),
+            data=self._feed.documents.fingerprint(),
             base=self._base,
             dtype=self.model.dtype.name,
             steps=self.steps,
@@ -366,16 +288,3 @@ class Trainer:
             name: array.astype(stored[name].dtype) for name, array in state.params.items() if name in stored
         }
         nnx.update(self.model, nnx.state(self._structure.merge(params, self._frozen)))
-
-
-def _check_evaluation(config: TrainConfig, eval_data: Any) -> None:
-    """Refuse options of evaluation without evaluation data, or with two kinds of it."""
-    share = config.data.eval_share
-    if share and eval_data is not None:
-        raise ValueError(
-            f"Trainer: eval_data and data.eval_share={share} both say what is held out; give one of them"
-        )
-    if config.eval_every is not None and not share and eval_data is None:
-        raise ValueError(
-            f"Trainer: eval_every={config.eval_every} needs evaluation data: eval_data or data.eval_share"
-        )

@@ -1,0 +1,183 @@
+"""Tokenised documents in flat files, memory-mapped when read.
+
+    tokens.bin   uint16, or uint32 for a vocabulary of more than 65,536
+    trained.bin  a bit per token: whether the token is a target of the loss
+    starts.bin   int64 (documents + 1,): index of the first token of each document
+    bytes.bin    int64 (documents,): UTF-8 bytes of the text of a document's targets
+    manifest.json  what the files were made from, their sizes and their checksum
+
+A folder is written under another name and renamed when it is complete.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import mmap
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+from mamba2_jax.training.data.encode import Piece
+
+_MANIFEST = "manifest.json"
+_VERSION = 1
+_FILES = ("tokens.bin", "trained.bin", "starts.bin", "bytes.bin")
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFiles:
+    """Contents of the files, as arrays that are read where they are used."""
+
+    tokens: np.ndarray  # (tokens,) uint16 or uint32
+    bits: np.ndarray  # (ceil(tokens / 8),) uint8, most significant bit first
+    starts: np.ndarray  # (documents + 1,) int64
+    num_bytes: np.ndarray  # (documents,) int64
+    highest: int
+    """Highest token id."""
+    fingerprint: str
+    """SHA-256 of the content."""
+    maps: tuple[mmap.mmap, ...] = ()
+
+    def trained(self, positions: np.ndarray) -> np.ndarray:
+        """Return whether the tokens at `positions` are targets of the loss, as booleans of that shape."""
+        return (self.bits[positions >> 3] >> (7 - (positions & 7)).astype(np.uint8)) & 1 != 0
+
+    def forget(self) -> None:
+        """Drop the pages read so far from this process; they stay in the system's page cache.
+
+        Resident memory would otherwise grow to the size of the files.
+        """
+        for file in self.maps:
+            if hasattr(file, "madvise"):  # not on every system
+                file.madvise(mmap.MADV_DONTNEED)
+
+
+class TokenWriter:
+    """Writer of documents, to files or to memory.
+
+    Args:
+        folder: written when `finish` is called; replaced if it exists. None: memory.
+        vocab_size: number of token ids.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, vocab_size: int):
+        self._folder, self._dtype = folder, np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+        self._part = None if folder is None else folder.with_name(f".{folder.name}.part")
+        self._made: list[pathlib.Path] = []  # folders that were not there, the innermost first
+        if self._part is not None:
+            shutil.rmtree(self._part, ignore_errors=True)  # of a run that was killed
+            self._made = [path for path in self._part.parents if not path.exists()]
+            self._part.mkdir(parents=True)
+        self._files: list[Any] = [
+            io.BytesIO() if self._part is None else (self._part / name).open("wb") for name in _FILES
+        ]
+        self._digests = [hashlib.sha256() for _ in _FILES]
+        self._bits = np.zeros(0, bool)  # fewer than 8, not written yet
+        self.documents = self.num_tokens = self.highest = 0
+        self._write("starts.bin", np.zeros(1, np.int64))
+
+    def add(self, pieces: Iterable[Piece]) -> None:
+        """Append documents."""
+        pieces = list(pieces)
+        if not pieces:
+            return
+        tokens = np.concatenate([piece.tokens for piece in pieces])
+        lengths = np.array([len(piece.tokens) for piece in pieces], np.int64)
+        bits = np.concatenate([self._bits, *(piece.trained for piece in pieces)])
+        whole = len(bits) // 8 * 8
+        self._bits = bits[whole:]
+        self._write("tokens.bin", tokens.astype(self._dtype))
+        self._write("trained.bin", np.packbits(bits[:whole]))
+        self._write("starts.bin", self.num_tokens + np.cumsum(lengths))
+        self._write("bytes.bin", np.array([piece.num_bytes for piece in pieces], np.int64))
+        self.documents += len(pieces)
+        self.num_tokens += len(tokens)
+        self.highest = max(self.highest, int(tokens.max()))
+
+    def _write(self, name: str, array: np.ndarray) -> None:
+        index, data = _FILES.index(name), array.tobytes()
+        self._files[index].write(data)
+        self._digests[index].update(data)
+
+    def finish(self, key: dict[str, Any], report: dict[str, Any]) -> TokenFiles:
+        """Complete the files and open them.
+
+        Args:
+            key: what the documents were made from; `open_tokens` compares it.
+            report: stored beside it.
+        """
+        if len(self._bits):
+            self._write("trained.bin", np.packbits(self._bits))
+        fingerprint = hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
+        manifest = {
+            "version": _VERSION,
+            "key": key,
+            "dtype": self._dtype.name,
+            "sizes": {name: file.tell() for name, file in zip(_FILES, self._files, strict=True)},
+            "highest": self.highest,
+            "fingerprint": fingerprint,
+            "report": report,
+        }
+        if self._folder is None or self._part is None:
+            buffers = [file.getbuffer() for file in self._files]
+            return _arrays(buffers, manifest)
+        for file in self._files:
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        (self._part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._part.rename(self._folder)
+        return _mapped(self._folder, manifest)
+
+    def abandon(self) -> None:
+        """Remove the unfinished files, and the folders made for them."""
+        for file in self._files:
+            file.close()
+        if self._part is not None:
+            shutil.rmtree(self._part, ignore_errors=True)
+            for folder in self._made:
+                if any(folder.iterdir()):
+                    break
+                folder.rmdir()
+
+
+def open_tokens(folder: pathlib.Path, key: dict[str, Any] | None) -> tuple[TokenFiles, dict[str, Any]] | None:
+    """Open a folder of documents.
+
+    Args:
+        folder: written by `TokenWriter`.
+        key: what its documents must have been made from; None: anything.
+
+    Returns:
+        The files, and the stored report. None if there is no such folder, its documents were made from
+        something else, or its files are incomplete.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        same = manifest["version"] == _VERSION and (key is None or manifest["key"] == key)
+        sizes = {name: (folder / name).stat().st_size for name in _FILES}
+        if not same or sizes != manifest["sizes"]:
+            return None
+        return _mapped(folder, manifest), manifest["report"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _mapped(folder: pathlib.Path, manifest: dict[str, Any]) -> TokenFiles:
+    maps = []
+    for name in _FILES:
+        with (folder / name).open("rb") as file:
+            maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+    return dataclasses.replace(_arrays(maps, manifest), maps=tuple(maps))
+
+
+def _arrays(buffers: list[Any], manifest: dict[str, Any]) -> TokenFiles:
+    dtypes = (manifest["dtype"], np.uint8, np.int64, np.int64)
+    arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, dtypes, strict=True)]
+    return TokenFiles(*arrays, highest=manifest["highest"], fingerprint=manifest["fingerprint"])
