@@ -255,7 +255,7 @@ class Trainer:
             progress=self.config.progress and is_first(),
             report=self._report,
         )
-        highest = documents.files.highest
+        highest = documents.highest
         if highest >= self.model.config.vocab_size:
             raise ValueError(
                 f"Trainer: token {highest} lies outside the model's vocabulary of "
