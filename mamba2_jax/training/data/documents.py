@@ -58,9 +58,9 @@ class Documents(Sequence[dict[str, np.ndarray]]):
         """Return the positions of a document's tokens in `tokens`, `(length,)` int64."""
         index = range(len(self))[index]
         if self.held_out is not None and not self.is_rest:
-            index = self.held_out[index]
+            index = int(self.held_out[index])
         elif self.held_out is not None:  # plus the number of documents held out before this one
-            index += np.searchsorted(self._kept_before, index, side="right")
+            index += int(np.searchsorted(self._kept_before, index, side="right"))
         return np.arange(self.starts[index], self.starts[index + 1])
 
     @functools.cached_property
