@@ -12,7 +12,7 @@ import shapes
 from jaxtyping import install_import_hook
 
 # Tests on several devices. JAX fixes the device count once per process, so these need a process of their own:
-# `pytest tests/sharded` is one, and test_sharded.py starts it in all other runs.
+# `pytest tests/sharded` is one, and test_sharded*.py start two in all other runs.
 SHARDED = pathlib.Path(__file__).with_name("sharded")
 
 # Version of jax whose XLA behavior the tests marked xla_habits record; the last for Python 3.11.
@@ -77,8 +77,8 @@ def pytest_report_header():
 
 
 def pytest_collection_modifyitems(config, items):
-    """Run the slowest file first, beside the others; deselect xla_habits on other versions of jax."""
-    items.sort(key=lambda item: item.path.name != "test_sharded.py")
+    """Run the slowest files first, beside the others; deselect xla_habits on other versions of jax."""
+    items.sort(key=lambda item: item.path.name not in ("test_sharded.py", "test_sharded_processes.py"))
     if jax.__version_info__[:2] != HABITS_OF:
         habits = [item for item in items if item.get_closest_marker("xla_habits")]
         config.hook.pytest_deselected(items=habits)

@@ -20,6 +20,8 @@ from mamba2_jax.training.loss import REMAT
 # float32: rounding of sums. Half precision: rounding of operands and cotangents, which differ between forward
 # and reverse mode (2**-9 for bfloat16, 2**-12 for float16).
 TOLERANCE = {"float64": 1e-10, "float32": 2e-5, "bfloat16": 2e-2, "float16": 3e-3}
+# Against float32: about ten roundings of operands and cotangents on the way, each by half of the dtype's eps.
+ROUNDED = {dtype: 5 * float(jnp.finfo(dtype).eps) for dtype in ("bfloat16", "float16")}
 CPU_ROOMS = ("ops.bilinear", "ops.on_cpu.gradients", "ops.on_cpu.products", "training.on_cpu")
 
 
@@ -176,6 +178,11 @@ def test_the_loss_of_a_model_elsewhere(remat, dtype, monkeypatch):
 
 
 def check_loss(remat, dtype, device):
+    check(*model_loss(remat, dtype), dtype, device)
+
+
+def model_loss(remat, dtype):
+    """Return the loss of a model as a function of its parameters, and the parameters."""
     config = Mamba2Config(
         hidden_size=16, num_hidden_layers=1, num_heads=4, head_dim=8, state_size=8, n_groups=2, vocab_size=32,
     )  # fmt: skip
@@ -186,7 +193,26 @@ def check_loss(remat, dtype, device):
     def loss(params):
         return loss_fn(structure.merge(params, frozen), batch, remat=remat, tokens_per_slice=8)[0]
 
-    check(loss, params, dtype, device)
+    return loss, params
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["scan", "model"])
+def test_half_precision_derivatives_are_those_of_float32(name, dtype):
+    """Compare every gradient, and a directional derivative by jvp, at arrays that `dtype` holds exactly."""
+    if name == "scan":
+        inputs, arrays, weights = scan_inputs(segments="packed")
+        at = {key: array.astype(dtype).astype("float32") for key, array in arrays.items()}
+        loss, exact = (scan_loss(inputs, of, jnp.asarray(weights, jnp.float32)) for of in (dtype, "float32"))
+    else:
+        loss, at = model_loss("none", dtype)
+        exact, _ = model_loss("none", "float32")
+    want = jax.jit(jax.grad(exact))(at)
+    got, slope = jax.jit(lambda at: (jax.grad(loss)(at), jax.jvp(loss, (at,), (want,))[1]))(at)
+    assert abs(slope - inner(want, want)) < ROUNDED[dtype] * inner(want, want)
+    for key, gradient in want.items():
+        assert got[key].dtype == jnp.float32
+        assert norm(got[key] - gradient) < ROUNDED[dtype] * norm(gradient), key
 
 
 @pytest.mark.parametrize("name", ["scan", "convolution", "product"])

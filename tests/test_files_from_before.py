@@ -1,7 +1,8 @@
-"""Test that a checkpoint, an adapter and a training run written by an early version load unchanged.
+"""Test that checkpoints, adapters and a training run written by an early version load unchanged.
 
 `data/before_folders` was written by commit babba9a, on a CPU: a model; an adapter for it with all values
-random; and a training run of 4 steps on the model, of which only the checkpoint of step 2 was kept.
+random; a training run of 4 steps on the model, of which only the checkpoint of step 2 was kept; and in the
+state-spaces form, in bfloat16, a model, a hybrid with attention and MLPs, and an adapter for the hybrid.
 `numbers.json` holds the outputs of that commit for these files, and the losses of all 4 steps.
 """
 
@@ -32,8 +33,8 @@ def ids() -> np.ndarray:
     return np.random.default_rng(0).integers(2, 32, (1, 8))
 
 
-def make_model() -> Mamba2ForCausalLM:
-    return Mamba2ForCausalLM.from_pretrained(FOLDER / "model")
+def make_model(name: str = "model") -> Mamba2ForCausalLM:
+    return Mamba2ForCausalLM.from_pretrained(FOLDER / name, dtype="float32")
 
 
 def make_trainer(output: pathlib.Path, report) -> Trainer:
@@ -71,6 +72,17 @@ def test_an_adapter(numbers):
     model = make_model()
     load_lora(model, FOLDER / "adapter")
     np.testing.assert_allclose(model(ids()).logits, numbers["adapter_logits"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["state_spaces", "hybrid"])
+def test_a_checkpoint_in_the_state_spaces_form(name, numbers):
+    np.testing.assert_allclose(make_model(name)(ids()).logits, numbers[f"{name}_logits"], **TOLERANCE)
+
+
+def test_an_adapter_of_a_hybrid(numbers):
+    model = make_model("hybrid")
+    load_lora(model, FOLDER / "hybrid_adapter")
+    np.testing.assert_allclose(model(ids()).logits, numbers["hybrid_adapter_logits"], **TOLERANCE)
 
 
 def test_the_state_of_a_run(run_folder, numbers):

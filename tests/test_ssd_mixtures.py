@@ -1,14 +1,13 @@
 """Test the scan where tokens that wipe the state are mixed with slow ones, and for unbounded dt and A."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
 from jax.test_util import check_grads
-from ssd_cases import MIXTURES, Case, degenerate, draw, own_error
+from ssd_cases import MIXTURES, Case, degenerate, own_error
+from ssd_mixtures import assert_exact, results
 
 from mamba2_jax import ops
 from mamba2_jax.ops.scan.decay import log_decay, log_decays
@@ -18,47 +17,10 @@ DEGENERATE = Case("degenerate", l=70)
 GATHERED = 1e-4
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "chunk_size"))
-def results(arrays, ids, weights, implementation, chunk_size=None):
-    """Return y and state, and every gradient, each by name."""
-
-    def loss(arrays):
-        y, state = ops.ssd(**arrays, segment_ids=ids, implementation=implementation, chunk_size=chunk_size)
-        if ids is not None:
-            y = jnp.where((ids != 0)[..., None, None], y, 0)
-        dy, dstate = (weight.astype(y.dtype) for weight in weights)
-        return (y * dy).sum() + (state * dstate).sum(), {"y": y, "state": state}
-
-    gradients, values = jax.grad(loss, has_aux=True)(arrays)
-    return values, gradients
-
-
-@functools.cache
-def prepare(case):
-    """Return the inputs, the float64 recurrence's results, and the float32 recurrence's errors."""
-    arrays = draw(case)
-    ids = arrays.pop("segment_ids", None)
-    rng = np.random.default_rng(0)
-    weights = [rng.normal(size=arrays[name].shape).astype(np.float32) for name in ("x", "initial_state")]
-    with jax.enable_x64(True):
-        exact = jax.tree.map(lambda a: a.astype(jnp.float64), arrays)
-        want = jax.tree.map(np.asarray, results(exact, ids, weights, "recurrent"))
-    return (arrays, ids, weights), want, errors(results(arrays, ids, weights, "recurrent"), want)
-
-
-def errors(got, want):
-    return [{name: own_error(name, got[i][name], want[i][name]) for name in want[i]} for i in (0, 1)]
-
-
 @pytest.mark.parametrize("chunk_size", [64, 256])
 @pytest.mark.parametrize("case", MIXTURES, ids=str)
 def test_every_token_is_right_at_its_own_scale(case, chunk_size):
-    """Error below 1e-5, or, where the result is a cancelling sum, below 3 times the float32 recurrence's."""
-    inputs, want, of_recurrence = prepare(case)
-    got = errors(results(*inputs, "xla", chunk_size), want)
-    for part, allowed in zip(got, of_recurrence, strict=True):
-        for name, error in part.items():
-            assert error < max(1e-5, 3 * allowed[name]), name
+    assert_exact(case, "xla", chunk_size)
 
 
 @pytest.mark.parametrize("implementation", ["recurrent", "xla"])

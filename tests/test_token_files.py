@@ -43,8 +43,7 @@ def test_what_is_written_is_read(vocab_size, tmp_path):
     assert files[0].fingerprint == files[1].fingerprint
     for written in files:
         np.testing.assert_array_equal(written.tokens, np.concatenate([piece.tokens for piece in pieces]))
-        trained = written.trained(np.arange(len(written.tokens)))
-        np.testing.assert_array_equal(trained, np.concatenate([piece.trained for piece in pieces]))
+        np.testing.assert_array_equal(written.trained, np.concatenate([piece.trained for piece in pieces]))
         assert np.diff(written.starts).tolist() == [1, 7, 8, 9, 16, 2, 300]
         assert written.num_bytes.tolist() == [piece.num_bytes for piece in pieces]
         assert written.highest == max(piece.tokens.max() for piece in pieces)
@@ -102,6 +101,11 @@ def test_a_share_held_out_of_mapped_files_is_that_of_memory(tmp_path):
         assert (in_memory.num_bytes == mapped.num_bytes).all()
         lengths = [len(document["input_ids"]) for document in mapped]
         assert (mapped.report.documents, mapped.report.tokens) == (len(lengths), sum(lengths))
+    for part in parts[0]:  # as of documents that were never apart
+        alone = [Piece(part[i]["input_ids"], part[i]["labels"] != -100, 0) for i in range(len(part))]
+        writer = TokenWriter(None, 100)
+        writer.add(alone)
+        assert part.fingerprint() == writer.finish({}, {}).fingerprint
     rest, held_out = parts[0]
     assert rest[-1]["input_ids"].tolist() == rest[len(rest) - 1]["input_ids"].tolist()
     with pytest.raises(IndexError):

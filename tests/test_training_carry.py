@@ -182,7 +182,9 @@ def test_a_run_sums_the_loss_of_whole_documents(tmp_path):
     nats = sum(line["loss"] * line["tokens"] for line in lines)
     tokens = sum(line["tokens"] for line in lines)
     model, want, count = tiny_model(), [], []
-    longest = max(len(document["input_ids"]) for document in (*trainer._feed.documents, *trainer._feed.held_out))
+    longest = max(
+        len(document["input_ids"]) for document in (*trainer._feed.documents, *trainer._feed.held_out)
+    )
     score = jax.jit(loss_fn)
     for texts in (trainer._feed.documents, trainer._feed.held_out):
         ids = np.zeros((len(trainer._feed.documents), longest), int)  # of one shape, with empty rows

@@ -1,5 +1,7 @@
 """Test XLA's behaviors on a CPU and the workaround for each; a failure means a workaround is obsolete."""
 
+import timeit
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,23 @@ def test_a_product_over_the_rows_widens_half_precision():
 
     assert widened(lambda *same: same)
     assert not widened(contract_last)
+
+
+def test_merged_reshapes_slow_a_transpose_down(monkeypatch):
+    """A transpose without the barrier takes twenty times as long; the HLO differs in one bitcast only."""
+    x = jnp.ones((8, 128, 1024), jnp.bfloat16)
+
+    def transpose(x):
+        return contract_last("rd,re->de", x.reshape(-1, x.shape[2]), jnp.ones((1024, 1), x.dtype))[1]
+
+    ours = compiled(transpose, x)
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda array: array)
+    merged = compiled(lambda x: transpose(x), x)  # another function, which is traced again
+
+    def seconds(run):  # the fastest, because others use the processor too
+        return min(timeit.repeat(lambda: run(x).block_until_ready(), number=1, repeat=20))
+
+    assert seconds(merged) > 3 * seconds(ours)
 
 
 def test_half_precision_has_no_gradient_by_a_weight_of_several_axes(monkeypatch):

@@ -18,7 +18,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from mamba2_jax.ops.device import platform
-from mamba2_jax.ops.on_cpu.products import computed_once, contract_last
+from mamba2_jax.ops.on_cpu.products import contract_last
 from mamba2_jax.typing import Array, DTypeLike
 
 
@@ -82,22 +82,18 @@ def _shape(a: Any, b: Any, *, formula: str, narrow: DTypeLike | None, dtype: DTy
 
 def _gradient_of_a(dy: Array, a: Any, b: Array, *, formula: str, narrow: DTypeLike | None, dtype) -> Array:
     of_a, of_b, of_y = _terms(formula)
-    return _gradient(f"{of_y},{of_b}->{of_a}", _narrowed(dy, narrow), b, narrow, a.aval.dtype)
+    return _gradient(f"{of_y},{of_b}->{of_a}", dy, b, narrow, a.aval.dtype)
 
 
 def _gradient_of_b(dy: Array, a: Array, b: Any, *, formula: str, narrow: DTypeLike | None, dtype) -> Array:
     of_a, of_b, of_y = _terms(formula)
-    return _gradient(f"{of_a},{of_y}->{of_b}", a, _narrowed(dy, narrow), narrow, b.aval.dtype)
+    return _gradient(f"{of_a},{of_y}->{of_b}", a, dy, narrow, b.aval.dtype)
 
 
 def _gradient(formula: str, a: Array, b: Array, narrow: DTypeLike | None, dtype: DTypeLike) -> Array:
     if narrow is not None and platform() == "cpu":
         formula, a, b = contract_last(formula, a.astype(narrow), b.astype(narrow))
     return _bilinear.bind(a, b, formula=formula, narrow=narrow, dtype=dtype)
-
-
-def _narrowed(dy: Array, narrow: DTypeLike | None) -> Array:
-    return dy if narrow is None else computed_once(dy.astype(narrow))
 
 
 ad.defbilinear(_bilinear, _gradient_of_a, _gradient_of_b)

@@ -118,7 +118,7 @@ class Feed:
             progress=self._config.progress and is_first(),
             report=self._report,
         )
-        highest = documents.files.highest
+        highest = documents.highest
         if highest >= self._vocab_size:
             raise ValueError(
                 f"Trainer: token {highest} lies outside the model's vocabulary of {self._vocab_size}; was "

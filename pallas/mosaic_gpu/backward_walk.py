@@ -11,8 +11,10 @@ computing ones, with a strip of 64 channels each and shared B and C; and a long 
 pieces: a block first walks the chunks after its piece, updating only `G`.
 """
 
+import dataclasses
 import functools
 import itertools
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ from jax.experimental import pallas as pl
 from jax.typing import DTypeLike
 from mamba2_jax.pallas.mosaic_gpu import bridge as gpu
 from mamba2_jax.pallas.mosaic_gpu.bridge import plgpu, transposed
-from mamba2_jax.pallas.mosaic_gpu.forward_walk import Place, place_of_block
+from mamba2_jax.pallas.mosaic_gpu.forward_walk import Place, State, place_of_block, seen
 from mamba2_jax.pallas.mosaic_gpu.plan import CHUNK, STRIP, Plan, choose_pieces, cut, state_width
 
 
@@ -120,7 +122,9 @@ def _block(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, interpreted:
     @pl.when(warpgroup < 2)
     def _():
         plgpu.set_max_registers(computing, action="increase")
-        _compute(plan, hbm, smem, place_of_block(plan), warpgroup, interpreted)
+        place = place_of_block(plan)
+        mine = place.strip(warpgroup), place.owns(warpgroup)
+        Walk(plan, hbm, smem, place, warpgroup, *mine, interpreted).run()
 
     @pl.when(warpgroup == 2)
     def _():
@@ -155,122 +159,138 @@ def _copy(plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place)
         plgpu.barrier_wait(smem.empty.at[lax.rem(step, jnp.int32(plan.stages))])
 
 
-def _compute(
-    plan: Plan, hbm: SimpleNamespace, smem: SimpleNamespace, place: Place, me: jax.Array, interpreted: bool
-) -> None:
-    """Run a computing warpgroup: walk one strip backward, to the start of the block's piece."""
-    strip, stores = place.strip(me), place.owns(me)
-    state_columns = [pl.ds(start, width) for start, width in plan.state_blocks]
-    dtype, float32 = hbm.dy.dtype, jnp.float32
-    apart = len(state_columns) > 1  # a wide state leaves too few registers to overlap
-    in_flight = functools.partial(gpu.in_flight, apart=apart, interpreted=interpreted)
-    weights, decayed = smem.weights.at[me], smem.decayed.at[me]
-    D = gpu.load_from_hbm(hbm.D.at[strip], gpu.ONE_PER_COLUMN) if hasattr(hbm, "D") else None
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """Backward walk of a computing warpgroup over one strip, to the start of the block's piece."""
 
-    def decays(slot):
+    plan: Plan
+    hbm: SimpleNamespace
+    smem: SimpleNamespace
+    place: Place
+    me: jax.Array  # 0 or 1
+    strip: jax.Array
+    owns: jax.Array  # whether this warpgroup stores its results
+    interpreted: bool
+
+    def run(self) -> None:
+        """Walk the chunks from the row's end, with the state's gradient in registers."""
+        place, hbm = self.place, self.hbm
+        D = gpu.load_from_hbm(hbm.D.at[self.strip], gpu.ONE_PER_COLUMN) if hasattr(hbm, "D") else None
+        final, initial = (ref.at[place.batch, self.strip] for ref in (hbm.final, hbm.initial))
+        state = tuple(gpu.load_from_hbm(final.at[:, columns]) for columns in self.state_columns)
+        if len(self.plan.piece_ends) > 1:
+            state = lax.fori_loop(jnp.int32(0), place.start, self.pass_by, state)
+        state = lax.fori_loop(place.start, place.end, functools.partial(self.step, D), state)
+        plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(self.owns & (place.end == self.plan.chunks))
+        def _():
+            for part, columns in zip(state, self.state_columns, strict=True):
+                gpu.store_to_hbm(initial.at[:, columns], part)
+
+    def step(self, D: jax.Array | None, step: jax.Array, state: State) -> State:
+        """Process a chunk of the block's piece: write dx and the state's gradient, and update the latter."""
+        chunk, slot = self.plan.chunks - 1 - step, lax.rem(step, jnp.int32(self.plan.stages))
+        plgpu.barrier_wait(self.smem.full.at[slot])
+        B, C, dy = self.smem.B.at[slot], self.smem.C.at[slot], self.smem.dy.at[slot, self.me]
+        weights = self.smem.weights.at[self.me]
+        from_start, to_end, kept = self.decays(slot)
+        self.scale(slot, from_start)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copies of dx and state are done
+        self.in_flight([([(B, transposed(C))], None)], functools.partial(self.weigh, slot))
+        dx = self.read_out(chunk, B, state) * gpu.per_row(to_end, STRIP)
+        if D is not None:
+            dx = dx + gpu.per_column(D, CHUNK) * gpu.load(dy).astype(jnp.float32)
+
+        def send(dx, *state):
+            """Send dx, overlapping the tensor cores' update of the state's gradient."""
+            weights[...] = dx().astype(self.dtype)  # the weights' buffer is free for reuse
+            plgpu.commit_smem()
+            target = self.hbm.dx.at[self.place.batch, pl.ds(chunk * CHUNK, CHUNK), self.strip]
+            pl.when(self.owns)(lambda: plgpu.copy_smem_to_gmem(weights, target))
+            return tuple(part() for part in state)
+
+        dx = [(weights, dy)], dx
+        state = self.in_flight(itertools.chain([dx], self.update(state, slot, kept)), send)
+        plgpu.barrier_arrive(self.smem.empty.at[slot])
+        return state
+
+    def pass_by(self, step: jax.Array, state: State) -> State:
+        """Process a chunk after the block's piece: update only the gradient of the state."""
+        slot = lax.rem(step, jnp.int32(self.plan.stages))
+        plgpu.barrier_wait(self.smem.full.at[slot])
+        from_start, _, kept = self.decays(slot)
+        self.scale(slot, from_start)
+        plgpu.commit_smem()
+        state = self.in_flight(self.update(state, slot, kept), gpu.all_of)
+        plgpu.barrier_arrive(self.smem.empty.at[slot])
+        return state
+
+    def decays(self, slot: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return each token's decay from the chunk's start, dt times that to its end, and the chunk's."""
-        log, dt = (gpu.load(smem.row_decays.at[slot, me, i], gpu.ONE_PER_ROW) for i in (0, 1))
-        end = smem.row_decays[slot, me, 0, CHUNK - 1]
+        log, dt = (gpu.load(self.smem.row_decays.at[slot, self.me, i], gpu.ONE_PER_ROW) for i in (0, 1))
+        end = self.smem.row_decays[slot, self.me, 0, CHUNK - 1]
         from_start, to_end, kept = jnp.exp2(log), jnp.exp2(end - log) * dt, jnp.exp2(end)
-        if hasattr(smem, "documents"):
-            last, first_start = (
-                gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW),
-                smem.documents[slot, 1, 0],
-            )
+        if hasattr(self.smem, "documents"):
+            last = gpu.load(self.smem.documents.at[slot, 0], gpu.ONE_PER_ROW)
+            first_start = self.smem.documents[slot, 1, 0]
             from_start = jnp.where(gpu.positions(CHUNK, gpu.ONE_PER_ROW) < first_start, from_start, 0.0)
             to_end = jnp.where(last >= CHUNK - 1, to_end, 0.0)
             kept = jnp.where(first_start >= CHUNK, kept, 0.0)
         return from_start, to_end, kept
 
-    def scale(slot, from_start):
+    def scale(self, slot: jax.Array, from_start: jax.Array) -> None:
         """Store dy times the decay from the chunk's start in shared memory."""
-        dy = gpu.load(smem.dy.at[slot, me]).astype(float32)
-        decayed[...] = (dy * gpu.per_row(from_start, STRIP)).astype(dtype)
+        dy = gpu.load(self.smem.dy.at[slot, self.me]).astype(jnp.float32)
+        self.smem.decayed.at[self.me][...] = (dy * gpu.per_row(from_start, STRIP)).astype(self.dtype)
 
-    def update(state, slot, kept):
-        """Yield the sums that carry the state's gradient from the chunk's end to its start."""
-        for part, columns in zip(state, state_columns, strict=True):
-            yield [(transposed(decayed), smem.C.at[slot, :, columns])], part * kept
+    def weigh(self, slot: jax.Array, scores: Callable[[], jax.Array]) -> None:
+        """Store the weights in shared memory, overlapping the tensor cores' product of scores."""
+        source = gpu.load(self.smem.row_decays.at[slot, self.me, 0], gpu.ONE_PER_ROW)
+        target = gpu.load(self.smem.column_decays.at[slot, self.me], gpu.ONE_PER_COLUMN)
+        log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
+        documents = hasattr(self.smem, "documents")
+        last = gpu.load(self.smem.documents.at[slot, 0], gpu.ONE_PER_ROW) if documents else None
+        # Mask before exp2: below the diagonal the difference is positive and overflows.
+        between = jnp.exp2(jnp.where(seen(last), log, -jnp.inf))
+        dt = gpu.load(self.smem.row_decays.at[slot, self.me, 1], gpu.ONE_PER_ROW)
+        weights = scores() * between * gpu.per_row(dt, CHUNK)
+        self.smem.weights.at[self.me][...] = weights.astype(self.dtype)
 
-    def pass_by(step, state):
-        """Process a chunk after the block's piece: update only the gradient of the state."""
-        slot = lax.rem(step, jnp.int32(plan.stages))
-        plgpu.barrier_wait(smem.full.at[slot])
-        from_start, _, kept = decays(slot)
-        scale(slot, from_start)
-        plgpu.commit_smem()
-        state = in_flight(update(state, slot, kept), gpu.all_of)
-        plgpu.barrier_arrive(smem.empty.at[slot])
-        return state
-
-    def walk_step(step, state):
-        """Process a chunk of the block's piece: write dx and the state's gradient, and update the latter."""
-        chunk, slot = plan.chunks - 1 - step, lax.rem(step, jnp.int32(plan.stages))
-        plgpu.barrier_wait(smem.full.at[slot])
-        B, C, dy = smem.B.at[slot], smem.C.at[slot], smem.dy.at[slot, me]
-        from_start, to_end, kept = decays(slot)
-        scale(slot, from_start)
-
-        def weigh(scores):
-            """Compute the weights, overlapping the tensor cores' product of scores."""
-            source = gpu.load(smem.row_decays.at[slot, me, 0], gpu.ONE_PER_ROW)
-            target = gpu.load(smem.column_decays.at[slot, me], gpu.ONE_PER_COLUMN)
-            log = gpu.per_column(target, CHUNK) - gpu.per_row(source, CHUNK)  # [source, target]
-            documents = hasattr(smem, "documents")
-            last = gpu.load(smem.documents.at[slot, 0], gpu.ONE_PER_ROW) if documents else None
-            # Mask before exp2: below the diagonal the difference is positive and overflows.
-            between = jnp.exp2(jnp.where(_sees(last), log, -jnp.inf))
-            dt = gpu.load(smem.row_decays.at[slot, me, 1], gpu.ONE_PER_ROW)
-            weights[...] = (scores() * between * gpu.per_row(dt, CHUNK)).astype(dtype)
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copies of dx and state are done
-        in_flight([([(B, transposed(C))], None)], weigh)
-        dx: Any = None
-        for i, (part, columns) in enumerate(zip(state, state_columns, strict=True)):
+    def read_out(self, chunk: jax.Array, B: Any, state: State) -> jax.Array:
+        """Compute `state B` per token, and start copying the state's gradient to HBM from the same buffer."""
+        buffer, saved = self.smem.state.at[self.me], self.hbm.saved.at[self.place.batch, chunk, self.strip]
+        y: Any = None
+        for i, (part, columns) in enumerate(zip(state, self.state_columns, strict=True)):
             if i > 0:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy has read the stage
-            smem.state.at[me][...] = part.astype(dtype)
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the previous copy has read the buffer
+            buffer[...] = part.astype(self.dtype)
             plgpu.commit_smem()
 
-            @pl.when(stores)
+            @pl.when(self.owns)
             def _(columns=columns):
-                target = hbm.saved.at[place.batch, chunk, strip, :, columns]
-                plgpu.copy_smem_to_gmem(smem.state.at[me], target)
+                plgpu.copy_smem_to_gmem(buffer, saved.at[:, columns])
 
-            reading = [(B.at[:, columns], transposed(smem.state.at[me]))]
-            (dx,) = in_flight([(reading, dx)], gpu.all_of)
-        dx = dx * gpu.per_row(to_end, STRIP)
-        if D is not None:
-            dx = dx + gpu.per_column(D, CHUNK) * gpu.load(dy).astype(float32)
+            (y,) = self.in_flight([([(B.at[:, columns], transposed(buffer))], y)], gpu.all_of)
+        return y
 
-        def send(dx, *state):
-            """Send dx, overlapping the tensor cores' update of the state's gradient."""
-            weights[...] = dx().astype(dtype)  # the weights' buffer is free for reuse
-            plgpu.commit_smem()
-            tokens = pl.ds(chunk * CHUNK, CHUNK)
-            pl.when(stores)(lambda: plgpu.copy_smem_to_gmem(weights, hbm.dx.at[place.batch, tokens, strip]))
-            return tuple(part() for part in state)
+    def update(self, state: State, slot: jax.Array, kept: jax.Array) -> Iterator[Any]:
+        """Yield the sums that carry the state's gradient from the chunk's end to its start."""
+        decayed = transposed(self.smem.decayed.at[self.me])
+        for part, columns in zip(state, self.state_columns, strict=True):
+            yield [(decayed, self.smem.C.at[slot, :, columns])], part * kept
 
-        dx = [(weights, dy)], dx
-        state = in_flight(itertools.chain([dx], update(state, slot, kept)), send)
-        plgpu.barrier_arrive(smem.empty.at[slot])
-        return state
+    def in_flight(self, sums: Any, use: Any) -> Any:
+        """Issue sums of products by `bridge.in_flight`; one by one if the state is wide."""
+        apart = len(self.state_columns) > 1  # a wide state leaves too few registers to overlap
+        return gpu.in_flight(sums, use, apart=apart, interpreted=self.interpreted)
 
-    final = hbm.final.at[place.batch, strip]
-    state = tuple(gpu.load_from_hbm(final.at[:, columns]) for columns in state_columns)
-    if len(plan.piece_ends) > 1:
-        state = lax.fori_loop(jnp.int32(0), place.start, pass_by, state)
-    state = lax.fori_loop(place.start, place.end, walk_step, state)
-    plgpu.wait_smem_to_gmem(0)
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Compute dtype."""
+        return self.hbm.dy.dtype
 
-    @pl.when(stores & (place.end == plan.chunks))
-    def _():
-        for part, columns in zip(state, state_columns, strict=True):
-            gpu.store_to_hbm(hbm.initial.at[place.batch, strip, :, columns], part)
-
-
-def _sees(last: jax.Array | None) -> jax.Array:
-    """Return the causal mask `[source, target]`: a target sees itself and earlier tokens of its document."""
-    source, target = gpu.row_and_column(CHUNK, CHUNK)
-    sees = target >= source
-    return sees if last is None else sees & (target <= gpu.per_row(last, CHUNK))
+    @property
+    def state_columns(self) -> list[Any]:
+        """Column slices in which the state's gradient is held and multiplied."""
+        return [pl.ds(start, width) for start, width in self.plan.state_blocks]

@@ -59,8 +59,7 @@ def start(arguments: list[str], tmp_path, program=FINETUNE, slurm: bool = False)
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # LLVM's optimizations would be half of the time, as in conftest.py.
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=4 {os.environ.get('XLA_FLAGS', '')}"  # conftest.py's too
     devices = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     processes = []
     for index in range(COUNT):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec as P
+from ssd_cases import MIXTURES
+from ssd_mixtures import assert_exact
 
 from mamba2_jax import ops
 from mamba2_jax.ops.scan.recurrent import ssd_recurrent
@@ -62,6 +64,12 @@ def test_values_and_every_gradient_equal_one_device(sizes, groups):
     for ids in [meshes.awkward_rows(64), whole_devices, *(meshes.random_rows(rng, 64) for _ in range(4))]:
         got, want = (run(inputs, ids, weights) for run in (on_the_mesh, on_one_device))
         meshes.assert_equal(got, want, TOLERANCE)
+
+
+@pytest.mark.parametrize("sizes", [{"sequence": 4, "tensor": 2}, {"tensor": 2}], ids=str)
+@pytest.mark.parametrize("case", MIXTURES, ids=str)
+def test_every_token_is_right_at_its_own_scale(case, sizes):
+    assert_exact(case, "xla", 64, scan=ssd_sharded, mesh=meshes.make_mesh(sizes))
 
 
 @pytest.mark.parametrize("given", ["nothing", "all"])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -20,7 +21,7 @@ from mamba2_jax.training.data.config import DataConfig
 from mamba2_jax.training.data.reading import Reading, Report
 from mamba2_jax.training.data.records import Source
 from mamba2_jax.training.data.sources import local_files
-from mamba2_jax.training.data.token_files import TokenFiles, TokenWriter, open_tokens
+from mamba2_jax.training.data.token_files import TokenFiles, TokenWriter, fingerprint_of, open_tokens
 from mamba2_jax.training.progress import reading_bar
 
 _SECONDS = 0.5  # between looks for the tokens that the first process writes
@@ -28,65 +29,81 @@ _SECONDS = 0.5  # between looks for the tokens that the first process writes
 
 @dataclasses.dataclass(frozen=True)
 class Documents(Sequence[dict[str, np.ndarray]]):
-    """Sequence of tokenised documents, dicts of `input_ids` and `labels`.
+    """Sequence of tokenised documents, dicts of `input_ids` and `labels`, stored in contiguous arrays."""
 
-    Args:
-        files: tokens of all documents.
-        report: of reading them.
-        held_out: sorted indices of the documents that were held out of these; or None.
-        is_rest: whether these are the documents without those held out, or the latter alone.
-    """
-
-    files: TokenFiles
+    tokens: np.ndarray  # (sum of lengths,) integers
+    trained: np.ndarray  # (sum of lengths,) bool: whether the token is a target of the loss
+    starts: np.ndarray  # (stored documents + 1,) int64
+    num_bytes: np.ndarray  # (documents,) int64, UTF-8 bytes of the text of all targets
     report: Report
-    held_out: np.ndarray | None = None  # (count,) int64
+    held_out: np.ndarray | None = None  # sorted indices of stored documents, after `hold_out`
     is_rest: bool = True
+    """Whether these are the stored documents without those held out, or the latter alone."""
+    files: TokenFiles | None = None
+    """The files that the arrays are mapped from, if any."""
+
+    @classmethod
+    def of(cls, files: TokenFiles, report: Report) -> "Documents":
+        """Return all documents in `files`."""
+        return cls(files.tokens, files.trained, files.starts, files.num_bytes, report, files=files)
 
     def __len__(self) -> int:
-        count = len(self.files.starts) - 1
-        if self.held_out is None:
-            return count
-        return count - len(self.held_out) if self.is_rest else len(self.held_out)
+        return len(self.num_bytes)
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
         """Return `input_ids` and `labels` of one document, each `(length,)` int32."""
         return self.read(self.positions(index))
 
     def positions(self, index: int) -> np.ndarray:
-        """Return the positions of a document's tokens in `files.tokens`, `(length,)` int64."""
+        """Return the positions of a document's tokens in `tokens`, `(length,)` int64."""
         index = range(len(self))[index]
-        stored = int(self._stored(np.array(index)))
-        return np.arange(self.files.starts[stored], self.files.starts[stored + 1])
+        if self.held_out is not None and not self.is_rest:
+            index = int(self.held_out[index])
+        elif self.held_out is not None:  # plus the number of documents held out before this one
+            index += int(np.searchsorted(self._kept_before, index, side="right"))
+        return np.arange(self.starts[index], self.starts[index + 1])
+
+    @functools.cached_property
+    def _kept_before(self) -> np.ndarray:
+        """Number of documents kept before each one held out."""
+        held_out = cast(np.ndarray, self.held_out)
+        return held_out - np.arange(len(held_out))
 
     def read(self, positions: np.ndarray) -> dict[str, np.ndarray]:
         """Return `input_ids` and `labels` at positions of any shape, int32; 0 and the ignored label at -1."""
         real = positions >= 0
         tokens = np.zeros(positions.shape, np.int32)
-        tokens[real] = self.files.tokens[positions[real]]
+        tokens[real] = self.tokens[positions[real]]
         trained = np.zeros(positions.shape, bool)
-        trained[real] = self.files.trained(positions[real])
+        trained[real] = self.trained[positions[real]]
         return {"input_ids": tokens, "labels": np.where(trained, tokens, np.int32(IGNORED_LABEL))}
 
-    def _stored(self, indices: np.ndarray) -> np.ndarray:
-        """Map indices of these documents to those of all stored ones."""
-        if self.held_out is None:
-            return indices
-        if not self.is_rest:
-            return self.held_out[indices]
-        gaps = self.held_out - np.arange(len(self.held_out))  # documents kept before each one held out
-        return indices + np.searchsorted(gaps, indices, side="right")
+    def forget(self) -> None:
+        """Drop the pages of mapped files from this process's memory."""
+        if self.files is not None:
+            self.files.forget()
 
     @property
-    def num_bytes(self) -> np.ndarray:
-        """UTF-8 bytes of the text of all targets, of each document `(documents,)` int64."""
-        return self.files.num_bytes[self._stored(np.arange(len(self)))]
+    def highest(self) -> int:
+        """Highest token id."""
+        return int(self.tokens.max()) if self.files is None else self.files.highest
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content, by which a resumed run verifies its data."""
         if self.held_out is None:
-            return self.files.fingerprint
-        held_out = hashlib.sha256(self.held_out.tobytes()).hexdigest()
-        return hashlib.sha256(f"{self.files.fingerprint} {held_out} {self.is_rest}".encode()).hexdigest()
+            spans = [(0, len(self.tokens))]
+            given = None if self.files is None else self.files.fingerprint
+            return given or fingerprint_of(self.tokens, self.trained, self.starts, spans, self.forget)
+        lengths, held_out = np.diff(self.starts), self.held_out
+        if self.is_rest:
+            lengths = np.delete(lengths, held_out)
+            ends = [*self.starts[held_out].tolist(), len(self.tokens)]
+            spans = zip([0, *self.starts[held_out + 1].tolist()], ends, strict=True)
+        else:
+            lengths = lengths[held_out]
+            spans = zip(self.starts[held_out].tolist(), self.starts[held_out + 1].tolist(), strict=True)
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        return fingerprint_of(self.tokens, self.trained, starts, spans, self.forget)
 
     def hold_out(self, share: float, seed: int) -> tuple["Documents", "Documents"]:
         """Split off a random fraction `share` of the documents, at least one; return (rest, held out)."""
@@ -98,16 +115,22 @@ class Documents(Sequence[dict[str, np.ndarray]]):
             )
         if self.held_out is not None:
             raise ValueError("Documents: a share has been held out already")
-        chosen = np.random.default_rng(seed).choice(len(self), count, replace=False, shuffle=False)
-        parts = [dataclasses.replace(self, held_out=np.sort(chosen), is_rest=rest) for rest in (True, False)]
-        rest, held_out = (dataclasses.replace(part, report=part._counted()) for part in parts)
-        return rest, held_out
-
-    def _counted(self) -> Report:
-        lengths = np.diff(self.files.starts)[self.held_out]
-        held = int(lengths.sum())
-        tokens = self.report.tokens - held if self.is_rest else held
-        return dataclasses.replace(self.report, documents=len(self), tokens=tokens)
+        held_out = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        tokens = int(np.diff(self.starts)[held_out].sum())
+        parts = []
+        for is_rest in (True, False):
+            num_bytes = np.delete(self.num_bytes, held_out) if is_rest else self.num_bytes[held_out]
+            report = dataclasses.replace(
+                self.report,
+                documents=len(num_bytes),
+                tokens=self.report.tokens - tokens if is_rest else tokens,
+            )
+            parts.append(
+                dataclasses.replace(
+                    self, num_bytes=num_bytes, report=report, held_out=held_out, is_rest=is_rest
+                )
+            )
+        return parts[0], parts[1]
 
 
 def load_documents(
@@ -157,7 +180,7 @@ def load_documents(
         return _written(folder, key, sources, tokenizer, config, progress)
     else:
         found = _wait_for(folder, failed)
-    return Documents(found[0], Report.read(found[1]))
+    return Documents.of(found[0], Report.read(found[1]))
 
 
 def _wait_for(folder: pathlib.Path, failed: pathlib.Path) -> tuple[TokenFiles, dict[str, Any]]:
@@ -224,7 +247,7 @@ def _written(
         report = reading.report()
         if not writer.documents:
             raise ValueError(f"no usable record in {', '.join(map(str, others)) or 'no source'}: {report}")
-        return Documents(writer.finish(key, dataclasses.asdict(report)), report)
+        return Documents.of(writer.finish(key, dataclasses.asdict(report)), report)
     except BaseException:
         writer.abandon()
         if folder is not None and jax.process_count() > 1:

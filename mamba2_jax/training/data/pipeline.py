@@ -122,7 +122,7 @@ def _read(batch: Batch, documents: Documents, own_rows: np.ndarray | None) -> Ba
     if own_rows is not None:
         positions = np.where(own_rows[:, None], positions, -1)
     tokens = documents.read(positions)
-    documents.files.forget()
+    documents.forget()
     return {"input_ids": tokens["input_ids"], "segment_ids": segments, "labels": tokens["labels"]}
 
 

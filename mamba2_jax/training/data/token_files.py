@@ -1,7 +1,7 @@
 """Tokenised documents in flat files, memory-mapped when read.
 
     tokens.bin   uint16, or uint32 for a vocabulary of more than 65,536
-    trained.bin  a bit per token: whether the token is a target of the loss
+    trained.bin  bool per token: whether the token is a target of the loss
     starts.bin   int64 (documents + 1,): index of the first token of each document
     bytes.bin    int64 (documents,): UTF-8 bytes of the text of a document's targets
     manifest.json  what the files were made from, their sizes and their checksum
@@ -17,7 +17,7 @@ import mmap
 import os
 import pathlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from mamba2_jax.training.data.encode import Piece
 
 _MANIFEST = "manifest.json"
 _VERSION = 1
+_BLOCK = 1 << 20  # tokens
 _FILES = ("tokens.bin", "trained.bin", "starts.bin", "bytes.bin")
 
 
@@ -34,18 +35,14 @@ class TokenFiles:
     """Contents of the files, as arrays that are read where they are used."""
 
     tokens: np.ndarray  # (tokens,) uint16 or uint32
-    bits: np.ndarray  # (ceil(tokens / 8),) uint8, most significant bit first
+    trained: np.ndarray  # (tokens,) bool
     starts: np.ndarray  # (documents + 1,) int64
     num_bytes: np.ndarray  # (documents,) int64
     highest: int
     """Highest token id."""
     fingerprint: str
-    """SHA-256 of the content."""
+    """As of `fingerprint_of` all documents."""
     maps: tuple[mmap.mmap, ...] = ()
-
-    def trained(self, positions: np.ndarray) -> np.ndarray:
-        """Return whether the tokens at `positions` are targets of the loss, as booleans of that shape."""
-        return (self.bits[positions >> 3] >> (7 - (positions & 7)).astype(np.uint8)) & 1 != 0
 
     def forget(self) -> None:
         """Drop the pages read so far from this process; they stay in the system's page cache.
@@ -76,8 +73,6 @@ class TokenWriter:
         self._files: list[Any] = [
             io.BytesIO() if self._part is None else (self._part / name).open("wb") for name in _FILES
         ]
-        self._digests = [hashlib.sha256() for _ in _FILES]
-        self._bits = np.zeros(0, bool)  # fewer than 8, not written yet
         self.documents = self.num_tokens = self.highest = 0
         self._write("starts.bin", np.zeros(1, np.int64))
 
@@ -88,11 +83,8 @@ class TokenWriter:
             return
         tokens = np.concatenate([piece.tokens for piece in pieces])
         lengths = np.array([len(piece.tokens) for piece in pieces], np.int64)
-        bits = np.concatenate([self._bits, *(piece.trained for piece in pieces)])
-        whole = len(bits) // 8 * 8
-        self._bits = bits[whole:]
         self._write("tokens.bin", tokens.astype(self._dtype))
-        self._write("trained.bin", np.packbits(bits[:whole]))
+        self._write("trained.bin", np.concatenate([piece.trained for piece in pieces]))
         self._write("starts.bin", self.num_tokens + np.cumsum(lengths))
         self._write("bytes.bin", np.array([piece.num_bytes for piece in pieces], np.int64))
         self.documents += len(pieces)
@@ -100,9 +92,7 @@ class TokenWriter:
         self.highest = max(self.highest, int(tokens.max()))
 
     def _write(self, name: str, array: np.ndarray) -> None:
-        index, data = _FILES.index(name), array.tobytes()
-        self._files[index].write(data)
-        self._digests[index].update(data)
+        self._files[_FILES.index(name)].write(array.tobytes())
 
     def finish(self, key: dict[str, Any], report: dict[str, Any]) -> TokenFiles:
         """Complete the files and open them.
@@ -111,25 +101,23 @@ class TokenWriter:
             key: what the documents were made from; `open_tokens` compares it.
             report: stored beside it.
         """
-        if len(self._bits):
-            self._write("trained.bin", np.packbits(self._bits))
-        fingerprint = hashlib.sha256(b"".join(digest.digest() for digest in self._digests)).hexdigest()
         manifest = {
             "version": _VERSION,
             "key": key,
             "dtype": self._dtype.name,
             "sizes": {name: file.tell() for name, file in zip(_FILES, self._files, strict=True)},
             "highest": self.highest,
-            "fingerprint": fingerprint,
+            "fingerprint": "",
             "report": report,
         }
         if self._folder is None or self._part is None:
-            buffers = [file.getbuffer() for file in self._files]
-            return _arrays(buffers, manifest)
+            arrays = _arrays([file.getbuffer() for file in self._files], manifest)
+            return dataclasses.replace(arrays, fingerprint=_fingerprint(arrays))
         for file in self._files:
             file.flush()
             os.fsync(file.fileno())
             file.close()
+        manifest["fingerprint"] = _fingerprint(_mapped(self._part, manifest))
         (self._part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(self._folder, ignore_errors=True)
         self._part.rename(self._folder)
@@ -169,6 +157,41 @@ def open_tokens(folder: pathlib.Path, key: dict[str, Any] | None) -> tuple[Token
         return None
 
 
+def fingerprint_of(
+    tokens: np.ndarray,
+    trained: np.ndarray,
+    starts: np.ndarray,
+    spans: Iterable[tuple[int, int]],
+    forget: Callable[[], None] = lambda: None,
+) -> str:
+    """Return the SHA-256 of documents, equal for the same documents in memory and in files.
+
+    Args:
+        tokens: token ids, read in blocks.
+        trained: whether each is a target of the loss.
+        starts: index of the first token of each document in all the spans.
+        spans: begin and end in `tokens` of the documents, in order; neighbours may share a span.
+        forget: called about once a block, to drop the pages of mapped files.
+    """
+    digest = hashlib.sha256(starts.astype(np.int64).tobytes())
+    spans, read = list(spans), 0
+    for array, dtype in ((tokens, np.int32), (trained, np.bool_)):
+        for begin, end in spans:
+            for at in range(begin, end, _BLOCK):
+                block = array[at : min(at + _BLOCK, end)]
+                digest.update(block.astype(dtype).tobytes())
+                read += len(block)
+                if read >= _BLOCK:
+                    forget()
+                    read = 0
+    return digest.hexdigest()
+
+
+def _fingerprint(files: TokenFiles) -> str:
+    spans = [(0, len(files.tokens))]
+    return fingerprint_of(files.tokens, files.trained, files.starts, spans, files.forget)
+
+
 def _mapped(folder: pathlib.Path, manifest: dict[str, Any]) -> TokenFiles:
     maps = []
     for name in _FILES:
@@ -178,6 +201,6 @@ def _mapped(folder: pathlib.Path, manifest: dict[str, Any]) -> TokenFiles:
 
 
 def _arrays(buffers: list[Any], manifest: dict[str, Any]) -> TokenFiles:
-    dtypes = (manifest["dtype"], np.uint8, np.int64, np.int64)
+    dtypes = (manifest["dtype"], np.bool_, np.int64, np.int64)
     arrays = [np.frombuffer(buffer, dtype) for buffer, dtype in zip(buffers, dtypes, strict=True)]
     return TokenFiles(*arrays, highest=manifest["highest"], fingerprint=manifest["fingerprint"])
