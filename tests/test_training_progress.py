@@ -127,6 +127,24 @@ def test_more_steps_and_another_rate_go_on_and_are_told(copied):
     assert rate > lines[9]["learning_rate"] == lines[13]["learning_rate"] == 0  # as `final` says
 
 
+def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
+    """As a run of as many epochs from the start, up to the last rows, which a shorter run packs at its end."""
+    options = {"steps": None, "optim": OptimConfig(learning_rate=1e-2, schedule="constant"), "batch_size": 8}
+    straight, again = (tmp_path / name for name in ("straight", "again"))
+    make_trainer(straight, epochs=2, **options).fit()
+    one = make_trainer(again, epochs=1, **options)
+    one.fit()
+    two = make_trainer(again, epochs=2, resume=True, **options)
+    assert two.fit().step == two.steps > one.steps
+    losses = [
+        [line["loss"] for line in read_metrics(folder / "metrics.jsonl") if "loss" in line]
+        for folder in (straight, again)
+    ]
+    same = one.steps // 2
+    assert losses[0][:same] == losses[1][:same]
+    assert len(losses[1]) == two.steps
+
+
 def test_other_weights_are_refused(copied):
     model = tiny_model()
     model.backbone.norm_f.weight[...] *= 2

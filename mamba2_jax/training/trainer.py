@@ -129,7 +129,10 @@ class Trainer:
             ValueError: the output folder holds a checkpoint of another run, or only damaged ones.
         """
         self._output.mkdir(parents=True, exist_ok=True)
-        checkpoints = Checkpoints(self._output / CHECKPOINTS, self.config.checkpoint, self._report)
+        options = self.config.checkpoint
+        if self._feed.held_out is None:
+            options = dataclasses.replace(options, keep_best=False)
+        checkpoints = Checkpoints(self._output / CHECKPOINTS, options, self._report)
         state, batches = self._start(checkpoints)
         first = int(state.step)
         if is_first():
