@@ -139,6 +139,8 @@ class Head(Adaptable):
 
     untied_by_merge: bool = False
     """Whether `merge_lora` untied the head from the embedding."""
+    multiplier: float = 1.0
+    """Constant factor on the logits."""
 
     def __call__(
         self, hidden: Float[Array, "*b d"], weight: Float[Array, "v d"], *, dtype: DTypeLike
@@ -152,4 +154,4 @@ class Head(Adaptable):
             if stretch is not None:
                 update = (stretch - 1) * vocabulary_logits(hidden, weight, dtype=dtype) + stretch * update
             logits += update
-        return logits
+        return logits if self.multiplier == 1 else logits * self.multiplier

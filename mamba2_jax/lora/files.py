@@ -28,7 +28,7 @@ from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights.files import CheckpointError, read_json_inside, show
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.reader import Checkpoint, open_file
-from mamba2_jax.weights.table import StoredTensor
+from mamba2_jax.weights.table import StoredTensor, stored_names
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
@@ -108,12 +108,15 @@ def load_lora(
         others = [name for name in checkpoint.tensors if name not in saved.values()]
         found, more = _group(others, sites)
         problems += more
-        for module in sites:
-            if is_targeted(module, settings, pattern) and not _factors(found.get(module, {})):
-                problems.append(f"target_modules names {module}, but the file has no tensor of it")
+        for module, site in sites.items():
+            theirs = site.target.file_name()
+            targeted = is_targeted(site.target.file_names(), settings, pattern)
+            if targeted and not _factors(found.get(module, {})):
+                problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
-            rank = settings.rank_of(module)
-            problems += _check_shapes(checkpoint, sites[module].target, tensors, rank, settings.use_dora)
+            target = sites[module].target
+            rank = settings.rank_of(target.file_name())
+            problems += _check_shapes(checkpoint, target, tensors, rank, settings.use_dora)
         if problems:
             raise CheckpointError(folder / file, problems)
         adapters = {}
@@ -142,7 +145,7 @@ def _find_full(
     except ValueError as error:
         return {}, [str(error)]
     for stored in wanted:
-        possible = [f"{PREFIX}{name}" for name in (stored.name, stored.name.removeprefix("backbone."))]
+        possible = [f"{PREFIX}{name}" for name in stored_names(stored)]
         name = next((name for name in possible if name in checkpoint.tensors), None)
         if name is None:
             problems.append(f"modules_to_save names {stored.name}, but the file has no tensor of it")
@@ -174,10 +177,11 @@ def _group(names: list[str], sites: dict[str, Site]) -> tuple[dict[str, dict[str
     """Group stored tensor names as module -> key below the module -> stored name; also return problems."""
     found: dict[str, dict[str, str]] = {}
     problems = []
+    paths = {name: path for path, site in sites.items() for name in site.target.file_names()}
     for stored in names:
         ending = next((key for key in _KEYS if stored.endswith(f".{key}")), "")
         inner = stored.removeprefix(PREFIX).removesuffix(f".{ending}")
-        module = next((path for path in (inner, f"backbone.{inner}") if path in sites), None)
+        module = paths.get(inner)
         if module is None or not ending or not stored.startswith(PREFIX):
             problems.append(f"tensor {show(stored)} belongs to no module of this model that takes an adapter")
         elif ending in found.setdefault(module, {}):
@@ -243,7 +247,7 @@ def _read(
     param_dtype: DTypeLike | None,
 ) -> tuple[Adapter, list[str]]:
     """Read one module's adapter; also return problems such as non-finite values."""
-    shapes = factor_shapes(target, settings.rank_of(target.name), settings.use_dora)
+    shapes = factor_shapes(target, settings.rank_of(target.file_name()), settings.use_dora)
     A, B, *magnitude = (checkpoint.read(tensors[key]) for key in shapes)
     problems = [
         f"{target.name} has NaN or infinite values in its adapter"
@@ -255,7 +259,7 @@ def _read(
     adapter = Adapter(
         jnp.asarray(A.astype(dtype)),
         {leaf: jnp.asarray(part.astype(dtype)) for leaf, part in parts.items()},
-        alpha=settings.alpha_of(target.name),
+        alpha=settings.alpha_of(target.file_name()),
         use_rslora=settings.use_rslora,
         dropout=settings.dropout,
         magnitude={

@@ -15,7 +15,7 @@ from flax import nnx
 from mamba2_jax.layers.adaptable import BaseWeight
 from mamba2_jax.lora.targets import ends_in
 from mamba2_jax.typing import Array
-from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, as_rows, checkpoint_table
+from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, as_rows, checkpoint_table, stored_names
 
 
 class FullWeights(nnx.Module):
@@ -64,18 +64,26 @@ def match_full(op: str, model: Any, names: Iterable[str]) -> list[StoredTensor]:
     """
     whole = hasattr(model, "backbone")
     table = checkpoint_table(model.config.replace(tie_word_embeddings=False), whole)
-    modules = {stored: stored.name.removesuffix(".weight").removesuffix(".bias") for stored in table}
+    modules = {stored: [_module(name) for name in (stored.name, *stored_names(stored))] for stored in table}
     chosen = {}
     for name in names:
-        found = [s for s, module in modules.items() if ends_in(module, name) and s.leaves]
+        found = [s for s, paths in modules.items() if s.leaves and any(ends_in(path, name) for path in paths)]
+        if any(stored.matrices for stored in found):
+            raise ValueError(
+                f"{op}: modules_to_save={name!r} is a mixture of experts, which is not supported"
+            )
         if not found:
-            ends = {module.rpartition(".")[2] for module in modules.values()}
+            ends = {paths[0].rpartition(".")[2] for paths in modules.values()}
             raise ValueError(
                 f"{op}: modules_to_save={str(name)[:120]!r} names no part of this model; it has "
                 f"{', '.join(sorted(ends))}"
             )
         chosen |= {stored.name: stored for stored in found}
     return list(chosen.values())
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
 
 
 def new_full_weights(

@@ -14,9 +14,9 @@ from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora.attach import adapter_names, sites_of
 from mamba2_jax.lora.files import CONFIG_NAME, TENSORS_NAME
 from mamba2_jax.lora.full import adapter_values, full_weights, match_full
-from mamba2_jax.lora.peft import PREFIX, REFUSED_BY_PEFT, peft_config, to_peft
+from mamba2_jax.lora.peft import PREFIX, REFUSED_BY_PEFT, REFUSING_FAMILIES, peft_config, to_peft
 from mamba2_jax.processes import fetch, is_first, meet
-from mamba2_jax.weights.table import assemble
+from mamba2_jax.weights.table import assemble, written_name
 
 _NO_MODULES = ("A_log", "D", "dt_bias")  # parameters of a mixer; PEFT trains modules
 
@@ -44,9 +44,7 @@ def save_lora(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_lora: {folder} is a file; want a folder")
     whole = hasattr(model, "backbone")
-    sites = {
-        path if whole else path.removeprefix("backbone."): site for path, site in sites_of(model).items()
-    }
+    sites = {site.target.file_name(whole): site for site in sites_of(model).values()}
     adapters = {
         path: adapters[name] for path, site in sites.items() if name in (adapters := site.module.lora or {})
     }
@@ -60,19 +58,20 @@ def save_lora(
     if full is not None:
         values = {path: fetch(array) for path, array in adapter_values(model, full).items()}
         for stored in match_full("save_lora", model, saved):
-            inner = stored.name if whole else stored.name.removeprefix("backbone.")
-            tensors[f"{PREFIX}{inner}"] = assemble(stored, values)
+            tensors[f"{PREFIX}{written_name(stored, 'transformers', whole)}"] = assemble(stored, values)
     task = "CAUSAL_LM" if whole else "FEATURE_EXTRACTION"
     config = peft_config(adapters, sites, base_model, task, saved)
     if is_first():
         _write(folder, tensors, config)
     meet("mamba2_jax: an adapter is written")
     refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
+    if getattr(model, "config").family not in REFUSING_FAMILIES:  # noqa: B009
+        refused = []
     refused += [name for name in saved if name in _NO_MODULES]
     if refused:
         warnings.warn(
-            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of Mamba-2, so only load_lora reads"
-            f" {folder}; for transformers, merge_lora and save the model",
+            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of this model, so only load_lora"
+            f" reads {folder}; for transformers, merge_lora and save the model",
             stacklevel=2,
         )
 

@@ -4,6 +4,7 @@ The trained state is a parameter `initial_state.<layer>` `(h, p, n)` per Mamba-2
 model's; a row whose first document is new begins with it instead of zeros.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -45,7 +46,7 @@ def initial_cache(
         else jnp.broadcast_to(trained, (rows, *trained.shape))
         for layer, state in enumerate(zeros.ssm)
     )
-    return Mamba2Cache(zeros.conv, tuple(ssm), zeros.position, zeros.attention)
+    return dataclasses.replace(zeros, ssm=tuple(ssm))
 
 
 def begin_or_go_on(cache: Mamba2Cache, start: Mamba2Cache | None, continues: Array | None) -> Mamba2Cache:

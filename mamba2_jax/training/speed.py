@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.config.kinds import role_of
-from mamba2_jax.config.leaves import CONVOLUTION, EMBEDDING_TABLE, OUTPUT_HEAD
+from mamba2_jax.config.leaves import CONVOLUTION, EMBEDDING_TABLE, EXPERTS, OUTPUT_HEAD, ROUTER
 from mamba2_jax.typing import Array, DTypeLike
 
 WINDOW = 20
@@ -102,20 +102,23 @@ def operations_per_token(
     a trained one 2 more for its own gradient.
     """
 
-    def matrices(arrays: Mapping[str, Array]) -> int:
-        return sum(array.size for name, array in arrays.items() if _multiplies(name, config))
+    def matrices(arrays: Mapping[str, Array]) -> float:
+        return sum(array.size * _share(name, config) for name, array in arrays.items())
 
-    mixers = sum(kind == "mamba2" for kind in config.layer_kinds)
-    states = mixers * config.num_heads * config.head_dim * config.state_size
+    arrays = {name: array for name, array in {**frozen, **trained}.items() if not name.startswith("full.")}
+    heads = sum(array.size for name, array in arrays.items() if name.endswith("mixer.A_log"))
+    states = heads * config.head_dim * config.state_size
     return 6 * matrices(trained) + 4 * matrices(frozen) + 3 * _OPERATIONS_OF_A_STATE * states
 
 
-def _multiplies(name: str, config: Mamba2Config) -> bool:
-    """Tell whether every token is multiplied by the parameter: projections, taps, the head and adapters."""
+def _share(name: str, config: Mamba2Config) -> float:
+    """Return the share of the parameter that a token is multiplied by: 0, 1, or the experts it chooses."""
     if name.startswith("full."):  # base weights that an adapter replaces
-        return False
+        return 0
     role = role_of(name)
     if role is None:
         return ".lora." in name
+    if role == EXPERTS and config.experts_cfg is not None:
+        return config.experts_cfg.top_k / config.experts_cfg.num_experts
     tied_head = role == EMBEDDING_TABLE and config.tie_word_embeddings
-    return role.is_matrix or role in (CONVOLUTION, OUTPUT_HEAD) or tied_head
+    return role.is_matrix or role in (CONVOLUTION, OUTPUT_HEAD, ROUTER) or tied_head
