@@ -17,6 +17,7 @@ from mamba2_jax.training import (
     OptimConfig,
     Trainer,
     TrainState,
+    initial_state_of,
     loss_fn,
     split_model,
     train_step,
@@ -212,6 +213,9 @@ def test_a_carried_state_and_a_trained_one_are_in_the_checkpoint(tmp_path):
     state = trainer.initial_state(3)
     assert state.ssm[0].shape[0] == 3
     assert np.abs(state.ssm[0]).max() > 1e-3
+    jax.tree.map(np.testing.assert_array_equal, initial_state_of(tmp_path / "run", 3), state)
+    with pytest.raises(FileNotFoundError, match="neither a training run"):
+        initial_state_of(tmp_path / "nowhere")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]
     assert losses[-1] < losses[0]
 

@@ -9,10 +9,13 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.lora import LoraConfig, add_lora, merge_lora
 from mamba2_jax.lora.attach import adapter_names, settings_of
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.models.pretrained import Origin
+from mamba2_jax.training.carry import initial_cache
 from mamba2_jax.training.checkpoint import read_checkpoint
 from mamba2_jax.training.checksums import fingerprint
+from mamba2_jax.training.folder import choose_checkpoint
 from mamba2_jax.training.options import plain
 from mamba2_jax.typing import DTypeLike
 
@@ -65,6 +68,26 @@ def model_of(
         dtypes = tuple((name, dtype) for name, dtype in described["stored_dtypes"])
         model.origin = Origin(pathlib.Path(described["folder"]), dtypes)
     return model, rounded
+
+
+def initial_state_of(path: str | pathlib.Path, rows: int = 1) -> Mamba2Cache:
+    """Read the trained initial state of a run, to begin texts with: `generate(..., cache=...)`.
+
+    Args:
+        path: a run or one of its checkpoints, as for `choose_checkpoint`.
+        rows: number of rows of the cache.
+
+    Raises:
+        FileNotFoundError: no run, or one without a checkpoint.
+        ValueError: the run trained no initial state, or the checkpoint is damaged.
+    """
+    path, _ = choose_checkpoint(path)
+    content, params = read_checkpoint(path)
+    described = content["extra"]["model"]
+    cache = initial_cache(params, Mamba2Config.from_dict(described["config"]), rows, described["dtype"])
+    if cache is None:
+        raise ValueError(f"{path}: the run trained no initial state; set train_initial_state")
+    return cache
 
 
 def _with_adapter(
