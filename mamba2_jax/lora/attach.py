@@ -19,6 +19,7 @@ from mamba2_jax.lora.full import (
     parameter_at,
     set_in_use,
 )
+from mamba2_jax.lora.initial import initial_factors, initial_magnitude
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target, adapter_targets, match_targets
 from mamba2_jax.typing import Array, DTypeLike
@@ -60,9 +61,9 @@ def add_lora(
     adapters = {}
     for target in match_targets("add_lora", targets, config.targets):
         rank = config.rank_of(target.name)
-        A, B = _initial_factors(target, rank, rngs, param_dtype)
+        A, B = initial_factors(target, rank, rngs, param_dtype)
         alpha = config.alpha_of(target.name)
-        magnitude = _initial_magnitude(model, sites[target.name], param_dtype) if config.use_dora else None
+        magnitude = _magnitude(model, sites[target.name], param_dtype) if config.use_dora else None
         adapters[target.name] = Adapter(
             A, B, alpha=alpha, use_rslora=config.use_rslora, dropout=config.dropout, magnitude=magnitude
         )
@@ -249,32 +250,9 @@ def weights_of(model, site: Site) -> Iterator[tuple[Leaf, nnx.Param]]:
         yield leaf, parameter_at(model, path)
 
 
-def _initial_magnitude(model: nnx.Module, site: Site, dtype: DTypeLike) -> dict[str, Array]:
-    """Return DoRA's initial magnitudes, the norms of the weights of each output channel."""
-    target = site.target
-    if target.is_embedding or len(target.stored.shape) > 2:
-        raise ValueError(
-            f"add_lora: use_dora is for projections and lm_head, and {target.name} is neither; leave it out "
-            "of targets"
-        )
-    return {
-        leaf.name: jnp.linalg.norm(weight[...].astype(jnp.float32), axis=leaf.role.input_axis).astype(dtype)
-        for leaf, weight in weights_of(model, site)
-    }
-
-
-def _initial_factors(
-    target: Target, rank: int, rngs: nnx.Rngs, dtype: DTypeLike
-) -> tuple[Array, dict[str, Array]]:
-    """Initialize A and B as PEFT does: A uniform and B zero; for the embedding A zero and B normal."""
-    shape_of_A = (target.in_size, rank)
-    shapes = {leaf.name: target.shape_of_B(leaf, rank) for leaf in target.stored.leaves}
-    if target.is_embedding:  # were A random, training B would change every token's row, trained or not
-        A = jnp.zeros(shape_of_A, dtype)
-        return A, {name: jax.random.normal(rngs.params(), shape, dtype) for name, shape in shapes.items()}
-    bound = 1 / math.sqrt(target.in_size)
-    A = jax.random.uniform(rngs.params(), shape_of_A, jnp.float32, -bound, bound).astype(dtype)
-    return A, {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+def _magnitude(model: nnx.Module, site: Site, dtype: DTypeLike) -> dict[str, Array]:
+    weights = {leaf: weight[...] for leaf, weight in weights_of(model, site)}
+    return initial_magnitude(site.target, weights, dtype)
 
 
 def _adapter_of(path: tuple) -> str | None:
