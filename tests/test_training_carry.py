@@ -10,6 +10,7 @@ import pytest
 from models import jax_model, random_ids, relative
 from training_runs import arrays_of, run_config, tiny_model, tokenizer, words
 
+from mamba2_jax import Mamba2ForCausalLM
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.training import (
     CheckpointConfig,
@@ -214,6 +215,9 @@ def test_a_carried_state_and_a_trained_one_are_in_the_checkpoint(tmp_path):
     assert state.ssm[0].shape[0] == 3
     assert np.abs(state.ssm[0]).max() > 1e-3
     jax.tree.map(np.testing.assert_array_equal, initial_state_of(tmp_path / "run", 3), state)
+    saved = Mamba2ForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="float32")
+    file = tmp_path / "run" / "initial_state.safetensors"
+    jax.tree.map(np.testing.assert_array_equal, Mamba2Cache.load(file, saved), state[:1])
     with pytest.raises(FileNotFoundError, match="neither a training run"):
         initial_state_of(tmp_path / "nowhere")
     losses = [line["loss"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if "loss" in line]

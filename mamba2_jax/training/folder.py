@@ -7,6 +7,7 @@ CHECKPOINTS = "checkpoints"
 TOKENIZER = "tokenizer"
 MODEL = "model"
 ADAPTER = "adapter"
+INITIAL_STATE = "initial_state.safetensors"
 TOKENS = "tokens"  # the tokenised data
 
 

@@ -27,7 +27,7 @@ from mamba2_jax.training.data.documents import with_template
 from mamba2_jax.training.evaluate import Evaluation, evaluate
 from mamba2_jax.training.export import base_arrays, describe_model
 from mamba2_jax.training.feed import Feed
-from mamba2_jax.training.folder import CHECKPOINTS, TOKENIZER, TOKENS
+from mamba2_jax.training.folder import CHECKPOINTS, INITIAL_STATE, TOKENIZER, TOKENS
 from mamba2_jax.training.loop import Loop, Plan, in_parts
 from mamba2_jax.training.metrics import Metrics, draw_curve
 from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
@@ -160,6 +160,9 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
+            initial_state = self.initial_state()
+            if initial_state is not None and is_first():
+                initial_state.save(self._output / INITIAL_STATE, self.model)
             replaced = self.config.data.chat_template is not None
             save_result(self.model, self._output, self.tokenizer, self.config.lora, self._report, replaced)
             if is_first():
