@@ -10,7 +10,7 @@ import pytest
 from training_runs import make_trainer, texts_file, tokenizer, words
 
 from mamba2_jax.training import DataConfig, load_documents, make_pipeline
-from mamba2_jax.training.data import count_batches, documents
+from mamba2_jax.training.data import count_batches, documents, pipeline
 from mamba2_jax.training.data.encode import Piece
 from mamba2_jax.training.data.token_files import TokenWriter
 
@@ -110,6 +110,20 @@ def test_a_share_held_out_of_mapped_files_is_that_of_memory(tmp_path):
     assert rest[-1]["input_ids"].tolist() == rest[len(rest) - 1]["input_ids"].tolist()
     with pytest.raises(IndexError):
         held_out[len(held_out)]
+
+
+def test_batches_are_counted_once(tmp_path, monkeypatch):
+    found = load(texts_file(), tmp_path / "tokens")
+    count = count_batches(found, CONFIG, 4, seed=3, epochs=2)
+    assert count == count_batches(load(texts_file(), None), CONFIG, 4, seed=3, epochs=2)
+    batches = pipeline._batches
+    monkeypatch.setattr(pipeline, "_batches", None)
+    assert count_batches(load(texts_file(), tmp_path / "tokens"), CONFIG, 4, seed=3, epochs=2) == count
+    with pytest.raises(TypeError):
+        count_batches(found, CONFIG, 4, seed=4, epochs=2)
+    monkeypatch.setattr(pipeline, "_batches", batches)
+    (tmp_path / "tokens" / "batches.json").write_text("{")
+    assert count_batches(found, CONFIG, 4, seed=3, epochs=2) == count
 
 
 @pytest.mark.parametrize("rows", ["pack", "pad"])

@@ -84,12 +84,21 @@ class Documents(Sequence[dict[str, np.ndarray]]):
             self.files.forget()
 
     @property
+    def folder(self) -> pathlib.Path | None:
+        """Folder of the files, if the documents are in files."""
+        return None if self.files is None else self.files.folder
+
+    @property
     def highest(self) -> int:
         """Highest token id."""
         return int(self.tokens.max()) if self.files is None else self.files.highest
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content, by which a resumed run verifies its data."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         if self.held_out is None:
             spans = [(0, len(self.tokens))]
             given = None if self.files is None else self.files.fingerprint

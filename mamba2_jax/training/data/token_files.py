@@ -43,6 +43,7 @@ class TokenFiles:
     fingerprint: str
     """As of `fingerprint_of` all documents."""
     maps: tuple[mmap.mmap, ...] = ()
+    folder: pathlib.Path | None = None
 
     def forget(self) -> None:
         """Drop the pages read so far from this process; they stay in the system's page cache.
@@ -197,7 +198,7 @@ def _mapped(folder: pathlib.Path, manifest: dict[str, Any]) -> TokenFiles:
     for name in _FILES:
         with (folder / name).open("rb") as file:
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    return dataclasses.replace(_arrays(maps, manifest), maps=tuple(maps))
+    return dataclasses.replace(_arrays(maps, manifest), maps=tuple(maps), folder=folder)
 
 
 def _arrays(buffers: list[Any], manifest: dict[str, Any]) -> TokenFiles:
