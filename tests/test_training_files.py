@@ -200,3 +200,5 @@ def test_a_saved_dataset(tmp_path):
     assert read(tmp_path / "saved") == ["one<end>"]
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     assert read(tmp_path / "splits" / "train") == ["one<end>"]
+    with pytest.raises(ValueError, match="splits: holds the splits train; name the folder of one of them"):
+        read(tmp_path / "splits")
