@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import threading
 
 import numpy as np
@@ -91,6 +92,21 @@ def test_a_failure_leaves_nothing(tmp_path):
     with pytest.raises(FileNotFoundError):
         load([texts_file(), tmp_path / "none.jsonl"], tmp_path / "mine" / "run" / "tokens")
     assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    folder = tmp_path / "run" / "tokens"
+    writer = TokenWriter(folder, 100)
+    writer._files[0].close()
+    writer._files[0] = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(
+        OSError, match=r"run/tokens: the tokens could not be written \(No space left on device\)"
+    ):
+        writer.add([Piece(np.zeros(1 << 20, np.int32), np.ones(1 << 20, bool), 0)])
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_share_held_out_of_mapped_files_is_that_of_memory(tmp_path):
