@@ -131,6 +131,7 @@ UNUSABLE = {
     "prompt.jsonl": ('{"prompt": 7, "completion": "x"}', "'prompt' is a number, not a string"),
     "completion.jsonl": ('{"prompt": "x", "completion": null}', "'completion' is null"),
     "mixed.jsonl": ('{"prompt": "x", "completion": [1]}', "'completion' is a list, not a string"),
+    "output.jsonl": ('{"instruction": "x", "output": null}', "'output' is null"),
     "instruction.jsonl": ('{"instruction": "x", "output": 1.5}', "'output' is a number, not a string"),
     "surrogate.jsonl": ('{"text": "ab\\ud83d"}', r"holds \ud83d, half of a surrogate pair, at character 2"),
     "rejected.jsonl": ('{"chosen": "x", "rejected": "y"}', "has the fields 'chosen', 'rejected'; wants"),
