@@ -36,7 +36,8 @@ __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch",
 _CUT_BY = {
     "width": "fsdp",
     **dict.fromkeys(("vocabulary", "heads", "groups", "mixed", "query_heads", "key_heads"), "tensor"),
-    **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP"), "tensor"),
+    **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP", "expert_width"), "tensor"),
+    "expert_input": "fsdp",
 }
 # An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
@@ -112,8 +113,8 @@ def _axes(path: str, config: Mamba2Config, mesh: Mesh) -> list[tuple[str | None,
         what, count = _pieces(word, units, config)
         why = ""
         if axis is not None and count % size:
-            # With fewer groups than devices, each device's heads belong to one group.
-            shared = what == "groups" and size % count == 0
+            # With fewer groups (or key heads) than devices, each device's heads belong to one of them.
+            shared = what in ("groups", "key heads") and size % count == 0
             why = _BY_DESIGN if shared else f"{axis}={size} does not divide {what}={count}"
         result.append((axis, why))
     return result

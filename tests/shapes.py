@@ -20,6 +20,8 @@ DOORS = {
     "ops.conv.causal_conv1d.causal_conv1d",
     "ops.conv.causal_conv1d.causal_conv1d_step",
     "ops.conv.sharded.causal_conv1d_sharded",
+    "ops.experts.experts",
+    "ops.experts.experts_sharded",
     "ops.gate.silu_gate",
     "ops.rms_norm.gated_rms_norm",
     "ops.rms_norm.rms_norm",

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2Model
+from mamba2_jax.config import ExpertsConfig, MLPConfig
 from mamba2_jax.config.kinds import KINDS, checkpoint_table, leaf_at, role_of, weight_at
-from mamba2_jax.layers.kinds import MIXERS
+from mamba2_jax.layers.kinds import MIXERS, MODULES
 from mamba2_jax.layers.state import Rows
 from mamba2_jax.lora import LoraConfig, add_lora
 from mamba2_jax.lora.targets import adapter_targets
@@ -115,16 +116,25 @@ def test_what_decays_and_what_is_orthogonalised(variant):
         assert projection(path) is is_matrix, path
 
 
+def with_experts(variant):
+    return make_config(variant).replace(
+        experts_cfg=ExpertsConfig(num_experts=4, width=24, top_k=2, gated=False, router="sigmoid"),
+        shared_mlp_cfg=MLPConfig(width=40, layout="up_down"),
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kind_is_its_tensors_its_module_and_its_state(kind):
-    assert KINDS.keys() == MIXERS.keys()
-    config = make_config("hybrid")
-    shapes = {leaf.path: leaf.shape for stored in KINDS[kind].mixer.stored(config) for leaf in stored.leaves}
+    assert KINDS.keys() == MODULES.keys()
+    config = with_experts("hybrid, MLPs, no biases")
+    tensors = KINDS[kind].tensors.stored(config)
+    shapes = {leaf.path: leaf.shape for stored in tensors for leaf in stored.leaves}
     assert shapes
-    assert all(name.startswith("mixer.") for name in shapes)
-    mixer = nnx.eval_shape(lambda: MIXERS[kind](config, rngs=nnx.Rngs(0)))
-    flat = nnx.to_flat_state(nnx.state(mixer))
-    assert {f"mixer.{'.'.join(path)}": leaf.shape for path, leaf in flat} == shapes
+    module = nnx.eval_shape(lambda: MODULES[kind](config, rngs=nnx.Rngs(0)))
+    flat = nnx.to_flat_state(nnx.state(module))
+    assert {".".join(path): leaf.shape for path, leaf in flat} == shapes
+    if kind not in MIXERS:
+        return
 
     def step():
         mixer = MIXERS[kind](config, rngs=nnx.Rngs(0))
@@ -143,14 +153,17 @@ def test_leaves_of_one_name_are_alike_in_every_kind():
     seen = {}
     for kind in KINDS.values():
         for variant in ("hybrid", "hybrid, MLPs, no biases"):
-            for stored in kind.mixer.stored(make_config(variant)):
+            for stored in kind.tensors.stored(with_experts(variant)):
                 for leaf in stored.leaves:
-                    assert seen.setdefault(leaf.path, (leaf.axes, leaf.role)) == (leaf.axes, leaf.role)
+                    assert seen.setdefault((kind.attributes[0], leaf.path), (leaf.axes, leaf.role)) == (
+                        leaf.axes,
+                        leaf.role,
+                    )
 
 
 def test_the_kinds_of_layers_decide_what_a_cache_holds():
     config = make_config("hybrid")
-    assert config.layer_kinds == ("mamba2", "attention", "mamba2")
+    assert config.layer_pattern == "M*M"
     assert config.attends
     assert not make_config("plain").attends
     cache = jax.eval_shape(lambda: Mamba2Cache.zeros(config, 1, capacity=7))
@@ -160,7 +173,7 @@ def test_the_kinds_of_layers_decide_what_a_cache_holds():
 
 def test_a_config_with_cached_kinds_is_the_same_config():
     config, other = make_config("hybrid"), make_config("hybrid")
-    assert config.layer_kinds
+    assert config.layers
     assert config == other
     assert hash(config) == hash(other)
-    assert config.replace(num_hidden_layers=2).layer_kinds == ("mamba2", "attention")
+    assert config.replace(num_hidden_layers=2).layer_pattern == "M*"

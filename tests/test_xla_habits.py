@@ -10,7 +10,7 @@ import pytest
 
 from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.on_cpu.gradients import for_every, product
-from mamba2_jax.ops.on_cpu.products import contract_last, embedding_lookup
+from mamba2_jax.ops.on_cpu.products import contract_last, embedding_lookup, entry
 from mamba2_jax.training.on_cpu import choose_update, recomputed
 
 pytestmark = pytest.mark.xla_habits
@@ -47,6 +47,21 @@ def test_a_look_up_keeps_a_float32_copy_of_the_table_beside_a_loop():
     ids = jnp.arange(3)
     assert temporary_bytes(decode(lambda table, ids: table[ids]), table, ids) > 1.9 * table.nbytes
     assert temporary_bytes(decode(embedding_lookup), table, ids) < table.nbytes / 10
+
+
+def test_a_slice_keeps_a_float32_copy_of_the_array_beside_a_loop():
+    weight = jnp.ones((16, 64, 64), jnp.bfloat16)
+
+    def run(take):
+        def step(i, x, weight):
+            y = jnp.einsum("sd,md->sm", x, take(weight, i), preferred_element_type=jnp.float32)
+            return y.astype(x.dtype)
+
+        return lambda x, weight, n: jax.lax.fori_loop(0, n, lambda i, x: step(i, x, weight), x)
+
+    x = jnp.ones((4, 64), jnp.bfloat16)
+    assert temporary_bytes(run(lambda weight, i: weight[i]), x, weight, 5) > 1.9 * weight.nbytes
+    assert temporary_bytes(run(entry), x, weight, 5) < weight.nbytes / 2
 
 
 def test_a_product_over_the_rows_widens_half_precision():

@@ -53,7 +53,7 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     return [
         ("parameters", f"{config.num_parameters():,}"),
         ("layers", str(config.num_hidden_layers)),
-        ("width", f"{config.hidden_size} (inner {config.intermediate_size})"),
+        ("width", f"{config.hidden_size} (inner {config.inner_width})"),
         ("heads", f"{config.num_heads} of {config.head_dim} channels"),
         ("state", f"{config.state_size} per channel; B and C in {config.n_groups} groups"),
         ("convolution", f"{config.conv_kernel} taps over {config.conv_dim} channels"),
@@ -70,7 +70,11 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
 def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     """List the config options that differ from plain Mamba-2: attention, MLPs, gate and D."""
     rows = []
-    attention_layers = [index for index, kind in enumerate(config.layer_kinds) if kind == "attention"]
+    attention_layers = [
+        index
+        for index, layer in enumerate(config.layers)
+        if any(slot.kind == "attention" for slot in layer[0])
+    ]
     if attention_layers and (attention := config.attn_cfg) is not None:
         heads = f"{attention.num_heads} heads of {attention.head_dim} channels"
         if attention.num_heads_kv != attention.num_heads:
@@ -78,8 +82,10 @@ def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         rows.append(("attention", f"layers {', '.join(map(str, attention_layers))}: {heads}"))
     if config.parallel_mlp_width:
         rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
-    if config.d_intermediate:
-        rows.append(("MLP in each block", f"{config.mlp_width} channels"))
+    if config.mlp is not None:
+        own = config.layer_pattern.count("-")
+        where = f"MLP in {own} layers of its own" if own else "MLP in each block"
+        rows.append((where, f"{config.mlp.width} channels"))
     if not config.rmsnorm or config.norm_before_gate:
         rows.append(("gate", "after the norm" if config.rmsnorm else "without a norm"))
     if config.D_has_hdim:

@@ -13,7 +13,9 @@ class AttentionConfig:
 
     `Mamba2Config` replaces None in `num_heads_kv` and `head_dim` by integers. `d_conv` is the number of taps
     of the convolution over q, k and v (0: none). Rotary embeddings rotate the first `rotary_emb_dim` channels
-    of each head. `mlp_dim` adds a gated MLP in parallel to the heads (0: none).
+    of each head. `mlp_dim` adds a gated MLP in parallel to the heads (0: none). `separate`: q, k and v have
+    tensors of their own (`q_proj`, `k_proj`, `v_proj`, `o_proj`), as in transformers' models; such layers
+    have neither convolution nor MLP.
     """
 
     num_heads: int
@@ -28,6 +30,13 @@ class AttentionConfig:
     rotary_emb_base: float = 10000.0
     rotary_emb_interleaved: bool = False
     softmax_scale: float | None = None
+    separate: bool = False
+
+    def original_fields(self) -> dict[str, Any]:
+        """Return the arguments of the original's `MHA`."""
+        fields = dataclasses.asdict(self)
+        del fields["separate"]
+        return fields
 
     @property
     def query_width(self) -> int:

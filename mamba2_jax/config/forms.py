@@ -9,25 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-# state-spaces ssm_cfg key -> field. The keys are arguments of mamba_ssm's Mamba2 module.
-_SSM_CFG_FIELDS = {
-    "d_state": "state_size",
-    "d_conv": "conv_kernel",
-    "expand": "expand",
-    "headdim": "head_dim",
-    "d_ssm": "d_ssm",
-    "ngroups": "n_groups",
-    "D_has_hdim": "D_has_hdim",
-    "rmsnorm": "rmsnorm",
-    "norm_before_gate": "norm_before_gate",
-    "dt_limit": "time_step_limit",
-    "dt_min": "time_step_min",
-    "dt_max": "time_step_max",
-    "dt_init_floor": "time_step_floor",
-    "bias": "use_bias",
-    "conv_bias": "use_conv_bias",
-    "chunk_size": "chunk_size",
-}
+from mamba2_jax.config.families import FAMILIES, REFUSED, family_fields
+from mamba2_jax.config.options import OPTIONS
+
+# state-spaces ssm_cfg key -> field.
+_SSM_CFG_FIELDS = {option.ssm_cfg: name for name, option in OPTIONS.items() if option.ssm_cfg}
 # Initialisation and kernel options of the original, which do not affect the results of a loaded model.
 _SSM_CFG_IGNORED = {"layer", "A_init_range", "conv_init", "use_mem_eff_path", "sequence_parallel"}
 
@@ -93,11 +79,13 @@ def parse_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     if "dim" in config and "n_layers" in config:
         return _mistral_fields(config)
     model_type = config.get("model_type")
+    if model_type in FAMILIES:
+        return family_fields(config)
     if model_type not in (None, "mamba2"):
-        hint = " (Mamba-1: another architecture)" if model_type == "mamba" else ""
+        reason = f" ({REFUSED[model_type]})" if model_type in REFUSED else ""
         raise ValueError(
-            f"config: model_type is {model_type!r}{hint}, this package reads 'mamba2'; "
-            "point it at a Mamba-2 checkpoint"
+            f"config: model_type is {model_type!r}{reason}, this package reads 'mamba2', "
+            f"{', '.join(map(repr, FAMILIES))}; point it at such a checkpoint"
         )
     if "hidden_size" in config:
         return _transformers_fields(config)
@@ -115,14 +103,7 @@ def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     # All keys outside this list are ignored, as in transformers. One of these is `norm_before_gate`:
     # Codestral's file says true, but transformers has no such field and the model was not trained that way.
-    names = [
-        *("num_heads", "head_dim", "vocab_size", "hidden_size", "state_size", "num_hidden_layers"),
-        *("layer_norm_epsilon", "pad_token_id", "bos_token_id", "eos_token_id", "expand", "conv_kernel"),
-        *("n_groups", "use_bias", "use_conv_bias", "hidden_act", "initializer_range", "residual_in_fp32"),
-        *("time_step_rank", "time_step_min", "time_step_max", "time_step_floor", "time_step_limit"),
-        *("rescale_prenorm_residual", "use_cache", "chunk_size", "tie_word_embeddings"),
-        "unpadded_vocab_size",  # ours: transformers keeps it as an extra attribute
-    ]
+    names = [name for name, option in OPTIONS.items() if option.in_transformers]
     fields = {name: config[name] for name in names if name in config}
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(fields.get(name), int) and fields[name] < 0:
@@ -239,21 +220,12 @@ def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
     return written
 
 
-# Defaults of mamba_ssm's Mamba2 module for keys that ssm_cfg lacks.
-_SSM_CFG_DEFAULTS = {
-    **{"state_size": 128, "conv_kernel": 4, "expand": 2, "head_dim": 64, "n_groups": 1, "chunk_size": 256},
-    **{"D_has_hdim": False, "rmsnorm": True, "norm_before_gate": False},
-    **{"use_bias": False, "use_conv_bias": True, "time_step_limit": (0.0, math.inf)},
-    **{"time_step_min": 0.001, "time_step_max": 0.1, "time_step_floor": 1e-4},
-}
-
-
 def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
     """Convert fields to the content of a state-spaces `config.json`, limited to MambaConfig's keys."""
     ssm_cfg = {"layer": "Mamba2"}
     for key, name in _SSM_CFG_FIELDS.items():
-        default = _SSM_CFG_DEFAULTS.get(name, fields["expand"] * fields["hidden_size"])  # d_ssm
-        if fields[name] != default:
+        inner = fields["expand"] * fields["hidden_size"]
+        if fields[name] != (inner if name == "d_ssm" else OPTIONS[name].original):
             ssm_cfg[key] = fields[name]
     vocab_size, multiple = _unpadded(fields["vocab_size"], fields["unpadded_vocab_size"])
     return {

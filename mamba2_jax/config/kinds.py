@@ -1,7 +1,7 @@
-"""The kinds of layers, and the single table of all parameters of a model.
+"""The kinds of modules in layers, and the single table of all parameters of a model.
 
-`Mamba2Config.layer_kinds` names a key of `KINDS` for each layer. A new kind declares its tensors here, and
-its module with its empty state in `mamba2_jax.layers.kinds`.
+`Mamba2Config.layers` names a key of `KINDS` for each module. A new kind declares its tensors here, and its
+module in `mamba2_jax.layers.kinds`.
 
 >>> from mamba2_jax.config import Mamba2Config
 >>> config = Mamba2Config.preset("mamba2-130m")
@@ -16,6 +16,7 @@ backbone.layers.0.mixer.in_proj.weight_BC (768, 2, 128) ('width', '2', 'groups s
 backbone.layers.0.mixer.in_proj.weight_dt (768, 24) ('width', 'heads') (3328, 3352)
 """
 
+import dataclasses
 import functools
 import re
 from collections import Counter
@@ -23,19 +24,25 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mamba2_jax.config.families import FAMILIES
+from mamba2_jax.config.layers import NORMS, Layer
 from mamba2_jax.config.leaves import (
+    CORRECTION,
     DYNAMICS,
     EMBEDDING_TABLE,
     OUTPUT_HEAD,
+    ROUTER,
     Leaf,
     Part,
     Role,
     StoredTensor,
     Tensor,
     convolution,
+    matrix_per_expert,
     projection,
     vector,
 )
+from mamba2_jax.config.mlp import MLP_LAYOUTS, MLPConfig
 
 if TYPE_CHECKING:
     from mamba2_jax.config.mamba2 import Mamba2Config
@@ -54,7 +61,7 @@ def _mamba2_numbers(config: "Mamba2Config") -> Mapping[str, int]:
         "state": config.state_size,
         "taps": config.conv_kernel,
         "parallel_MLP": config.parallel_mlp_width,
-        "mixed": config.intermediate_size,  # the MLP's channels, then the heads'
+        "mixed": config.inner_width,  # the MLP's channels, then the heads'
         "use_bias": config.use_bias,
         "use_conv_bias": config.use_conv_bias,
         "rmsnorm": config.rmsnorm,
@@ -68,7 +75,7 @@ def _mamba2_numbers(config: "Mamba2Config") -> Mapping[str, int]:
 _MAMBA2 = Part(
     (
         *projection(
-            "mixer.in_proj",
+            "in_proj",
             "width",
             {
                 "_z0x0": ("2", "parallel_MLP"),  # gate, value
@@ -79,14 +86,14 @@ _MAMBA2 = Part(
             bias="use_bias",
         ),
         *convolution(
-            "mixer.conv1d", {"_x": ("heads head_dim",), "_BC": ("2", "groups state")}, bias="use_conv_bias"
+            "conv1d", {"_x": ("heads head_dim",), "_BC": ("2", "groups state")}, bias="use_conv_bias"
         ),
-        vector("mixer.dt_bias", "heads", role=DYNAMICS),
-        vector("mixer.A_log", "heads", role=DYNAMICS),
-        vector("mixer.D", "heads", role=DYNAMICS, when="D_per_head"),
-        vector("mixer.D", "heads", "head_dim", role=DYNAMICS, when="D_has_hdim"),
-        vector("mixer.norm.weight", "heads head_dim", when="rmsnorm"),
-        *projection("mixer.out_proj", "mixed", {"": ("width",)}, bias="use_bias"),
+        vector("dt_bias", "heads", role=DYNAMICS),
+        vector("A_log", "heads", role=DYNAMICS),
+        vector("D", "heads", role=DYNAMICS, when="D_per_head"),
+        vector("D", "heads", "head_dim", role=DYNAMICS, when="D_has_hdim"),
+        vector("norm.weight", "heads head_dim", when="rmsnorm"),
+        *projection("out_proj", "mixed", {"": ("width",)}, bias="use_bias"),
     ),
     _mamba2_numbers,
 )
@@ -106,6 +113,8 @@ def _attention_numbers(config: "Mamba2Config") -> Mapping[str, int]:
         "mixed": attention.query_width + attention.mlp_width,  # the heads' channels, then the MLP's
         "qkv_proj_bias": attention.qkv_proj_bias,
         "out_proj_bias": attention.out_proj_bias,
+        "joint": not attention.separate,
+        "separate": attention.separate,
     }
 
 
@@ -113,44 +122,98 @@ _QKV = {"_q": ("query_heads head_dim",), "_k": ("key_heads head_dim",), "_v": ("
 _ATTENTION = Part(
     (
         *projection(
-            "mixer.in_proj",
+            "in_proj",
             "width",
             {**_QKV, "_mlp": ("2", "attention_MLP")},  # value, gate
             bias="qkv_proj_bias",
+            when="joint",
         ),
-        *convolution("mixer.conv1d", _QKV, bias="taps"),
-        *projection("mixer.out_proj", "mixed", {"": ("width",)}, bias="out_proj_bias"),
+        *convolution("conv1d", _QKV, bias="taps"),
+        *projection("out_proj", "mixed", {"": ("width",)}, bias="out_proj_bias", when="joint"),
+        *projection("q_proj", "width", {"": ("query_heads head_dim",)}, when="separate"),
+        *projection("k_proj", "width", {"": ("key_heads head_dim",)}, when="separate"),
+        *projection("v_proj", "width", {"": ("key_heads head_dim",)}, when="separate"),
+        *projection("o_proj", "query_heads head_dim", {"": ("width",)}, when="separate"),
     ),
     _attention_numbers,
     options="attn_cfg",
 )
 
 
+def _mlp_numbers(width: int, mlp: MLPConfig | None) -> Mapping[str, int]:
+    numbers = {"width": width, "MLP": 0 if mlp is None else mlp.width}
+    return numbers | {layout: mlp is not None and layout == mlp.layout for layout in MLP_LAYOUTS}
+
+
+def _mlp_tensors(layout: str) -> tuple[Tensor, ...]:
+    """Declare the projections of an MLP; a pair of gate and value is one stored tensor."""
+    names = MLP_LAYOUTS[layout]
+    rows = ("2", "MLP") if names.pair else ("MLP",)
+    inputs = [projection(name, "width", {"": rows}, when=layout) for name in names.inputs]
+    return tuple(one for tensors in inputs for one in tensors) + projection(
+        names.output, "MLP", {"": ("width",)}, when=layout
+    )
+
+
+_MLP_TENSORS = tuple(tensor for layout in MLP_LAYOUTS for tensor in _mlp_tensors(layout))
+_MLP = Part(_MLP_TENSORS, lambda config: _mlp_numbers(config.hidden_size, config.mlp))
+_SHARED_EXPERT = Part(_MLP_TENSORS, lambda config: _mlp_numbers(config.hidden_size, config.shared_mlp_cfg))
+
+
+def _experts_numbers(config: "Mamba2Config") -> Mapping[str, int]:
+    experts = config.experts_cfg
+    if experts is None:
+        raise ValueError("Mamba2Config: a layer with experts without experts_cfg; say what they look like")
+    return {
+        "width": config.hidden_size,
+        "experts": experts.num_experts,
+        "expert_input": experts.latent_size or config.hidden_size,
+        "expert_width": experts.width,
+        "gated": experts.gated,
+        "not_gated": not experts.gated,
+        "sigmoid": experts.router == "sigmoid",
+        "latent": bool(experts.latent_size),
+    }
+
+
+_EXPERTS = Part(
+    (
+        Tensor("router.weight", ROUTER, {"": ("experts",)}, ("width",)),
+        vector("router.correction", "experts", role=CORRECTION, when="sigmoid"),
+        *projection("fc1_latent", "width", {"": ("expert_input",)}, when="latent"),
+        matrix_per_expert("up", "2", "expert_width", width="expert_input", when="gated"),
+        matrix_per_expert("up", "expert_width", width="expert_input", when="not_gated"),
+        matrix_per_expert("down", "expert_input", width="expert_width"),
+        *projection("fc2_latent", "expert_input", {"": ("width",)}, when="latent"),
+    ),
+    _experts_numbers,
+)
+
+
 @dataclass(frozen=True)
 class LayerKind:
-    """Declaration of the mixer of one kind of layer.
+    """Declaration of one kind of module in layers.
 
     Args:
-        mixer: tensors of the mixer.
-        attends: the mixer caches keys and values per token, and needs token positions.
+        tensors: its tensors.
+        attributes: the attributes of a block under which it may be.
+        attends: it caches keys and values per token, and needs token positions.
     """
 
-    mixer: Part
+    tensors: Part
+    attributes: tuple[str, ...]
     attends: bool = False
 
 
-KINDS = {"mamba2": LayerKind(_MAMBA2), "attention": LayerKind(_ATTENTION, attends=True)}
+KINDS = {
+    "mamba2": LayerKind(_MAMBA2, ("mixer",)),
+    "attention": LayerKind(_ATTENTION, ("mixer", "attention"), attends=True),
+    "mlp": LayerKind(_MLP, ("mlp",)),
+    "shared_expert": LayerKind(_SHARED_EXPERT, ("shared_expert",)),
+    "experts": LayerKind(_EXPERTS, ("experts",)),
+}
 
-# The norm before every mixer, and the optional norm and MLP after it.
-_NORM = Part((vector("norm.weight", "width"),), lambda config: {"width": config.hidden_size})
-_MLP = Part(
-    (
-        vector("norm2.weight", "width", when="MLP"),
-        *projection("mlp.fc1", "width", {"": ("2", "MLP")}),  # value, gate
-        *projection("mlp.fc2", "MLP", {"": ("width",)}),
-    ),
-    lambda config: {"width": config.hidden_size, "MLP": config.mlp_width},
-)
+_NORM = Part((vector("weight", "width"),), lambda config: {"width": config.hidden_size})
 _MODEL = Part(
     (
         Tensor("embeddings.weight", EMBEDDING_TABLE, {"": ("vocabulary",)}, ("width",)),
@@ -169,25 +232,24 @@ def checkpoint_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredT
         head: whether the model has an output head (False: the bare Mamba2Model).
 
     Returns:
-        The tensors under their canonical names, those of transformers. `lm_head.weight` is always last; it
-        has no leaves when the head is tied or `head` is False.
+        The tensors under their canonical names, those of transformers' Mamba-2. `lm_head.weight` is always
+        last; it has no leaves when the head is tied or `head` is False.
     """
-    embedding, norm, output = _MODEL.stored(config)
+    embedding, norm, output = _outside(config)
     if config.tie_word_embeddings or not head:
-        output = StoredTensor(output.name, output.shape, ())
-    layers = {kind: _layer(kind, config) for kind in set(config.layer_kinds)}
-    table = [embedding.below(BACKBONE)]
-    for index, kind in enumerate(config.layer_kinds):
-        table += [stored.below(f"{BACKBONE}layers.{index}.") for stored in layers[kind]]
-    return (*table, norm.below(BACKBONE), output)
+        output = dataclasses.replace(output, leaves=())
+    table = [embedding]
+    for index, layer in enumerate(config.layers):
+        table += _at(config, index, layer)
+    return (*table, norm, output)
 
 
 def count_parameters(config: "Mamba2Config") -> int:
     """Sum the sizes of all leaves; a tied head adds none."""
     embedding, norm, output = _MODEL.stored(config)
     total = _count([embedding, norm] if config.tie_word_embeddings else [embedding, norm, output])
-    for kind, layers in Counter(config.layer_kinds).items():
-        total += layers * _count(_layer(kind, config))
+    for layer, layers in Counter(config.layers).items():
+        total += layers * _count([stored for _, stored in _layer(layer, config)])
     return total
 
 
@@ -204,13 +266,13 @@ def leaf_at(config: "Mamba2Config", path: str) -> Leaf | None:
     >>> leaf_at(Mamba2Config(), "moments.backbone.layers.3.mixer.A_log").axes
     ('heads',)
     """
-    leaves = _leaves(config, _kind_at(config, path))
+    leaves = _leaves(config, _layer_at(config, path))
     return next((leaves[end] for end in _ends(path) if end in leaves), None)
 
 
 def weight_at(config: "Mamba2Config", module: str) -> Leaf | None:
     """Find the first leaf of the weight of the module whose name is a suffix of a path."""
-    leaves = _leaves(config, _kind_at(config, module)).values()
+    leaves = _leaves(config, _layer_at(config, module)).values()
     found = (leaf for end in _ends(module) for leaf in leaves if leaf.path.startswith(f"{end}.weight"))
     return next(found, None)
 
@@ -221,36 +283,65 @@ def role_of(path: str) -> Role | None:
 
 
 _ROLES = {
-    tensor.name + ending: tensor.role
-    for part in (_MODEL, _NORM, _MLP, *(kind.mixer for kind in KINDS.values()))
+    f"{at}.{tensor.name}{ending}" if at else f"{tensor.name}{ending}": tensor.role
+    for at, part in [
+        ("", _MODEL),
+        *((norm, _NORM) for norm in NORMS),
+        *((attribute, kind.tensors) for kind in KINDS.values() for attribute in kind.attributes),
+    ]
     for tensor in part.tensors
     for ending in tensor.leaves
 }
 
 
-def _layer(kind: str, config: "Mamba2Config") -> list[StoredTensor]:
-    """List the tensors of one block, with names below the layer."""
-    parts = (_NORM, KINDS[kind].mixer, _MLP)
-    return [stored for part in parts for stored in part.stored(config)]
+def _layer(layer: Layer, config: "Mamba2Config") -> list[tuple[str, StoredTensor]]:
+    """List the tensors of one block, with names below it; each after the prefix that families rename."""
+    tensors = []
+    for norm, branch in zip(NORMS, layer, strict=False):
+        modules = [
+            (norm, norm, _NORM),
+            *((slot.attribute, slot.kind, KINDS[slot.kind].tensors) for slot in branch),
+        ]
+        for attribute, kind, part in modules:
+            tensors += [
+                (f"{kind}.{stored.name}", stored.below(f"{attribute}.")) for stored in part.stored(config)
+            ]
+    return tensors
 
 
-def _kind_at(config: "Mamba2Config", path: str) -> str | None:
-    """Return the kind of the layer whose number is in a path; None without a number of an existing layer."""
+def _at(config: "Mamba2Config", index: int, layer: Layer) -> Iterator[StoredTensor]:
+    """Yield the tensors of layer `index`, with the names that its family gives them in files."""
+    family = FAMILIES.get(config.family)
+    for name, stored in _layer(layer, config):
+        file_name = family.name_inside(index, name) if family else ""
+        yield stored.below(f"{BACKBONE}layers.{index}.", file_name)
+
+
+def _outside(config: "Mamba2Config") -> Iterator[StoredTensor]:
+    """Yield the tensors outside the layers: embedding, final norm and head."""
+    family = FAMILIES.get(config.family)
+    for stored in _MODEL.stored(config):
+        at = "" if stored.name == HEAD else BACKBONE
+        yield stored.below(at, family.name_outside(at + stored.name) if family else "")
+
+
+def _layer_at(config: "Mamba2Config", path: str) -> Layer | None:
+    """Return the layer whose number is in a path; None without a number of an existing layer."""
     number = re.search(r"\blayers\.(\d+)\.", path)
     if number is None or int(number[1]) >= config.num_hidden_layers:
         return None
-    return config.layer_kinds[int(number[1])]
+    return config.layers[int(number[1])]
 
 
 @functools.lru_cache(maxsize=64)
-def _leaves(config: "Mamba2Config", kind: str | None) -> dict[str, Leaf]:
-    """Map names to the leaves outside all layers and of one kind of layer (None: all kinds of the model).
+def _leaves(config: "Mamba2Config", layer: Layer | None) -> dict[str, Leaf]:
+    """Map names to the leaves outside all layers and of one layer (None: all different layers of the model).
 
     The head is included also when tied, because its adapters are separate from the embedding's.
     """
     tensors = list(_MODEL.stored(config))
-    for one in dict.fromkeys(config.layer_kinds) if kind is None else [kind]:
-        tensors += _layer(one, config)
+    for one in dict.fromkeys(config.layers) if layer is None else [layer]:
+        tensors += [stored for _, stored in _layer(one, config)]
     return {leaf.path: leaf for stored in tensors for leaf in stored.leaves}
 
 

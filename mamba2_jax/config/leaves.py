@@ -39,6 +39,9 @@ class Role:
 
 PROJECTION = Role(decays=True, is_matrix=True, rows_last=True)
 CONVOLUTION = Role(decays=True, rows_last=True)
+ROUTER = Role(decays=True, rows_last=True)
+EXPERTS = Role(decays=True)  # one matrix per expert, kept as stored
+CORRECTION = Role(keep_precision=True)  # of a router's choice
 EMBEDDING_TABLE = Role(decays=True)
 OUTPUT_HEAD = Role(decays=True, input_axis=1)
 DYNAMICS = Role(keep_precision=True)  # A_log, dt_bias, D
@@ -80,19 +83,34 @@ class Leaf:
 class StoredTensor:
     """One tensor of a checkpoint under its canonical name, with the leaves in the order of its stored rows.
 
-    `leaves` is empty for a head that the file may contain but the model does not have. `reason` says, for
-    messages, which option requires an optional tensor; "" for other tensors.
+    `name` is the path of the leaves up to the suffix of each; `file_name` is what the family's files call the
+    tensor. `leaves` is empty for a head that the file may contain but the model lacks. `reason` says, for
+    messages, which option requires an optional tensor; "" for other tensors. `matrices`: the stored rows are
+    those of so many equal matrices, of which files may have one tensor each; 0: it is one tensor.
     """
 
     name: str
     shape: tuple[int, ...]
     leaves: tuple[Leaf, ...]
     reason: str = ""
+    file_name: str = ""
+    matrices: int = 0
 
-    def below(self, at: str) -> "StoredTensor":
-        """Return a copy with the prefix `at` on the tensor's name and on the leaves' paths."""
+    @property
+    def file_shape(self) -> tuple[int, ...]:
+        """Return the shape in files, where matrices have an axis of their own."""
+        if not self.matrices:
+            return self.shape
+        return (self.matrices, self.shape[0] // self.matrices, *self.shape[1:])
+
+    def below(self, at: str, file_name: str = "") -> "StoredTensor":
+        """Return a copy with the prefix `at` on the tensor's name and on the leaves' paths.
+
+        `file_name` is the name in files; "": the same name.
+        """
         leaves = tuple(dataclasses.replace(leaf, path=at + leaf.path) for leaf in self.leaves)
-        return StoredTensor(at + self.name, self.shape, leaves, self.reason)
+        name = at + self.name
+        return StoredTensor(name, self.shape, leaves, self.reason, file_name or name, self.matrices)
 
 
 @dataclass(frozen=True)
@@ -105,6 +123,7 @@ class Tensor:
         leaves: suffix of each leaf's name -> the axes along its stored rows.
         row: the axes of one stored row; only the last is an axis of the model's leaf.
         when: option or size that must be nonzero for the tensor to exist ("": the tensor always exists).
+        each: axis of the stored rows that counts matrices, see `StoredTensor`; "": none.
     """
 
     name: str
@@ -112,6 +131,7 @@ class Tensor:
     leaves: Mapping[str, tuple[str, ...]]
     row: tuple[str, ...] = ()
     when: str = ""
+    each: str = ""
 
 
 @dataclass(frozen=True)
@@ -139,14 +159,15 @@ class Part:
             if leaves and math.prod(row):
                 is_option = isinstance(numbers.get(tensor.when), bool)
                 reason = f"{tensor.when} is true in {self.options}" if is_option else ""
-                yield StoredTensor(tensor.name, (leaves[-1].rows[1], *row), leaves, reason)
+                shape, matrices = (leaves[-1].rows[1], *row), numbers[tensor.each] if tensor.each else 0
+                yield StoredTensor(tensor.name, shape, leaves, reason, matrices=matrices)
 
 
 def projection(
-    name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = ""
+    name: str, width: str, leaves: Mapping[str, tuple[str, ...]], bias: str = "", when: str = ""
 ) -> tuple[Tensor, ...]:
-    """Declare a matrix stored `(rows, width)`, and its bias if `bias` names an option."""
-    weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,))
+    """Declare a matrix stored `(rows, width)`, if the option `when` is set, and its bias, if `bias` is."""
+    weight = Tensor(f"{name}.weight", PROJECTION, leaves, (width,), when)
     return (weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)) if bias else (weight,)
 
 
@@ -154,6 +175,14 @@ def convolution(name: str, leaves: Mapping[str, tuple[str, ...]], bias: str) -> 
     """Declare a depthwise convolution stored `(rows, 1, taps)`, and its bias under the option `bias`."""
     weight = Tensor(f"{name}.weight", CONVOLUTION, leaves, ("1", "taps"))
     return weight, Tensor(f"{name}.bias", VECTOR, leaves, when=bias)
+
+
+def matrix_per_expert(name: str, *rows: str, width: str, when: str = "") -> Tensor:
+    """Declare the experts' matrices `(experts, *rows, width)`, stored rows of `width` numbers.
+
+    Files have them as one tensor `(experts, rows, width)`, or as one tensor per expert.
+    """
+    return Tensor(name, EXPERTS, {"": ("experts", *rows)}, (width,), when, each="experts")
 
 
 def vector(name: str, *axes: str, role: Role = VECTOR, when: str = "") -> Tensor:

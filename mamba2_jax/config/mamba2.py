@@ -17,8 +17,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax import hub
-from mamba2_jax.config import checks, forms, kinds
+from mamba2_jax.config import checks, families, forms, kinds
 from mamba2_jax.config.attention import AttentionConfig, attention_config
+from mamba2_jax.config.experts import ExpertsConfig
+from mamba2_jax.config.layers import Layer, Slot, layer_of
+from mamba2_jax.config.mlp import MLPConfig, Multipliers
+from mamba2_jax.config.options import OPTIONS
 from mamba2_jax.files import CONFIG_FILES, read_json
 
 __all__ = ["Mamba2Config"]
@@ -67,6 +71,16 @@ class Mamba2Config:
         d_intermediate: width of an MLP after each mixer; 0: none.
         attn_layer_idx: indices of the layers whose mixer is attention.
         attn_cfg: options of the attention layers; a mapping is converted to an `AttentionConfig`.
+        family: whose layout and files the model has: "mamba2", or a key of `config.families.FAMILIES`. The
+            fields from here on are set by the readers of the families' files.
+        layer_pattern: one letter per layer, a key of `config.layers.LAYERS`. None: from `attn_layer_idx`.
+        feed_forward: modules after every mixer, under a norm of their own. None: an MLP if `d_intermediate`.
+        mlp_cfg: options of the MLPs of a family; None: those of `d_intermediate`.
+        shared_mlp_cfg: options of the MLP in the layers with experts that every token goes through.
+        experts_cfg: options of the mixtures of experts.
+        multipliers: constant factors on activations.
+        source: the JSON of the file that the config was read from, if its family has files of its own; not
+            part of the config's identity.
 
     Raises:
         ValueError: a field is out of range or contradicts another; the message lists every problem.
@@ -100,7 +114,7 @@ class Mamba2Config:
     chunk_size: int = 256
     tie_word_embeddings: bool = False
     unpadded_vocab_size: int | None = None
-    # Typed as int although None is accepted: `__post_init__` replaces None by an integer.
+    # Here and below, None is accepted although the type says otherwise: `__post_init__` replaces it.
     d_ssm: int = None  # pyright: ignore[reportAssignmentType]
     D_has_hdim: bool = False
     rmsnorm: bool = True
@@ -108,13 +122,22 @@ class Mamba2Config:
     d_intermediate: int = 0
     attn_layer_idx: tuple[int, ...] = ()
     attn_cfg: AttentionConfig | None = None
+    family: str = "mamba2"
+    layer_pattern: str = None  # pyright: ignore[reportAssignmentType]
+    feed_forward: tuple[str, ...] = None  # pyright: ignore[reportAssignmentType]
+    mlp_cfg: MLPConfig | None = None
+    shared_mlp_cfg: MLPConfig | None = None
+    experts_cfg: ExpertsConfig | None = None
+    multipliers: Multipliers = Multipliers()
+    source: str | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         """Convert the fields to canonical hashable values, then check each field and their relations."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: getattr(self, name) for name in OPTIONS}
         fields |= checks.derived_fields(fields)
         fields, problems = checks.canonical_fields(fields)
         if not problems:
+            fields |= checks.derived_layers(fields)
             fields["attn_cfg"] = attention_config(fields["attn_cfg"], fields["hidden_size"])
             problems = checks.relation_problems(fields)
         if problems:
@@ -128,6 +151,11 @@ class Mamba2Config:
         return self.expand * self.hidden_size
 
     @property
+    def inner_width(self) -> int:
+        """Return the input width of a mixer's output projection: SSM and the MLP in parallel to it."""
+        return self.d_ssm + self.parallel_mlp_width
+
+    @property
     def groups_state_size(self) -> int:
         """Return the width of B, and of C: `n_groups * state_size`."""
         return self.n_groups * self.state_size
@@ -139,26 +167,37 @@ class Mamba2Config:
 
     @property
     def parallel_mlp_width(self) -> int:
-        """Return the width of the gated MLP in parallel to the SSM: `intermediate_size - d_ssm`."""
-        return self.intermediate_size - self.d_ssm
+        """Return the width of the gated MLP in parallel to the SSM: `intermediate_size - d_ssm`.
+
+        Only the original implementation has such an MLP.
+        """
+        return self.intermediate_size - self.d_ssm if self.family == "mamba2" else 0
 
     @property
-    def mlp_width(self) -> int:
-        """Return the width of the MLP after each mixer: `d_intermediate` rounded up to a multiple of 128."""
-        return -(-self.d_intermediate // 128) * 128
+    def mlp(self) -> MLPConfig | None:
+        """Return the options of the MLP in layers or after mixers; None without one.
+
+        mamba_ssm rounds `d_intermediate` up to a multiple of 128.
+        """
+        if self.mlp_cfg is None and self.d_intermediate:
+            return MLPConfig(width=-(-self.d_intermediate // 128) * 128, layout="fc1_fc2")
+        return self.mlp_cfg
 
     @functools.cached_property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """Return the kind of each layer, a key of `config.kinds.KINDS`."""
-        attention = frozenset(self.attn_layer_idx)
-        return tuple(
-            "attention" if index in attention else "mamba2" for index in range(self.num_hidden_layers)
-        )
+    def layers(self) -> tuple[Layer, ...]:
+        """Return the branches of each layer, with their modules."""
+        recipes = {letter: layer_of(letter, self.feed_forward) for letter in set(self.layer_pattern)}
+        return tuple(recipes[letter] for letter in self.layer_pattern)
 
     @property
     def attends(self) -> bool:
         """Return whether any layer caches keys and values per token, and so needs token positions."""
-        return any(kinds.KINDS[kind].attends for kind in set(self.layer_kinds))
+        return any(kinds.KINDS[slot.kind].attends for slot in self.slots)
+
+    @property
+    def slots(self) -> frozenset[Slot]:
+        """Return the different modules that the layers have."""
+        return frozenset(slot for layer in set(self.layers) for branch in layer for slot in branch)
 
     @property
     def real_vocab_size(self) -> int:
@@ -173,12 +212,27 @@ class Mamba2Config:
         return self.eos_token_id if isinstance(self.eos_token_id, tuple) else (self.eos_token_id,)
 
     def replace(self, **changes: Any) -> "Mamba2Config":
-        """Return a copy with changed fields; default `d_ssm` and `time_step_rank` are computed anew."""
-        if self.d_ssm == self.intermediate_size:
-            changes.setdefault("d_ssm", None)
-        if self.time_step_rank == math.ceil(self.hidden_size / 16):
-            changes.setdefault("time_step_rank", "auto")
+        """Return a copy with changed fields; fields that were derived from others are computed anew."""
+        for name, value in self._defaults().items():
+            if name in _DERIVED and getattr(self, name) == value:
+                changes.setdefault(name, _DERIVED[name])
         return dataclasses.replace(self, **changes)
+
+    def _defaults(self) -> dict[str, Any]:
+        """Return the default of every option, derived from the other options of this config where it is."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self) if field.name in OPTIONS}
+        fields = {name: getattr(self, name) for name in OPTIONS} | _DERIVED
+        return defaults | checks.derived_fields(fields) | checks.derived_layers(fields)
+
+    def _beyond(self, *, transformers: bool) -> list[str]:
+        """List, as "name=value", the options that a form lacks and that differ from their default."""
+        defaults = self._defaults()
+        lacks = {
+            name
+            for name, option in OPTIONS.items()
+            if not (option.in_transformers if transformers else option.in_state_spaces)
+        }
+        return [f"{n}={getattr(self, n)}" for n in OPTIONS if n in lacks and getattr(self, n) != defaults[n]]
 
     def num_parameters(self) -> int:
         """Count the parameters of the model; a tied head adds none."""
@@ -245,16 +299,14 @@ class Mamba2Config:
         Raises:
             NotImplementedError: the model uses an option that transformers' Mamba-2 lacks.
         """
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        own = {name: fields.pop(name) for name in ("d_ssm", *_ORIGINAL_ONLY)}
-        beyond = [f"{name}={own[name]}" for name, default in _ORIGINAL_ONLY.items() if own[name] != default]
-        if self.d_ssm != self.intermediate_size:
-            beyond.insert(0, f"d_ssm={self.d_ssm}")
-        if beyond:
+        if self.family != "mamba2":
+            return families.family_dict(self)
+        if beyond := self._beyond(transformers=True):
             raise NotImplementedError(
                 f"Mamba2Config.to_dict: transformers' Mamba-2 has no {', '.join(beyond)}; such a model "
                 "can be written in the form 'state-spaces'"
             )
+        fields = {name: getattr(self, name) for name, option in OPTIONS.items() if option.in_transformers}
         if self.unpadded_vocab_size is None:
             del fields["unpadded_vocab_size"]
         return forms.transformers_dict(fields)
@@ -265,24 +317,22 @@ class Mamba2Config:
         Raises:
             NotImplementedError: the model uses an option that mamba_ssm's config lacks.
         """
-        if self.layer_norm_epsilon != 1e-5:
+        if beyond := self._beyond(transformers=False):
             raise NotImplementedError(
-                f"Mamba2Config.to_state_spaces_dict: layer_norm_epsilon={self.layer_norm_epsilon}, mamba_ssm "
-                "knows only 1e-5; such a model can be written in the form 'transformers'"
+                f"Mamba2Config.to_state_spaces_dict: mamba_ssm has no {', '.join(beyond)}; such a model can "
+                "be written in the form 'transformers'"
             )
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["attn_cfg"] = None if self.attn_cfg is None else dataclasses.asdict(self.attn_cfg)
+        fields = {name: getattr(self, name) for name in OPTIONS}
+        fields["attn_cfg"] = None if self.attn_cfg is None else self.attn_cfg.original_fields()
         return forms.state_spaces_dict(fields)
 
 
-# Fields that transformers' Mamba-2 lacks, with the value that corresponds to its behaviour.
-_ORIGINAL_ONLY: dict[str, Any] = {
-    "D_has_hdim": False,
-    "rmsnorm": True,
-    "norm_before_gate": False,
-    "d_intermediate": 0,
-    "attn_layer_idx": (),
-    "attn_cfg": None,
+# Fields that are derived from others, with the value that asks for it.
+_DERIVED: dict[str, Any] = {
+    "d_ssm": None,
+    "time_step_rank": "auto",
+    "layer_pattern": None,
+    "feed_forward": None,
 }
 
 

@@ -107,6 +107,8 @@ class Head(Adaptable):
 
     untied_by_merge: bool = False
     """Whether `merge_lora` untied the head from the embedding."""
+    multiplier: float = 1.0
+    """Constant factor on the logits."""
 
     def __call__(
         self, hidden: Float[Array, "*b d"], weight: Float[Array, "v d"], *, dtype: DTypeLike
@@ -116,4 +118,4 @@ class Head(Adaptable):
         for adapter in self.adapters_in_use():
             low = adapter.shrink(hidden, dtype=dtype)
             logits += vocabulary_logits(low, adapter.B["weight"][...], dtype=dtype)
-        return logits
+        return logits if self.multiplier == 1 else logits * self.multiplier

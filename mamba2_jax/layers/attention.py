@@ -1,6 +1,7 @@
 """Attention layer of the hybrid checkpoints as a Flax NNX module.
 
-    hidden -> in_proj -> q, k, v           (and value, gate of an MLP parallel to the heads)
+    hidden -> in_proj -> q, k, v           (and value, gate of an MLP parallel to the heads;
+                                            or q_proj, k_proj, v_proj, with o_proj at the end)
               q, k, v -> causal conv, no activation
               q, k -> rotary embedding by position in the document
               attention(q, k, v) -> out_proj
@@ -15,7 +16,7 @@ from flax import nnx
 
 from mamba2_jax.config import AttentionConfig, Mamba2Config
 from mamba2_jax.layers.adaptable import Adaptable
-from mamba2_jax.layers.parts import Projection, keep_rows, residual_gain, split_pair, uniform, zeros
+from mamba2_jax.layers.parts import Projection, keep_rows, residual_gain, scaled, split_pair, uniform, zeros
 from mamba2_jax.layers.state import AttentionConvState, KeyValues, LayerState, Rows
 from mamba2_jax.ops import (
     attention_step,
@@ -130,9 +131,9 @@ class AttentionMixer(nnx.Module):
         self.attention = attention
         self.dtype = jnp.dtype(dtype)
         options = {"param_dtype": param_dtype, "rngs": rngs}
-        self.in_proj = QKVProjection(attention, config.hidden_size, dtype=self.dtype, **options)
+        self.multiplier = config.multipliers.attention_out
         self.conv1d = QKVConv1d(attention, **options) if attention.d_conv else None
-        self.out_proj = Projection(
+        out_proj = Projection(
             attention.query_width + attention.mlp_width,
             (config.hidden_size,),
             bias=attention.out_proj_bias,
@@ -140,6 +141,15 @@ class AttentionMixer(nnx.Module):
             dtype=self.dtype,
             **options,
         )
+        if attention.separate:
+            bias = {"bias": attention.qkv_proj_bias, "dtype": self.dtype}
+            self.q_proj = Projection(config.hidden_size, (attention.query_width,), **bias, **options)
+            self.k_proj = Projection(config.hidden_size, (attention.key_width,), **bias, **options)
+            self.v_proj = Projection(config.hidden_size, (attention.key_width,), **bias, **options)
+            self.o_proj = out_proj
+        else:
+            self.in_proj = QKVProjection(attention, config.hidden_size, dtype=self.dtype, **options)
+            self.out_proj = out_proj
 
     @staticmethod
     def empty_state(
@@ -168,7 +178,7 @@ class AttentionMixer(nnx.Module):
             )
         batch, length, _ = hidden.shape
         one_token = length == 1 and kept.keys.shape[1] > 0
-        q, k, v, mlp = self.in_proj(hidden)
+        q, k, v, mlp = self._project(hidden)
         conv = state.conv
         if self.conv1d is not None:
             if not isinstance(conv, AttentionConvState):
@@ -183,7 +193,15 @@ class AttentionMixer(nnx.Module):
         if mlp is not None:
             value, gate = split_pair(mlp)
             y = jnp.concatenate([y, silu_gate(value, gate)], axis=-1)
-        return self.out_proj(y), LayerState(conv, None, kept)
+        output = self.o_proj if self.attention.separate else self.out_proj
+        return scaled(output(y), self.multiplier), LayerState(conv, None, kept)
+
+    def _project(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array | None]:
+        """Compute q `(b, l, h*p)`, k and v `(b, l, kv*p)`, and the MLP's `(b, l, 2, m)` or None."""
+        if not self.attention.separate:
+            return self.in_proj(hidden)
+        q, k, v = (one(hidden).astype(self.dtype) for one in (self.q_proj, self.k_proj, self.v_proj))
+        return q, k, v, None
 
     def _rotate(self, x: Float[Array, "b l h p"], positions: Int[Array, "b l"]) -> Float[Array, "b l h p"]:
         return rotary_embedding(

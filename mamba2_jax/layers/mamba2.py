@@ -24,6 +24,8 @@ from mamba2_jax.layers.parts import (
     RMSNorm,
     keep_rows,
     residual_gain,
+    scaled,
+    scaled_pair,
     split_pair,
     uniform,
     value_of,
@@ -48,6 +50,7 @@ class InProjection(Adaptable):
         group_width, mlp = config.groups_state_size, config.parallel_mlp_width
         bound = 1 / math.sqrt(width)
         self.dtype = dtype
+        self.multipliers = config.multipliers.ssm
         self.weight_z0x0 = uniform(rngs, (width, 2, mlp), bound, param_dtype) if mlp else None
         self.weight_zx = uniform(rngs, (width, 2, inner), bound, param_dtype)
         self.weight_BC = uniform(rngs, (width, 2, group_width), bound, param_dtype)
@@ -59,9 +62,10 @@ class InProjection(Adaptable):
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
         """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
-        zx = self.project(hidden, "_zx").astype(self.dtype)
-        BC = self.project(hidden, "_BC").astype(self.dtype)
-        dt = self.project(hidden, "_dt")
+        of_z, of_x, of_B, of_C, of_dt = self.multipliers
+        zx = scaled_pair(self.project(hidden, "_zx"), of_z, of_x).astype(self.dtype)
+        BC = scaled_pair(self.project(hidden, "_BC"), of_B, of_C).astype(self.dtype)
+        dt = scaled(self.project(hidden, "_dt"), of_dt)
         return *split_pair(zx), BC, dt
 
     def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
@@ -135,6 +139,7 @@ class Mamba2Mixer(nnx.Module):
         self.head_dim, self.state_dim = config.head_dim, config.state_size
         self.time_step_limit = config.time_step_limit
         self.norm_before_gate = config.norm_before_gate
+        self.multiplier = config.multipliers.ssm_out
         self.dtype = jnp.dtype(dtype)
         self.ssd_implementation = ssd_implementation
         self.mesh: Mesh | None = None  # set by `to_mesh` of the model
@@ -148,7 +153,7 @@ class Mamba2Mixer(nnx.Module):
         self.D = nnx.Param(jnp.ones(skips, param_dtype))
         self.norm = RMSNorm(config.d_ssm, config.layer_norm_epsilon, param_dtype) if config.rmsnorm else None
         self.out_proj = Projection(
-            config.intermediate_size,
+            config.inner_width,
             (config.hidden_size,),
             bias=config.use_bias,
             gain=residual_gain(config),
@@ -201,7 +206,7 @@ class Mamba2Mixer(nnx.Module):
         beside = self.in_proj.mlp(hidden)
         if beside is not None:
             y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
-        return self.out_proj(y), LayerState(conv, ssm, None)
+        return scaled(self.out_proj(y), self.multiplier), LayerState(conv, ssm, None)
 
     def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
         if self.norm is None:

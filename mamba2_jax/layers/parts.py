@@ -1,4 +1,4 @@
-"""Building blocks of the layers: embedding, norm, projection, gated MLP, and initializers."""
+"""Building blocks of the layers: embedding, norm, projection, MLP, and initializers."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config import Mamba2Config, MLPConfig
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.ops import rms_norm, silu_gate
 from mamba2_jax.ops.linear import linear
@@ -64,27 +64,76 @@ class Projection(Adaptable):
         return self.project(x)
 
 
-class GatedMLP(nnx.Module):
-    """Gated MLP without biases: `fc1 (d, 2, m)` to value and gate, then `fc2 (m, d)`."""
+class MLP(nnx.Module):
+    """MLP without biases: `silu(gate) * value` or `relu(value) ** 2` between two projections.
 
-    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    The input projections are those of `config.mlp.names`: one `(d, 2, m)` for gate and value, one `(d, m)`
+    for each, or one `(d, m)` without a gate. The output projection is `(m, d)`.
+    """
+
+    def __init__(
+        self,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        mlp = self.options_of(config)
+        if mlp is None:
+            raise ValueError(f"{type(self).__name__}: the config has no MLP; set mlp_cfg or d_intermediate")
+        self.names, self.multipliers = mlp.names, (config.multipliers.mlp_gate, config.multipliers.mlp_out)
         options = {"bias": False, "dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        width = config.mlp_width
-        self.fc1 = Projection(config.hidden_size, (2, width), **options)
-        self.fc2 = Projection(width, (config.hidden_size,), gain=residual_gain(config), **options)
+        out = (2, mlp.width) if self.names.pair else (mlp.width,)
+        for name in self.names.inputs:
+            setattr(self, name, Projection(config.hidden_size, out, **options))
+        output = Projection(mlp.width, (config.hidden_size,), gain=residual_gain(config), **options)
+        setattr(self, self.names.output, output)
+
+    @staticmethod
+    def options_of(config: Mamba2Config) -> MLPConfig | None:
+        """Return the options of this MLP in the config."""
+        return config.mlp
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Compute the float32 update of the residual stream."""
-        value, gate = split_pair(self.fc1(hidden).astype(hidden.dtype))
-        return self.fc2(silu_gate(value, gate))
+        on_gate, on_output = self.multipliers
+        inputs = [getattr(self, name)(hidden) for name in self.names.inputs]
+        if self.names.pair:
+            pair = dict(zip(self.names.pair, split_pair(inputs[0].astype(hidden.dtype)), strict=True))
+            inputs = [pair["gate"], pair["value"]]
+        if self.names.gated:
+            gate, value = inputs
+            inner = silu_gate(value.astype(hidden.dtype), scaled(gate, on_gate).astype(hidden.dtype))
+        else:
+            inner = jnp.square(jax.nn.relu(inputs[0])).astype(hidden.dtype)
+        return scaled(getattr(self, self.names.output)(inner), on_output)
+
+
+class SharedExpert(MLP):
+    """MLP beside a mixture of experts that every token goes through."""
+
+    @staticmethod
+    def options_of(config: Mamba2Config) -> MLPConfig | None:
+        """Return the options of this MLP in the config."""
+        return config.shared_mlp_cfg
+
+
+def scaled(x: Array, factor: float) -> Array:
+    """Multiply by a constant of the config; 1 leaves the graph as it is."""
+    return x if factor == 1 else x * factor
+
+
+def scaled_pair(pair: Float[Array, "b l 2 e"], first: float, second: float) -> Float[Array, "b l 2 e"]:
+    """Multiply the two halves of a leaf pair by constants of the config."""
+    return pair if first == second == 1 else pair * jnp.array([[first], [second]], pair.dtype)
 
 
 def residual_gain(config: Mamba2Config) -> float:
     """Return the init gain of residual output projections, which keeps the stream's variance (GPT-2)."""
     if not config.rescale_prenorm_residual:
         return 1.0
-    branches = config.num_hidden_layers * (2 if config.d_intermediate else 1)
-    return 1 / math.sqrt(branches)
+    return 1 / math.sqrt(sum(len(layer) for layer in config.layers))
 
 
 def split_pair(pair: Float[Array, "b l 2 e"]) -> tuple[Float[Array, "b l e"], Float[Array, "b l e"]]:

@@ -61,9 +61,13 @@ class Rows(NamedTuple):
 class LayerState(NamedTuple):
     """State of one layer in a `Mamba2Cache`."""
 
-    conv: ConvState | AttentionConvState | None  # None: attention without a convolution
-    ssm: Float[Array, "b h p n"] | None  # None: attention
-    attention: KeyValues | None
+    conv: ConvState | AttentionConvState | None = None  # None: attention without a convolution
+    ssm: Float[Array, "b h p n"] | None = None  # None: attention
+    attention: KeyValues | None = None
+
+    def updated(self, by: "LayerState") -> "LayerState":
+        """Return the state with the fields that a mixer has; a layer may have two mixers."""
+        return self._replace(**{name: value for name, value in by._asdict().items() if value is not None})
 
 
 class Part(NamedTuple):

@@ -18,6 +18,7 @@ from mamba2_jax.lora.attach import Site, adapter_names, attach, sites_of, weight
 from mamba2_jax.lora.peft import (
     PREFIX,
     REFUSED_BY_PEFT,
+    REFUSING_FAMILIES,
     factor_shapes,
     from_peft,
     is_targeted,
@@ -62,9 +63,7 @@ def save_lora(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"save_lora: {folder} is a file; want a folder")
     whole = hasattr(model, "backbone")
-    sites = {
-        path if whole else path.removeprefix("backbone."): site for path, site in sites_of(model).items()
-    }
+    sites = {site.target.file_name(whole): site for site in sites_of(model).values()}
     adapters = {
         path: adapters[name] for path, site in sites.items() if name in (adapters := site.module.lora or {})
     }
@@ -78,10 +77,10 @@ def save_lora(
         _write(folder, tensors, config)
     meet("mamba2_jax: an adapter is written")
     refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
-    if refused:
+    if refused and getattr(model, "config").family in REFUSING_FAMILIES:  # noqa: B009
         warnings.warn(
-            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of Mamba-2, so only load_lora reads"
-            f" {folder}; for transformers, merge_lora and save the model",
+            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of this model, so only load_lora"
+            f" reads {folder}; for transformers, merge_lora and save the model",
             stacklevel=2,
         )
 
@@ -128,11 +127,14 @@ def load_lora(
     sites = sites_of(model)
     with open_file(folder, file) as checkpoint:
         found, problems = _group(checkpoint, sites)
-        for module in sites:
-            if is_targeted(module, settings, pattern) and not _factors(found.get(module, {})):
-                problems.append(f"target_modules names {module}, but the file has no tensor of it")
+        for module, site in sites.items():
+            theirs = site.target.file_name()
+            targeted = is_targeted(site.target.file_names(), settings, pattern)
+            if targeted and not _factors(found.get(module, {})):
+                problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
-            problems += _check_shapes(checkpoint, sites[module].target, tensors, settings.rank_of(module))
+            target = sites[module].target
+            problems += _check_shapes(checkpoint, target, tensors, settings.rank_of(target.file_name()))
         if problems:
             raise CheckpointError(folder / file, problems)
         adapters = {}
@@ -152,10 +154,11 @@ def _group(checkpoint: Checkpoint, sites: dict[str, Site]) -> tuple[dict[str, di
     """Group stored tensor names as module -> key below the module -> stored name; also return problems."""
     found: dict[str, dict[str, str]] = {}
     problems = []
+    paths = {name: path for path, site in sites.items() for name in site.target.file_names()}
     for stored in checkpoint.tensors:
         ending = next((key for key in _KEYS if stored.endswith(f".{key}")), "")
         inner = stored.removeprefix(PREFIX).removesuffix(f".{ending}")
-        module = next((path for path in (inner, f"backbone.{inner}") if path in sites), None)
+        module = paths.get(inner)
         if module is None or not ending or not stored.startswith(PREFIX):
             problems.append(f"tensor {show(stored)} belongs to no module of this model that takes an adapter")
         elif ending in found.setdefault(module, {}):
@@ -217,7 +220,9 @@ def _read(
     param_dtype: DTypeLike | None,
 ) -> tuple[Adapter, list[str]]:
     """Read one module's adapter; also return problems such as non-finite values."""
-    A, B = (checkpoint.read(tensors[key]) for key in factor_shapes(target, settings.rank_of(target.name)))
+    A, B = (
+        checkpoint.read(tensors[key]) for key in factor_shapes(target, settings.rank_of(target.file_name()))
+    )
     problems = [
         f"{target.name} has NaN or infinite values in its adapter"
         for factor in (A, B)
@@ -228,7 +233,7 @@ def _read(
     adapter = Adapter(
         jnp.asarray(A.astype(dtype)),
         {leaf: jnp.asarray(part.astype(dtype)) for leaf, part in parts.items()},
-        alpha=settings.alpha_of(target.name),
+        alpha=settings.alpha_of(target.file_name()),
         use_rslora=settings.use_rslora,
         dropout=settings.dropout,
     )

@@ -26,6 +26,7 @@ from mamba2_jax.weights.table import as_rows
 
 PREFIX = "base_model.model."
 REFUSED_BY_PEFT = {"out_proj", "conv1d"}
+REFUSING_FAMILIES = {"mamba2", "falcon_h1", "nemotron_h"}
 _MAX_BYTES = 1 << 20
 _READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 _MEANINGLESS_HERE = {
@@ -147,9 +148,8 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
     return settings, pattern
 
 
-def is_targeted(path: str, settings: LoraConfig, pattern: str | None) -> bool:
-    """Return whether the config targets a module, by its path with or without `backbone.`."""
-    names = (path, path.removeprefix("backbone."))
+def is_targeted(names: Iterable[str], settings: LoraConfig, pattern: str | None) -> bool:
+    """Return whether the config targets a module, by any of the paths that it may have in files."""
     if pattern is not None:
         return any(re.fullmatch(pattern, name) for name in names)
     return any(ends_in(name, end) for name in names for end in settings.targets)

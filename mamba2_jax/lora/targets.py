@@ -4,7 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.weights.table import EMBEDDING, Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.table import (
+    EMBEDDING,
+    Leaf,
+    StoredTensor,
+    checkpoint_table,
+    stored_names,
+    written_name,
+)
 
 
 @dataclass(frozen=True)
@@ -12,12 +19,20 @@ class Target:
     """A module whose weight, one stored tensor, can take an adapter.
 
     Args:
-        name: path of the module in transformers, such as `backbone.layers.0.mixer.in_proj`.
+        name: path of the module in the model, such as `backbone.layers.0.mixer.in_proj`.
         stored: the weight in a checkpoint, with the leaves that its stored rows fill.
     """
 
     name: str
     stored: StoredTensor
+
+    def file_name(self, head: bool = True) -> str:
+        """Return the path of the module in the family's class in transformers; without a head, bare."""
+        return written_name(self.stored, "transformers", head).removesuffix(".weight")
+
+    def file_names(self) -> tuple[str, ...]:
+        """Return every path that the module has in some version of transformers."""
+        return tuple(name.removesuffix(".weight") for name in stored_names(self.stored))
 
     @property
     def is_embedding(self) -> bool:
@@ -59,13 +74,17 @@ def match_targets(op: str, targets: dict[str, Target], wanted: Iterable[str]) ->
     """
     wanted = tuple(wanted)
     for name in wanted:
-        if not any(ends_in(target, name) for target in targets):
+        if not any(_is_meant(target, name) for target in targets.values()):
             kinds = sorted({target.rpartition(".")[2] for target in targets})
             raise ValueError(
                 f"{op}: the model has no module {str(name)[:120]!r} that takes an adapter; "
                 f"it has {', '.join(kinds)}, and longer ends of paths such as {max(targets, key=len)}"
             )
-    return [target for name, target in targets.items() if any(ends_in(name, end) for end in wanted)]
+    return [target for target in targets.values() if any(_is_meant(target, name) for name in wanted)]
+
+
+def _is_meant(target: Target, name: str) -> bool:
+    return ends_in(target.name, name) or ends_in(target.file_name(), name)
 
 
 def ends_in(path: str, end: str) -> bool:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.kinds import MIXERS
-from mamba2_jax.layers.state import AttentionConvState, ConvState, KeyValues
+from mamba2_jax.layers.state import AttentionConvState, ConvState, KeyValues, LayerState
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 
@@ -66,10 +66,16 @@ class Mamba2Cache:
         if capacity < 0:
             raise ValueError(f"Mamba2Cache.zeros: capacity={capacity} must be at least 0")
 
-        states = [
-            MIXERS[kind].empty_state(config, batch, dtype=dtype, ssm_dtype=ssm_dtype, capacity=capacity)
-            for kind in config.layer_kinds
-        ]
+        states = []
+        for layer in config.layers:
+            state = LayerState()
+            for slot in (slot for branch in layer for slot in branch if slot.kind in MIXERS):
+                state = state.updated(
+                    MIXERS[slot.kind].empty_state(
+                        config, batch, dtype=dtype, ssm_dtype=ssm_dtype, capacity=capacity
+                    )
+                )
+            states.append(state)
         conv, ssm, attention = zip(*states, strict=True)
         return cls(conv, ssm, jnp.zeros((batch,), jnp.int32), attention)
 

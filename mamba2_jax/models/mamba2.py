@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Head
 from mamba2_jax.layers.block import Mamba2Block
-from mamba2_jax.layers.parts import Embedding, RMSNorm
+from mamba2_jax.layers.parts import Embedding, RMSNorm, scaled
 from mamba2_jax.layers.state import LayerState, Rows
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import (
@@ -93,13 +93,13 @@ class Mamba2Model(PretrainedModel):
         self.layers = nnx.List(
             Mamba2Block(
                 config,
-                kind=kind,
+                layer=layer,
                 dtype=dtype,
                 param_dtype=param_dtype,
                 ssd_implementation=ssd_implementation,
                 rngs=rngs,
             )
-            for kind in config.layer_kinds
+            for layer in config.layers
         )
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon, param_dtype)
         self.mesh: Mesh | None = None
@@ -121,7 +121,7 @@ class Mamba2Model(PretrainedModel):
                 or the right end of a row. Padding does not change the results of a row.
             segment_ids: `(b, l)`; 0 is padding, any change starts a document independent of all others.
             cache: the state to continue from, with any number of new tokens.
-            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`: rows of the embedding table.
             output_hidden_states: also return every block's output.
 
         Raises:
@@ -155,7 +155,7 @@ class Mamba2Model(PretrainedModel):
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
-        hidden = inputs_embeds.astype(self.dtype)
+        hidden = scaled(inputs_embeds.astype(self.dtype), self.config.multipliers.embedding)
         batch, length = hidden.shape[:2]
         if self.mesh is not None:
             hidden = jax.lax.with_sharding_constraint(hidden, token_sharding(self.mesh, batch, length))
@@ -206,6 +206,7 @@ class Mamba2ForCausalLM(PretrainedModel):
         tied = config.tie_word_embeddings
         self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
         self.head = Head()  # no weights of its own
+        self.head.multiplier = config.multipliers.logits
 
     def __call__(
         self,
@@ -226,7 +227,7 @@ class Mamba2ForCausalLM(PretrainedModel):
                 or the right end of a row. Padding does not change the results of a row.
             segment_ids: `(b, l)`; 0 is padding, any change starts a document independent of all others.
             cache: the state to continue from, with any number of new tokens.
-            inputs_embeds: `(b, l, d)` instead of `input_ids`.
+            inputs_embeds: `(b, l, d)` instead of `input_ids`: rows of the embedding table.
             labels: `(b, l)`, usually `input_ids`: the loss at position t is that of label t + 1. A label of
                 -100, a padding token, and the first token of a document are not in the loss.
             logits_to_keep: compute logits for this many last positions only; 0: for all positions.

@@ -3,6 +3,7 @@
 from mamba2_jax.ops.attention import attention_step, causal_attention, rotary_embedding, write_slots
 from mamba2_jax.ops.conv.causal_conv1d import causal_conv1d, causal_conv1d_step
 from mamba2_jax.ops.conv.sharded import causal_conv1d_sharded
+from mamba2_jax.ops.experts import experts, experts_sharded
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.rms_norm import gated_rms_norm, rms_norm
 from mamba2_jax.ops.scan.api import ssd, ssd_step
@@ -14,6 +15,8 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_sharded",
     "causal_conv1d_step",
+    "experts",
+    "experts_sharded",
     "gated_rms_norm",
     "rms_norm",
     "rotary_embedding",

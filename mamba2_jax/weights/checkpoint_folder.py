@@ -99,7 +99,8 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
     for tensor in tensors:
         sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
     content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights in this dtype
-    content["architectures"] = ["Mamba2ForCausalLM" if head else "Mamba2Model"]
+    if not head:
+        content["architectures"] = [name.replace("ForCausalLM", "Model") for name in content["architectures"]]
     return dict(sorted(content.items()))
 
 

@@ -41,6 +41,8 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int  # from the beginning of the file
     stop: int
+    pieces: tuple["TensorInfo", ...] = ()
+    """For rows that are spread over several tensors of the file: these, in order."""
 
     @property
     def array_dtype(self) -> np.dtype:
@@ -52,7 +54,7 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size of the tensor in the file, in bytes."""
-        return self.stop - self.start
+        return sum(piece.nbytes for piece in self.pieces) if self.pieces else self.stop - self.start
 
     @property
     def size(self) -> int:

@@ -1,6 +1,7 @@
 """List the tensors of a checkpoint to write, from model arrays or from another checkpoint."""
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.plan import label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.safetensors_file import Outgoing
-from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, written_name
+from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, pieces_of, written_name
 from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 1 << 20
@@ -51,9 +52,14 @@ def outgoing_weights(
         own = jnp.result_type(*(arrays[leaf.path].dtype for leaf in stored.leaves))
         target = np.dtype((stored_dtypes or {}).get(stored.name, own))
         target = target_dtype(stored.leaves, target, None if dtype is None else check_dtype(dtype))
-        blocks = _row_blocks(stored, arrays)
-        name = written_name(stored.name, format, head)
-        outgoing.append(Outgoing(name, stored.shape, target, blocks))
+        name = written_name(stored, format, head)
+        pieces = pieces_of(name, stored)
+        if len(pieces) == 1:
+            outgoing.append(Outgoing(name, stored.file_shape, target, _row_blocks(stored, arrays)))
+            continue
+        for number, piece in enumerate(pieces):
+            blocks = partial(_matrix_blocks, arrays[stored.leaves[0].path], number)
+            outgoing.append(Outgoing(piece, stored.file_shape[1:], target, blocks))
     return outgoing
 
 
@@ -85,14 +91,21 @@ def convertible_weights(
         own = info.array_dtype
         target = target_dtype(stored.leaves, own, None if dtype is None else check_dtype(dtype))
 
-        def blocks(info=info) -> Iterator[np.ndarray]:
-            for _, block in checkpoint.blocks(info.name):
+        def blocks(info=info, name=info.name) -> Iterator[np.ndarray]:
+            for _, block in checkpoint.blocks(name):
                 if not allow_non_finite and (count := count_non_finite(block)):
                     message = f"{label(info)} has {count} or more NaN or infinite values"
                     raise CheckpointError(checkpoint.folder, [message])
                 yield block
 
-        outgoing.append(Outgoing(written_name(stored.name, format, head=True), stored.shape, target, blocks))
+        name = written_name(stored, format, head=True)
+        pieces = pieces_of(name, stored)
+        if len(pieces) == 1:
+            outgoing.append(Outgoing(name, stored.file_shape, target, blocks))
+            continue
+        for piece, location in zip(pieces, info.pieces, strict=True):
+            one = partial(blocks, location, location.name)
+            outgoing.append(Outgoing(piece, stored.file_shape[1:], target, one))
     return outgoing
 
 
@@ -116,6 +129,11 @@ def _check_paths(arrays: Mapping[str, jax.Array], wanted: Mapping[str, tuple[int
     if problems:
         more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"save: {'; '.join(problems[:5])}{more}; merge adapters into the weights first")
+
+
+def _matrix_blocks(leaf: jax.Array, number: int) -> Iterator[np.ndarray]:
+    """Yield one of the matrices of a leaf."""
+    yield np.ascontiguousarray(fetch(leaf[number]))
 
 
 def _row_blocks(stored: StoredTensor, arrays: Mapping[str, jax.Array]) -> Callable[[], Iterator[np.ndarray]]:

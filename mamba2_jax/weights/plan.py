@@ -3,10 +3,11 @@
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.families import ignored_prefixes
 from mamba2_jax.weights.files import CheckpointError, show
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.reader import Checkpoint
-from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, match_names
+from mamba2_jax.weights.table import EMBEDDING, HEAD, StoredTensor, match_names, pieces_of
 
 
 def label(info: TensorInfo) -> str:
@@ -33,19 +34,33 @@ def plan_load(
     tied = config.tie_word_embeddings
     found, missing, unexpected = match_names(table, checkpoint.tensors, tied)
     needed = {stored.name: stored for stored in table}
-    problems = [f"tensor {name!r} is missing{_why_missing(needed[name])}" for name in missing]
-    for name in unexpected:
+    problems = [
+        f"tensor {needed[name].file_name!r} is missing{_why_missing(needed[name])}" for name in missing
+    ]
+    ignored = [name for name in unexpected if name.startswith(ignored_prefixes(config.family))]
+    for name in sorted(set(unexpected) - set(ignored)):
         info = checkpoint.tensors[name]
         shape = f"{info.dtype} {show_shape(info.shape)}"
         problems.append(f"tensor {show(name)} ({shape}, in {info.file.name}) is unexpected")
     for name, stored_name in found.items():
-        info, stored = checkpoint.tensors[stored_name], needed[name]
-        if info.shape != stored.shape:
-            shapes = f"has shape {show_shape(info.shape)}, the config wants {show_shape(stored.shape)}"
-            problems.append(f"{label(info)} {shapes}{_why_vocabulary(name, info.shape, config)}")
-        if info.dtype not in FLOAT_DTYPES:
-            problems.append(f"{label(info)} is {info.dtype}, want a float type ({', '.join(FLOAT_DTYPES)})")
+        stored = needed[name]
+        pieces = [checkpoint.tensors[piece] for piece in pieces_of(stored_name, stored)]
+        shape = stored.file_shape[1:] if stored_name not in checkpoint.tensors else stored.file_shape
+        for info in pieces:
+            if info.shape != shape:
+                shapes = f"has shape {show_shape(info.shape)}, the config wants {show_shape(shape)}"
+                problems.append(f"{label(info)} {shapes}{_why_vocabulary(name, info.shape, config)}")
+            if info.dtype not in FLOAT_DTYPES:
+                types = ", ".join(FLOAT_DTYPES)
+                problems.append(f"{label(info)} is {info.dtype}, want a float type ({types})")
+            elif info.dtype != pieces[0].dtype:
+                problems.append(f"{label(info)} is {info.dtype}, {pieces[0].name} is {pieces[0].dtype}")
     notes = []
+    if ignored:
+        starts = ", ".join(sorted({name.partition(".")[0] for name in ignored}))
+        notes.append(
+            f"{len(ignored)} tensors of {starts} are not used: prediction of several tokens at a time"
+        )
     if not problems and HEAD in found and not needed[HEAD].leaves:
         output, embedding = (checkpoint.tensors[found[name]] for name in (HEAD, EMBEDDING))
         if not head:
@@ -59,7 +74,16 @@ def plan_load(
             )
     if problems:
         raise CheckpointError(checkpoint.folder, problems)
-    return [(needed[n], checkpoint.tensors[s]) for n, s in found.items() if needed[n].leaves], notes
+    plan = [(needed[n], _located(checkpoint, needed[n], s)) for n, s in found.items() if needed[n].leaves]
+    return plan, notes
+
+
+def _located(checkpoint: Checkpoint, stored: StoredTensor, name: str) -> TensorInfo:
+    """Return where a stored tensor is; the rows of several matrices are joined to one."""
+    if not stored.matrices:
+        return checkpoint.tensors[name]
+    rows, width = stored.shape
+    return checkpoint.join(f"{name} as one matrix", pieces_of(name, stored), (rows, width))
 
 
 def _why_missing(stored: StoredTensor) -> str:

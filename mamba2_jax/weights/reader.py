@@ -20,7 +20,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +53,7 @@ class Checkpoint:
     def __init__(self, folder: Path):
         self.folder = folder
         self.tensors: dict[str, TensorInfo] = {}
+        self._joined: dict[str, TensorInfo] = {}
         self._files: dict[Path, io.FileIO] = {}
         self._uncached: set[Path] = set()
 
@@ -65,6 +66,23 @@ class Checkpoint:
     def nbytes(self) -> int:
         """Total size of all tensors, in bytes."""
         return sum(info.nbytes for info in self.tensors.values())
+
+    def join(self, name: str, pieces: Sequence[str], shape: tuple[int, int]) -> TensorInfo:
+        """Make the rows of one or several tensors readable as one matrix, under a name of its own.
+
+        Args:
+            name: the name, for all methods of this class.
+            pieces: names of stored tensors with equal numbers of rows, in order.
+            shape: `(rows of all, numbers per row)`; the tensors may have their rows in several axes.
+        """
+        infos = tuple(self.tensors[piece] for piece in pieces)
+        first = infos[0]
+        joined = TensorInfo(name, first.file, first.dtype, shape, first.start, first.stop, infos)
+        self._joined[name] = joined
+        return joined
+
+    def _info(self, name: str) -> TensorInfo:
+        return self._joined[name] if name in self._joined else self.tensors[name]
 
     def blocks(
         self, name: str, first_row: int = 0, last_row: int | None = None, block_bytes: int = _BLOCK_BYTES
@@ -84,7 +102,7 @@ class Checkpoint:
         Raises:
             CheckpointError: not a float dtype, or the file ends before the tensor does.
         """
-        info = self.tensors[name]
+        info = self._info(name)
         dtype = info.array_dtype
         rows = info.shape[0] if info.shape else 1
         last_row = rows if last_row is None else last_row
@@ -108,9 +126,22 @@ class Checkpoint:
         Raises:
             CheckpointError: not a float dtype, or the file ends before the rows do.
         """
-        info = self.tensors[name]
-        itemsize = info.array_dtype.itemsize
-        row_bytes = math.prod(info.shape[1:]) * itemsize
+        info = self._info(name)
+        row_bytes = math.prod(info.shape[1:]) * info.array_dtype.itemsize
+        if not info.pieces:
+            self._read_rows(info, row_bytes, first_row, out, first_column)
+            return
+        height, row = info.shape[0] // len(info.pieces), 0
+        while row < len(out):
+            piece, inside = divmod(first_row + row, height)
+            rows = out[row : row + height - inside]
+            self._read_rows(info.pieces[piece], row_bytes, inside, rows, first_column)
+            row += len(rows)
+
+    def _read_rows(
+        self, info: TensorInfo, row_bytes: int, first_row: int, out: np.ndarray, first_column: int
+    ) -> None:
+        itemsize, name = info.array_dtype.itemsize, info.name
         start, wanted = info.start + first_row * row_bytes, out.nbytes // max(1, len(out))
         if first_column * itemsize + wanted > row_bytes or start + len(out) * row_bytes > info.stop:
             raise ValueError(f"read_rows: {len(out)} rows from {first_row} on go beyond {show(name)}")
@@ -125,9 +156,10 @@ class Checkpoint:
 
     def will_read(self, name: str) -> None:
         """Ask the kernel to prefetch a tensor into the page cache; does nothing after `bypass_cache`."""
-        info = self.tensors[name]
-        if info.file not in self._uncached:
-            will_read(self._files[info.file], info.start, info.nbytes)
+        info = self._info(name)
+        for piece in info.pieces or (info,):
+            if piece.file not in self._uncached:
+                will_read(self._files[piece.file], piece.start, piece.nbytes)
 
     def bypass_cache(self) -> bool:
         """Bypass the page cache for all later reads of files that allow it; return whether all do.
@@ -140,7 +172,7 @@ class Checkpoint:
 
     def read(self, name: str) -> np.ndarray:
         """Read a whole tensor into a new array of the stored dtype."""
-        info = self.tensors[name]
+        info = self._info(name)
         whole = [block for _, block in self.blocks(name, block_bytes=max(1, info.nbytes))]
         return whole[0].reshape(info.shape) if whole else np.empty(info.shape, info.array_dtype)
 

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from mamba2_jax.config.families.family import EACH
 from mamba2_jax.config.kinds import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 from mamba2_jax.config.leaves import Leaf, StoredTensor
 
@@ -20,6 +21,7 @@ __all__ = [
     "assemble",
     "checkpoint_table",
     "match_names",
+    "pieces_of",
     "stored_names",
     "written_name",
 ]
@@ -42,22 +44,33 @@ def assemble(stored: StoredTensor, arrays: Mapping[str, np.ndarray]) -> np.ndarr
     return np.concatenate(parts).reshape(stored.shape)
 
 
-def stored_names(name: str) -> tuple[str, ...]:
-    """Return every name under which a file may hold a tensor, the canonical name first.
+def stored_names(stored: StoredTensor) -> tuple[str, ...]:
+    """Return every name under which a file may hold a tensor, the family's own name first.
 
-    state-spaces writes `embedding` for `embeddings`, Mistral adds the prefix `model.`, and a bare Mamba2Model
-    has no prefix `backbone.`.
+    state-spaces writes `embedding` for `embeddings`, Mistral adds the prefix `model.`, transformers 5 calls
+    some families' `backbone.` `model.`, and a bare model without a head has no such prefix.
     """
+    name = stored.file_name
+    bare = _without_prefix(name)
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [f"model.{other}" for other in names] + [other.removeprefix(BACKBONE) for other in names]
+    names += [f"model.{other}" for other in (*names, bare)] + [_without_prefix(other) for other in names]
     return tuple(dict.fromkeys(names))
 
 
-def written_name(name: str, form: str, head: bool) -> str:
-    """Return the name of a tensor in a form; names of a bare Mamba2Model have no prefix `backbone.`."""
+def written_name(stored: StoredTensor, form: str, head: bool) -> str:
+    """Return the name of a tensor in a form; a bare model without a head has no prefix `backbone.`."""
     if form == "state-spaces":
-        return name.replace("backbone.embeddings.", "backbone.embedding.")
-    return name if head else name.removeprefix(BACKBONE)
+        return stored.name.replace("backbone.embeddings.", "backbone.embedding.")
+    return stored.file_name if head else _without_prefix(stored.file_name)
+
+
+def pieces_of(name: str, stored: StoredTensor) -> list[str]:
+    """Return the names of the tensors in files that make up a stored tensor: one, or one per matrix."""
+    return [name.replace(EACH, str(number)) for number in range(stored.matrices)] if EACH in name else [name]
+
+
+def _without_prefix(name: str) -> str:
+    return name.removeprefix(BACKBONE).removeprefix("model.")
 
 
 def match_names(
@@ -76,14 +89,17 @@ def match_names(
     """
     found: dict[str, str] = {}
     missing = []
+    used: set[str] = set()
     for stored in table:
-        name = next((name for name in stored_names(stored.name) if name in present), None)
+        names = (name for name in stored_names(stored) if all(p in present for p in pieces_of(name, stored)))
+        name = next(names, None)
         if name is not None:
             found[stored.name] = name
+            used.update(pieces_of(name, stored))
         elif stored.leaves:
             missing.append(stored.name)
     if tied and EMBEDDING in missing and HEAD in found:
         missing.remove(EMBEDDING)
         found[EMBEDDING] = found.pop(HEAD)
-    unexpected = sorted(set(present) - set(found.values()))
+    unexpected = sorted(set(present) - used)
     return found, missing, unexpected

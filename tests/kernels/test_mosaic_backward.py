@@ -15,7 +15,7 @@ from mamba2_jax.pallas.mosaic_gpu import backward as mosaic_backward
 from mamba2_jax.pallas.mosaic_gpu import backward_sums as mosaic_backward_sums
 from mamba2_jax.pallas.mosaic_gpu import bridge
 from mamba2_jax.pallas.mosaic_gpu import scan as mosaic_gpu
-from test_mosaic_forward import TOLERANCE, arguments, kernel_case
+from test_mosaic_forward import TOLERANCE, arguments, check_values, kernel_case
 
 from mamba2_jax.ops.scan.recurrent import ssd_recurrent
 
@@ -168,6 +168,21 @@ def test_the_scan_is_differentiable(case, dtype):
         assert error(got[name], want[name]) < TOLERANCE[dtype], name
     if case.segments and case.D is None:  # padding leaves the state alone, and nothing of it leaves
         assert not np.asarray(got["x"], np.float32)[np.asarray(inputs["segment_ids"]) == 0].any()
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "D"), [pytest.param(80, "hp", marks=pytest.mark.smoke), (32, "h")], ids=["80", "32"]
+)
+def test_a_head_dim_between_is_exact(head_dim, D):
+    """What the heads are padded with shows in no value, state or gradient."""
+    case = kernel_case(f"head_dim {head_dim}", l=75, h=2, p=head_dim, n=64, D=D, segments="packed")
+    drawn = draw_case(case, "bfloat16")
+    inputs, leaves, _ = drawn
+    check_values(inputs, "bfloat16", *interpreter.run(mosaic_gpu.ssd, **inputs))
+    got, want = kernel_gradients(*drawn), exact_gradients(*drawn)
+    for name, leaf in leaves.items():
+        assert (got[name].dtype, got[name].shape) == (leaf.dtype, leaf.shape), name
+        assert error(got[name], want[name]) < TOLERANCE["bfloat16"], name
 
 
 @pytest.mark.slow

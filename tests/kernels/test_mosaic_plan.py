@@ -79,11 +79,13 @@ def test_what_it_cannot_run_it_says():
     assert unsupported(problem()) is None
     assert unsupported(problem(dtype="float16", head_dim=128, state_dim=256)) is None
     assert unsupported(problem(dtype=jnp.bfloat16, num_heads=3, length=1)) is None
+    assert unsupported(problem(head_dim=80)) is unsupported(problem(head_dim=32)) is None
     for change, words in [
         ({"compute_capability": (8, 0)}, "compute capability 9.0), and this device has 8.0"),
         ({"compute_capability": None}, "has an unknown one"),
         ({"dtype": "float32"}, "bfloat16 or float16, and x is float32"),
-        ({"head_dim": 96}, "head_dim of 64 or 128, not 96"),
+        ({"head_dim": 16}, "head_dim from 32 to 128, not 16"),
+        ({"head_dim": 192}, "head_dim from 32 to 128, not 192"),
         ({"state_dim": 16}, "state_dim of 64, 128 or 256, not 16"),
     ]:
         assert words in unsupported(problem(**change))

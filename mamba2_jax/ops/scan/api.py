@@ -38,7 +38,8 @@ def ssd(
             change starts a document with a fresh state.
         chunk_size: tokens per chunk of `"xla"`, which pads any length; None: the platform's default.
         implementation: `"recurrent"`, `"xla"`, `"mosaic_gpu"` or `"triton"`, never replaced by another; None:
-            `"mosaic_gpu"` on Hopper in 16 bits where that kernel supports the sizes, else `"xla"`.
+            `"mosaic_gpu"` on Hopper in 16 bits where that kernel supports the sizes, else `"xla"`. It pads
+            a `p` of 32 to 128 with zeros to 64 or 128, which is exact: states have the size of the caller's.
             `"recurrent"` and `"xla"` have forward and reverse mode of any order; the two kernels have
             first-order reverse mode only. None reads the device from the arrays. Inside your own `jit`
             tracers have no device: for arrays off JAX's default device, name an implementation, or call the
