@@ -78,8 +78,9 @@ def verdict(small: dict, large: dict) -> str:
         more = (large[what]["peak"] - large[what]["before"]) - (small[what]["peak"] - small[what]["before"])
         if more > MARGIN:
             sys.exit(f"{what}: the larger text needs {more:.0f} MB more; memory grows with the text")
-        words.append(f"{more:+.0f} MB {what}")
-    return "\nThe larger text needs " + " and ".join(words) + " beyond the smaller one, at the peaks."
+        grown = large[what]["end"] - large[what]["tenth"]
+        words.append(f"{what}, {grown:+.0f} MB from a tenth of the larger text to its end, {more:+.0f} MB")
+    return "\n" + "; ".join(f"{one} at the peak beyond the smaller text" for one in words) + "."
 
 
 def commit() -> str:

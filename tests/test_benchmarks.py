@@ -134,7 +134,8 @@ def test_memory_of_the_data_is_measured_and_judged(tmp_path):
     data = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(data)
     small, large = (
-        {what: {"before": 0, "peak": peak} for what in ("tokenising", "reading")} for peak in (1, 99)
+        {what: {"before": 0, "tenth": 0, "end": 0, "peak": peak} for what in ("tokenising", "reading")}
+        for peak in (1, 99)
     )
     with pytest.raises(SystemExit, match="tokenising: the larger text needs 98 MB more"):
         data.verdict(small, large)

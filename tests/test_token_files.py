@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import pathlib
 import threading
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 from training_runs import make_trainer, texts_file, tokenizer, words
 
 from mamba2_jax.training import DataConfig, load_documents, make_pipeline
-from mamba2_jax.training.data import count_batches, documents
+from mamba2_jax.training.data import count_batches, documents, pipeline
 from mamba2_jax.training.data.encode import Piece
 from mamba2_jax.training.data.token_files import TokenWriter
 
@@ -93,6 +94,21 @@ def test_a_failure_leaves_nothing(tmp_path):
     assert list((tmp_path / "mine").iterdir()) == []
 
 
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
+    if not pathlib.Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    folder = tmp_path / "run" / "tokens"
+    writer = TokenWriter(folder, 100)
+    writer._files[0].close()
+    writer._files[0] = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(
+        OSError, match=r"run/tokens: the tokens could not be written \(No space left on device\)"
+    ):
+        writer.add([Piece(np.zeros(1 << 20, np.int32), np.ones(1 << 20, bool), 0)])
+    writer.abandon()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_share_held_out_of_mapped_files_is_that_of_memory(tmp_path):
     parts = [load(texts_file(), folder).hold_out(0.25, seed=1) for folder in (None, tmp_path / "tokens")]
     for in_memory, mapped in zip(*parts, strict=True):
@@ -110,6 +126,20 @@ def test_a_share_held_out_of_mapped_files_is_that_of_memory(tmp_path):
     assert rest[-1]["input_ids"].tolist() == rest[len(rest) - 1]["input_ids"].tolist()
     with pytest.raises(IndexError):
         held_out[len(held_out)]
+
+
+def test_batches_are_counted_once(tmp_path, monkeypatch):
+    found = load(texts_file(), tmp_path / "tokens")
+    count = count_batches(found, CONFIG, 4, seed=3, epochs=2)
+    assert count == count_batches(load(texts_file(), None), CONFIG, 4, seed=3, epochs=2)
+    batches = pipeline._batches
+    monkeypatch.setattr(pipeline, "_batches", None)
+    assert count_batches(load(texts_file(), tmp_path / "tokens"), CONFIG, 4, seed=3, epochs=2) == count
+    with pytest.raises(TypeError):
+        count_batches(found, CONFIG, 4, seed=4, epochs=2)
+    monkeypatch.setattr(pipeline, "_batches", batches)
+    (tmp_path / "tokens" / "batches.json").write_text("{")
+    assert count_batches(found, CONFIG, 4, seed=3, epochs=2) == count
 
 
 @pytest.mark.parametrize("rows", ["pack", "pad"])

@@ -126,6 +126,11 @@ def test_parquet_and_hub_datasets(tmp_path, monkeypatch):
     assert record == Record("org/quotes[0]", {"quote": "one long test v2"}, filled=True)
     with pytest.raises(FileNotFoundError, match=r"Config name is missing.*name one with data.config"):
         list(read_source("org/quotes", DataConfig()))
+    broken = (1 // (1 - row) and {"quote": "one"} for row in range(3))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: broken)
+    with pytest.raises(OSError, match="org/quotes: could not be read on after 1 records .ZeroDivisionError"):
+        list(read_source("org/quotes", config))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match="org/nothing: no file or folder of that name here"):
         list(read_source("org/nothing", DataConfig()))
 

@@ -131,6 +131,7 @@ UNUSABLE = {
     "prompt.jsonl": ('{"prompt": 7, "completion": "x"}', "'prompt' is a number, not a string"),
     "completion.jsonl": ('{"prompt": "x", "completion": null}', "'completion' is null"),
     "mixed.jsonl": ('{"prompt": "x", "completion": [1]}', "'completion' is a list, not a string"),
+    "output.jsonl": ('{"instruction": "x", "output": null}', "'output' is null"),
     "instruction.jsonl": ('{"instruction": "x", "output": 1.5}', "'output' is a number, not a string"),
     "surrogate.jsonl": ('{"text": "ab\\ud83d"}', r"holds \ud83d, half of a surrogate pair, at character 2"),
     "rejected.jsonl": ('{"chosen": "x", "rejected": "y"}', "has the fields 'chosen', 'rejected'; wants"),
@@ -200,3 +201,5 @@ def test_a_saved_dataset(tmp_path):
     assert read(tmp_path / "saved") == ["one<end>"]
     datasets.DatasetDict({"train": rows}).save_to_disk(tmp_path / "splits")
     assert read(tmp_path / "splits" / "train") == ["one<end>"]
+    with pytest.raises(ValueError, match="splits: holds the splits train; name the folder of one of them"):
+        read(tmp_path / "splits")

@@ -52,16 +52,20 @@ class Documents(Sequence[dict[str, np.ndarray]]):
 
     def __getitem__(self, index) -> dict[str, np.ndarray]:
         """Return `input_ids` and `labels` of one document, each `(length,)` int32."""
-        return self.read(self.positions(index))
+        begin, end = self.span(index)
+        tokens = self.tokens[begin:end].astype(np.int32)
+        labels = np.where(self.trained[begin:end], tokens, np.int32(IGNORED_LABEL))
+        self.forget()
+        return {"input_ids": tokens, "labels": labels}
 
-    def positions(self, index: int) -> np.ndarray:
-        """Return the positions of a document's tokens in `tokens`, `(length,)` int64."""
+    def span(self, index: int) -> tuple[int, int]:
+        """Return where a document's tokens begin and end in `tokens`."""
         index = range(len(self))[index]
         if self.held_out is not None and not self.is_rest:
             index = int(self.held_out[index])
         elif self.held_out is not None:  # plus the number of documents held out before this one
             index += int(np.searchsorted(self._kept_before, index, side="right"))
-        return np.arange(self.starts[index], self.starts[index + 1])
+        return int(self.starts[index]), int(self.starts[index + 1])
 
     @functools.cached_property
     def _kept_before(self) -> np.ndarray:
@@ -84,12 +88,21 @@ class Documents(Sequence[dict[str, np.ndarray]]):
             self.files.forget()
 
     @property
+    def folder(self) -> pathlib.Path | None:
+        """Folder of the files, if the documents are in files."""
+        return None if self.files is None else self.files.folder
+
+    @property
     def highest(self) -> int:
         """Highest token id."""
         return int(self.tokens.max()) if self.files is None else self.files.highest
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content, by which a resumed run verifies its data."""
+        return self._fingerprint
+
+    @functools.cached_property
+    def _fingerprint(self) -> str:
         if self.held_out is None:
             spans = [(0, len(self.tokens))]
             given = None if self.files is None else self.files.fingerprint

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Source = str | pathlib.Path | Mapping[str, Any]
 
+_FIELDS = ("messages", "conversations", "prompt", "completion", "instruction", "output")
 _NAMES = {
     str: "a string", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object",
     type(None): "null", bytes: "bytes",
@@ -116,7 +117,7 @@ def _convert(record: Record, chats: "Chats", text_field: str) -> Text | Unusable
             return chats.text_of(record, fields[name], name)
     if {"instruction", "output"} <= has:
         return _alpaca(record, chats)
-    null = [name for name in (text_field, "messages", "prompt", "completion") if name in fields.keys() - has]
+    null = [name for name in (text_field, *_FIELDS) if name in fields.keys() - has]
     if null:
         return Unusable(where, f"{null[0]!r} is null")
     names = ", ".join(map(repr, fields)) or "none"

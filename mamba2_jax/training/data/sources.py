@@ -9,6 +9,8 @@ from mamba2_jax.training.data.config import DataConfig
 from mamba2_jax.training.data.files import Advance, missing_extra, read_file
 from mamba2_jax.training.data.records import Record, Source, Text, Unusable
 
+_SAVED = (("dataset_info.json", "state.json"), ("dataset_dict.json",))  # files that `save_to_disk` writes
+
 
 def read_source(
     source: Source | Sequence[Mapping[str, Any]], config: DataConfig, advance: Advance = lambda count: None
@@ -30,7 +32,7 @@ def read_source(
             yield Record(f"record {number}", record)
         return
     path = pathlib.Path(source).expanduser()
-    if (path / "dataset_info.json").is_file() and (path / "state.json").is_file():
+    if any(all((path / name).is_file() for name in names) for names in _SAVED):
         yield from _rows(_load("load_from_disk", str(path)), str(path), advance)
     elif path.exists():
         for file in local_files(path):
@@ -58,7 +60,7 @@ def local_files(path: pathlib.Path) -> list[pathlib.Path]:
 def _read_hub(name: str, config: DataConfig, advance: Advance) -> Iterator[Record]:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or pathlib.Path(name).suffix:
         raise FileNotFoundError(f"{name}: no such file or folder")
-    options: dict[str, Any] = {"split": config.split, "revision": config.revision, "streaming": True}
+    options = {"split": config.split, "revision": config.revision}
     yield from _rows(_load("load_dataset", name, config.config, **options), name, advance)
 
 
@@ -69,6 +71,8 @@ def _load(function: str, name: str, *arguments: Any, **options: Any) -> Any:
         raise missing_extra(
             f"{name}: no file or folder of that name; reading a dataset of the hub"
         ) from error
+    if function == "load_dataset":  # without a network, the copy that `datasets` keeps
+        options["streaming"] = not getattr(datasets.config, "HF_HUB_OFFLINE", False)
     try:
         return getattr(datasets, function)(name, *arguments, **options)
     except (OSError, ValueError) as error:
@@ -88,6 +92,15 @@ def _rows(rows: Any, name: str, advance: Advance) -> Iterator[Record]:
         raise ValueError(
             f"{name}: holds the splits {', '.join(map(str, rows))}; name the folder of one of them"
         )
-    for number, row in enumerate(rows):
+    rows, number = iter(rows), 0
+    while True:
+        try:
+            row = next(rows, None)
+        except Exception as error:  # the libraries below raise many types when a connection breaks
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise OSError(f"{name}: could not be read on after {number:,} records ({reason})") from error
+        if row is None:
+            return
         advance(sum(len(value) for value in row.values() if isinstance(value, str)))
         yield Record(f"{name}[{number}]", row, filled=True)
+        number += 1

@@ -9,6 +9,7 @@
 A folder is written under another name and renamed when it is complete.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -17,11 +18,12 @@ import mmap
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from mamba2_jax.files import first_line
 from mamba2_jax.training.data.encode import Piece
 
 _MANIFEST = "manifest.json"
@@ -43,6 +45,7 @@ class TokenFiles:
     fingerprint: str
     """As of `fingerprint_of` all documents."""
     maps: tuple[mmap.mmap, ...] = ()
+    folder: pathlib.Path | None = None
 
     def forget(self) -> None:
         """Drop the pages read so far from this process; they stay in the system's page cache.
@@ -92,7 +95,18 @@ class TokenWriter:
         self.highest = max(self.highest, int(tokens.max()))
 
     def _write(self, name: str, array: np.ndarray) -> None:
-        self._files[_FILES.index(name)].write(array.tobytes())
+        with self._told():
+            self._files[_FILES.index(name)].write(array.tobytes())
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Name the folder in an error of the disk."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or first_line(error)
+            message = f"{self._folder}: the tokens could not be written ({reason}); free disk space"
+            raise OSError(f"{message}, or choose another output folder") from error
 
     def finish(self, key: dict[str, Any], report: dict[str, Any]) -> TokenFiles:
         """Complete the files and open them.
@@ -113,10 +127,11 @@ class TokenWriter:
         if self._folder is None or self._part is None:
             arrays = _arrays([file.getbuffer() for file in self._files], manifest)
             return dataclasses.replace(arrays, fingerprint=_fingerprint(arrays))
-        for file in self._files:
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
+        with self._told():
+            for file in self._files:
+                file.flush()
+                os.fsync(file.fileno())
+                file.close()
         manifest["fingerprint"] = _fingerprint(_mapped(self._part, manifest))
         (self._part / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -126,7 +141,8 @@ class TokenWriter:
     def abandon(self) -> None:
         """Remove the unfinished files, and the folders made for them."""
         for file in self._files:
-            file.close()
+            with contextlib.suppress(OSError):  # of a full disk, again
+                file.close()
         if self._part is not None:
             shutil.rmtree(self._part, ignore_errors=True)
             for folder in self._made:
@@ -197,7 +213,7 @@ def _mapped(folder: pathlib.Path, manifest: dict[str, Any]) -> TokenFiles:
     for name in _FILES:
         with (folder / name).open("rb") as file:
             maps.append(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    return dataclasses.replace(_arrays(maps, manifest), maps=tuple(maps))
+    return dataclasses.replace(_arrays(maps, manifest), maps=tuple(maps), folder=folder)
 
 
 def _arrays(buffers: list[Any], manifest: dict[str, Any]) -> TokenFiles:
