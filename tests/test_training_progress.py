@@ -129,7 +129,7 @@ def test_more_steps_and_another_rate_go_on_and_are_told(copied):
 
 def test_a_finished_run_goes_on_for_more_epochs(tmp_path):
     """As a run of as many epochs, up to the rows that a shorter run packs at its end."""
-    options = {"steps": None, "optim": OptimConfig(learning_rate=1e-2, schedule="constant"), "batch_size": 8}
+    options = {"steps": None, "optim": OptimConfig(learning_rate=1e-2, schedule="constant")}
     straight, again = (tmp_path / name for name in ("straight", "again"))
     make_trainer(straight, epochs=2, **options).fit()
     one = make_trainer(again, epochs=1, **options)

@@ -48,6 +48,7 @@ class Lanes(Iterator[Batch]):
         self._taken = 0  # documents given to a lane so far
         self._lanes: list[list[int] | None] = [None] * rows  # document and the next token in it
         self._order: tuple[int, np.ndarray] | None = None  # of one epoch
+        self._opened: dict[int, Any] = {}  # documents that lanes are reading
 
     def __next__(self) -> Batch:
         """Return the next batch."""
@@ -99,7 +100,9 @@ class Lanes(Iterator[Batch]):
                     return
                 lane, self._taken = [document, 0], self._taken + 1
             document, begin = lane
-            arrays = self._documents[document]
+            if document not in self._opened:
+                self._opened[document] = self._documents[document]
+            arrays = self._opened[document]
             inputs, targets = arrays["input_ids"][:-1], arrays["labels"][1:]
             end = min(len(inputs), begin + self._length - filled)
             here, segment = slice(filled, filled + end - begin), segment + 1
@@ -107,3 +110,5 @@ class Lanes(Iterator[Batch]):
             into["segment_ids"][here] = segment
             filled += end - begin
             self._lanes[row] = None if end == len(inputs) else [document, end]
+            if end == len(inputs):
+                del self._opened[document]
