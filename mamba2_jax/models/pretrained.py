@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json, refuse_remote
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
+from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
@@ -80,6 +81,11 @@ class PretrainedModel(nnx.Module):
             ValueError: a checkpoint that does not match its config; the message lists every problem.
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
+        if is_adapter(folder):
+            raise ValueError(
+                f"{path}: this is an adapter, not a model; load its base {base_of(folder) or ''}, and the "
+                "adapter with load_lora (on the command line: --adapter)"
+            )
         config = Mamba2Config.from_pretrained(folder)
         place, mesh = sharding, None
         if isinstance(sharding, Mesh):
@@ -180,6 +186,7 @@ class PretrainedModel(nnx.Module):
         >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
         True
         """
+        refuse_remote(folder)
         if format not in FORMATS:
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):
