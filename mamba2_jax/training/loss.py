@@ -19,6 +19,7 @@ from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
+from mamba2_jax.ops.routing import load_balancing_loss
 from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
@@ -41,6 +42,7 @@ def loss_fn(
     *,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     r"""Sum the next-token cross entropy over a batch, and count the scored tokens.
 
@@ -55,10 +57,15 @@ def loss_fn(
             `input_ids` when absent.
         remat: remat policy: `"none"`, `"dots"` or `"block"`, from most to least memory.
         tokens_per_slice: tokens of the batch whose logits are in memory at a time.
+        balance: factor of `load_balancing_loss`, which is added for each scored label; 0 computes none. It
+            is transformers' `router_aux_loss_coef`, with the loads of the layers averaged as there.
 
     Returns:
         nats: the sum, float32.
         tokens: the number of scored labels.
+
+    Raises:
+        ValueError: an unknown remat policy, or `balance` for a model without experts.
 
     >>> from mamba2_jax import Mamba2ForCausalLM
     >>> model = Mamba2ForCausalLM.from_pretrained()
@@ -71,8 +78,10 @@ def loss_fn(
     input_ids, labels = given["input_ids"], given.get("labels", given["input_ids"])
     attention_mask, segment_ids = given.get("attention_mask"), given.get("segment_ids")
     targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
-    wrap = REMAT[remat]
-    out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
+    if balance and model.config.experts_cfg is None:
+        raise ValueError(f"loss_fn: balance={balance}, but the model has no experts; leave it at 0")
+    options = {"wrap_block": REMAT[remat], "output_expert_load": bool(balance)}
+    out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, **options)
     width = max(1, tokens_per_slice // input_ids.shape[0])
 
     def logits(weights, hidden):
@@ -81,7 +90,10 @@ def loss_fn(
 
     weights = (model.head, model.output_weight)
     nats = sliced_cross_entropy(logits, weights, out.last_hidden_state, targets, positions_per_slice=width)
-    return nats, (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    tokens = (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    if out.expert_load is not None:
+        nats += balance * tokens * load_balancing_loss(out.expert_load)
+    return nats, tokens
 
 
 def sliced_cross_entropy(

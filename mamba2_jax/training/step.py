@@ -147,6 +147,7 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """Update the parameters once. Donates `state`, which cannot be used afterwards.
 
@@ -163,6 +164,7 @@ def _train_step(
         optimizer: from `make_optimizer`, or any Optax transformation.
         remat: passed to `loss_fn`.
         tokens_per_slice: passed to `loss_fn`.
+        balance: passed to `loss_fn`; the metric `loss` then holds the auxiliary loss too.
 
     Returns:
         The new state, and the step's metrics. If the loss or a gradient is not finite, parameters and
@@ -173,7 +175,7 @@ def _train_step(
     def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int):
         model = structure.merge(params, frozen)
         set_dropout_key(model, jax.random.fold_in(key, index))
-        return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
+        return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice, balance=balance)
 
     nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
@@ -202,7 +204,7 @@ def _train_step(
 
 _jit_step = partial(
     jax.jit,
-    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice"),
+    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice", "balance"),
     donate_argnames="state",
 )
 train_step = _jit_step(_train_step)

@@ -323,6 +323,7 @@ class _Run:
                 optimizer=trainer._optimizer,
                 remat=config.remat,
                 tokens_per_slice=config.tokens_per_slice,
+                balance=config.balance_loss,
             )
             step += 1
             self._settle(state)
