@@ -1,4 +1,4 @@
-"""What training the largest models of the families takes of 8 H100s that are not here: memory, and what is sent.
+"""What training the largest models of the families takes of 8 H100s: memory, and what is sent.
 
 Compiled ahead of time by `benchmarks/memory.py`, which says what it needs; nothing runs.
 
@@ -86,7 +86,7 @@ def sent_table(arguments) -> Iterator[str]:
     yield ""
     yield "## What a layer of each kind sends"
     yield ""
-    yield "M: Mamba-2, *: attention, E: experts with a shared one; Granite's M and * have both in their second"
+    yield "M: Mamba-2, *: attention, E: experts with a shared one; Granite's M and * have both in a second"
     yield "branch. Real widths, batch 8 x 4096, float32 weights, bfloat16 compute; per device the number of"
     yield "each, and MB. The gradient is by the layer's input alone."
     yield ""

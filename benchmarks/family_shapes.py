@@ -77,7 +77,10 @@ def tiny(name: str) -> dict[str, Any]:
 
 def config_of(name: str, layers: int | None = None) -> Mamba2Config:
     """Return the config of a shape; of its first layers, if `layers` says how many."""
-    config = Mamba2Config.from_dict(SHAPES[name])
-    if layers is None:
-        return config
-    return config.replace(num_hidden_layers=layers, layer_pattern=config.layer_pattern[:layers])
+    file = dict(SHAPES[name])
+    if layers is not None:
+        file["num_hidden_layers"] = layers
+        for key in ("hybrid_override_pattern", "layer_types"):
+            if key in file:
+                file[key] = file[key][:layers]
+    return Mamba2Config.from_dict(file)
