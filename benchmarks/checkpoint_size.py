@@ -56,7 +56,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of cat, read and load")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to this Markdown file")
-    parser.add_argument("--step", choices=(*STEPS, *MORE_STEPS, "touch"), help=argparse.SUPPRESS)  # the child's
+    # of the child:
+    parser.add_argument("--step", choices=(*STEPS, *MORE_STEPS, "touch"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step == "touch":
         touch_free_memory()

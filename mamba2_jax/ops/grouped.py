@@ -134,7 +134,7 @@ def _transposed(dy: Any, a: Any, b: Any, *groups: Array, result: str, dtype: Any
         gradient = _grouped.bind(
             left, right, *groups, result=terms[which], dtype=operand.aval.dtype, **options
         )
-    gradients = [None] * (2 + len(groups))
+    gradients: list[Any] = [None] * (2 + len(groups))
     gradients[which] = gradient
     return tuple(gradients)
 
