@@ -188,6 +188,7 @@ class Trainer:
                 "remat": config.remat,
                 "tokens_per_slice": config.tokens_per_slice,
                 "pass_gradient": config.pass_gradient,
+                "balance": config.balance_loss,
             },
             arrange=self._arranged,
             count_tokens=self._feed.tokens_of,
