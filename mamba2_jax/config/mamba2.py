@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax import hub
-from mamba2_jax.config import checks, families, forms, kinds
+from mamba2_jax.config import checks, families, forms, kinds, mamba2_file
 from mamba2_jax.config.attention import AttentionConfig, attention_config
 from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import Layer, Slot, layer_of
@@ -309,7 +309,7 @@ class Mamba2Config:
         fields = {name: getattr(self, name) for name, option in OPTIONS.items() if option.in_transformers}
         if self.unpadded_vocab_size is None:
             del fields["unpadded_vocab_size"]
-        return forms.transformers_dict(fields)
+        return mamba2_file.mamba2_dict(fields)
 
     def to_state_spaces_dict(self) -> dict[str, Any]:
         """Return the content of a `config.json` that mamba_ssm loads, without the special token ids.
