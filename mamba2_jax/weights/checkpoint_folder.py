@@ -98,7 +98,8 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
-    content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights in this dtype
+    # transformers loads all weights in this dtype; mlx-lm and transformers before 4.56 know the older key
+    content["dtype"] = content["torch_dtype"] = sizes.most_common(1)[0][0]
     if not head:
         content["architectures"] = [name.replace("ForCausalLM", "Model") for name in content["architectures"]]
     return dict(sorted(content.items()))

@@ -31,7 +31,7 @@ class ConfigFile:
     >>> file.refuse_unread()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    NotImplementedError: config: 'bamba' with qk_norm=True is not supported; remove from the file what changes ...
+    NotImplementedError: config: 'bamba' with qk_norm=True is not supported; remove what changes...
     """
 
     def __init__(self, content: Mapping[str, Any]):
@@ -129,16 +129,16 @@ class ConfigFile:
         first = [f"{str(key)[:80]}={str(value)[:80]}" for key, value in list(keys.items())[:8]]
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
         raise NotImplementedError(
-            f"config: {self.family!r} with {', '.join(first)}{more} is not supported; remove from the file what"
-            " changes no number"
+            f"config: {self.family!r} with {', '.join(first)}{more} is not supported; remove what changes"
+            " no number from the file"
         )
 
 
 def time_limits(values: Any) -> Any:
     """Decode the limits of dt; null means none, and so does an upper limit that float32 cannot hold.
 
-    JSON has no infinity: it is `Infinity` or "Infinity", `{"__float__": "Infinity"}` in transformers 5, null in
-    files written by JavaScript, or a large number.
+    JSON has no infinity: it is `Infinity` or "Infinity", `{"__float__": "Infinity"}` in transformers 5, null
+    where JavaScript wrote it, or a large number.
 
     >>> time_limits([0.0, {"__float__": "Infinity"}]), time_limits([0.001, 1e308])
     ((0.0, inf), (0.001, inf))
