@@ -1,8 +1,8 @@
 """Read the published forms of a Mamba-2 config file, and write that of state-spaces.
 
 Three forms are in use: the `config.json` of transformers and its relatives (`config.mamba2_file`), the
-original state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and returns keyword
-arguments for `Mamba2Config`; this module does not import that class.
+original state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and returns
+keyword arguments for `Mamba2Config`; this module does not import that class.
 """
 
 from collections.abc import Mapping
