@@ -234,9 +234,13 @@ class Mamba2Config:
         }
         return [f"{n}={getattr(self, n)}" for n in OPTIONS if n in lacks and getattr(self, n) != defaults[n]]
 
-    def num_parameters(self) -> int:
-        """Count the parameters of the model; a tied head adds none."""
-        return kinds.count_parameters(self)
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Count the parameters of the model; a tied head adds none.
+
+        Args:
+            active: leave out the experts that a token is not sent to.
+        """
+        return kinds.count_parameters(self, active)
 
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":
@@ -256,7 +260,12 @@ class Mamba2Config:
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"Mamba2Config.from_dict: wants a mapping, got {type(config).__name__}")
-        return cls(**forms.parse_fields(config))
+        try:
+            return cls(**forms.parse_fields(config))
+        except (ValueError, NotImplementedError) as error:
+            if len(text := str(error)) <= _MAX_MESSAGE:
+                raise
+            raise type(error)(f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)") from None
 
     @classmethod
     def from_pretrained(
@@ -326,6 +335,8 @@ class Mamba2Config:
         fields["attn_cfg"] = None if self.attn_cfg is None else self.attn_cfg.original_fields()
         return forms.state_spaces_dict(fields)
 
+
+_MAX_MESSAGE = 3000  # of a file that may hold anything
 
 # Fields that are derived from others, with the value that asks for it.
 _DERIVED: dict[str, Any] = {

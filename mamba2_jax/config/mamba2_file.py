@@ -129,8 +129,8 @@ def mamba2_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
 
     An infinite limit of the time step stays infinite, and becomes `Infinity` in the file. All of these read
     it, while transformers before 5 and older mlx-lm do not know the `{"__float__": "Infinity"}` of
-    transformers 5; mlx-lm also wants the key. `intermediate_size` is for mlx-lm, which does not derive it, and
-    `pad_vocab_size_multiple` for llama.cpp, which takes 16 for granted.
+    transformers 5; mlx-lm also wants the key. `intermediate_size` is for mlx-lm, which does not derive it,
+    and `pad_vocab_size_multiple` for llama.cpp, which takes 16 for granted.
     """
     written: dict[str, Any] = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
     for name, value in fields.items():

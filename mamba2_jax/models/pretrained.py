@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -83,9 +84,16 @@ class PretrainedModel(nnx.Module):
         if isinstance(sharding, Mesh):
             mesh = sharding
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
-            table = checkpoint_table(config, cls._has_head)
-            paths = [leaf.path for stored in table for leaf in stored.leaves]
-            place = parameter_shardings(paths, config, mesh).__getitem__
+
+            @cache  # not before the config has been checked against the files
+            def shardings() -> dict[str, jax.sharding.Sharding]:
+                table = checkpoint_table(config, cls._has_head)
+                paths = [leaf.path for stored in table for leaf in stored.leaves]
+                return parameter_shardings(paths, config, mesh)
+
+            def place(path: str) -> jax.sharding.Sharding:
+                return shardings()[path]
+
         arrays, load_report = load_weights(
             folder,
             config,

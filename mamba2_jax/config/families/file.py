@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mamba2_jax.config.layers import MAX_LAYERS, MAX_SIZE
+
 # Keys of every model in transformers that change no result.
 _HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map"),
@@ -58,13 +60,17 @@ class ConfigFile:
             raise ValueError(f"config: {key}={values!r}, wants {count} numbers")
         return tuple(_finite(key, value) for value in values)
 
-    def integer(self, key: str, default: int) -> int:
-        """Return a positive integer, of which null is the default."""
+    def integer(self, key: str, default: int, most: int = MAX_SIZE) -> int:
+        """Return a positive integer up to `most`, of which null is the default."""
         value = self.get(key, default)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config: {key}={value!r}, wants a positive integer")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"config: {key}={value!r}, wants a positive integer up to {most}")
         return value
+
+    def layers(self, default: int) -> int:
+        """Return the number of layers."""
+        return self.integer("num_hidden_layers", default, MAX_LAYERS)
 
     def want(self, key: str, *values: Any) -> None:
         """Refuse a key that has none of the values; an absent key has the first."""
