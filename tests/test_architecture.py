@@ -54,8 +54,8 @@ OUTSIDE = {
     "weights": "jax ml_dtypes numpy rich torch",
     "layers": "flax jax",
     "lora": "flax jax numpy safetensors",
-    "models": "flax jax numpy",
-    "generation": "jax numpy",
+    "models": "flax jax numpy safetensors",
+    "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli": "jax rich tyro",
     "__init__": "",
@@ -151,6 +151,8 @@ def test_public_names_exist():
     for name in mamba2_jax.__all__:
         assert getattr(mamba2_jax, name).__module__ == f"mamba2_jax.{mamba2_jax._HOMES[name]}"
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
+    code = "import mamba2_jax; mamba2_jax.lora.LoraConfig; mamba2_jax.training.TrainConfig"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
 

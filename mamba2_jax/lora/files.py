@@ -129,7 +129,8 @@ def load_lora(
         found, problems = _group(checkpoint, sites)
         for module, site in sites.items():
             theirs = site.target.file_name()
-            if is_targeted(theirs, settings, pattern) and not _factors(found.get(module, {})):
+            targeted = is_targeted(site.target.file_names(), settings, pattern)
+            if targeted and not _factors(found.get(module, {})):
                 problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
             target = sites[module].target
@@ -153,7 +154,7 @@ def _group(checkpoint: Checkpoint, sites: dict[str, Site]) -> tuple[dict[str, di
     """Group stored tensor names as module -> key below the module -> stored name; also return problems."""
     found: dict[str, dict[str, str]] = {}
     problems = []
-    paths = {site.target.file_name(head): path for path, site in sites.items() for head in (False, True)}
+    paths = {name: path for path, site in sites.items() for name in site.target.file_names()}
     for stored in checkpoint.tensors:
         ending = next((key for key in _KEYS if stored.endswith(f".{key}")), "")
         inner = stored.removeprefix(PREFIX).removesuffix(f".{ending}")

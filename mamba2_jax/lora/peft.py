@@ -148,9 +148,8 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
     return settings, pattern
 
 
-def is_targeted(path: str, settings: LoraConfig, pattern: str | None) -> bool:
-    """Return whether the config targets a module, by its path with or without the prefix of the backbone."""
-    names = (path, path.removeprefix("backbone.").removeprefix("model."))
+def is_targeted(names: Iterable[str], settings: LoraConfig, pattern: str | None) -> bool:
+    """Return whether the config targets a module, by any of the paths that it may have in files."""
     if pattern is not None:
         return any(re.fullmatch(pattern, name) for name in names)
     return any(ends_in(name, end) for name in names for end in settings.targets)
