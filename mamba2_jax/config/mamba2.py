@@ -23,6 +23,7 @@ from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import Layer, Slot, layer_of
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 from mamba2_jax.config.options import OPTIONS
+from mamba2_jax.config.vocabulary import count_token_ids
 from mamba2_jax.files import CONFIG_FILES, read_json
 
 __all__ = ["Mamba2Config"]
@@ -274,7 +275,7 @@ class Mamba2Config:
         """Read the config of a checkpoint from a folder, the hub or the package.
 
         When the config file does not state how much of the vocabulary is padding, `unpadded_vocab_size` is
-        read from a `tokenizer.json` in the same folder, so that sampling never picks a padding id.
+        read from the tokenizer in the same folder, so that sampling never picks a padding id.
 
         Args:
             path: a folder with `config.json` or `params.json`, or a hub id; None: the embedded model.
@@ -297,7 +298,7 @@ class Mamba2Config:
             config = cls.from_dict(content)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{file}: {error}") from error
-        num_tokens = _count_tokens(folder / "tokenizer.json")
+        num_tokens = count_token_ids(folder)
         if config.unpadded_vocab_size is None and num_tokens and num_tokens < config.vocab_size:
             config = config.replace(unpadded_vocab_size=num_tokens)
         return config
@@ -345,17 +346,3 @@ _DERIVED: dict[str, Any] = {
     "layer_pattern": None,
     "feed_forward": None,
 }
-
-
-def _count_tokens(file: pathlib.Path) -> int | None:
-    """Return the largest token id in a `tokenizer.json` plus 1; None without a readable vocabulary."""
-    if not file.is_file():
-        return None
-    content = read_json(file)
-    try:
-        vocab = content["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, Mapping) else list(range(len(vocab)))
-        ids += [token["id"] for token in content.get("added_tokens") or ()]
-        return max(ids) + 1
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None  # optional for a config; `load_tokenizer` reports the defect

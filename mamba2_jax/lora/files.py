@@ -31,6 +31,7 @@ from mamba2_jax.lora.targets import Target
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError, show
+from mamba2_jax.weights.folder import locked
 from mamba2_jax.weights.header import FLOAT_DTYPES
 from mamba2_jax.weights.reader import Checkpoint, open_file
 
@@ -90,8 +91,9 @@ def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
         save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
         pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS_NAME, CONFIG_NAME):
-            os.replace(f"{part}/{file}", folder / file)
+        with locked(folder):  # so that no tensors of one writer get the config of another
+            for file in (TENSORS_NAME, CONFIG_NAME):
+                os.replace(f"{part}/{file}", folder / file)
 
 
 def load_lora(
@@ -134,6 +136,8 @@ def load_lora(
                 problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
             target = sites[module].target
+            if _factors(tensors) and not is_targeted(target.file_names(), settings, pattern):
+                problems.append(f"target_modules does not name {target.file_name()}, which has tensors here")
             problems += _check_shapes(checkpoint, target, tensors, settings.rank_of(target.file_name()))
         if problems:
             raise CheckpointError(folder / file, problems)

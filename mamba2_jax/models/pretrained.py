@@ -18,6 +18,7 @@ from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.mesh import check_mesh
+from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
@@ -146,6 +147,23 @@ class PretrainedModel(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if hasattr(module, "mesh"):
                 setattr(module, "mesh", mesh)  # noqa: B010
+
+    def resize_vocabulary(self, size: int, *, multiple: int = 1, new_rows: NewRows = "mean") -> None:
+        """Change the number of token ids in place: rows of the embedding and of a head of its own.
+
+        Rows that exist are kept, those of the padding too; the config follows, and so do the files that are
+        saved. Compiled functions compile again.
+
+        Args:
+            size: the number of token ids; the largest id of the tokenizer plus 1.
+            multiple: pad the rows to a multiple of it; the padding is never sampled.
+            new_rows: new rows are the "mean" of those in use, so that a new token is as likely as others are
+                on average, or "zeros".
+
+        Raises:
+            ValueError: a special token id would be outside, or the embedding or head has adapters.
+        """
+        resize_vocabulary(self, size, multiple, new_rows)
 
     def save_pretrained(
         self,

@@ -1,6 +1,7 @@
 """Saving the result of a run: a checkpoint in transformers' form, or an adapter in PEFT's format."""
 
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,6 @@ from typing import Any
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.processes import is_first
 
 MODEL_FOLDER = "model"
 ADAPTER_FOLDER = "adapter"
@@ -43,9 +43,10 @@ def save_result(
             return
         merge_lora(model)
     folder = output / MODEL_FOLDER
-    model.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as own:
+        if tokenizer is not None and not (model.origin and any(model.origin.folder.glob("tokenizer*"))):
+            tokenizer.save_pretrained(own)
+        model.save_pretrained(folder, tokenizer=own if any(pathlib.Path(own).iterdir()) else None)
     if adapters:
         unmerge_lora(model)
-    if is_first() and tokenizer is not None and not any(folder.glob("tokenizer*")):
-        tokenizer.save_pretrained(folder)
     report(f"model: {folder}")
