@@ -15,6 +15,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax.cli.info import describe
 from mamba2_jax.generation import PromptLookup
 from mamba2_jax.lora import LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 from mamba2_jax.training import loss_fn
@@ -289,6 +290,26 @@ def test_text_is_generated_and_streamed(name):
         for _ in range(5):  # by hand: transformers' own cache differs, see the limits above
             ids = torch.cat([ids, family_models.oracle(name)(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert (np.asarray(tokens)[:, -5:] == ids[:, -5:].numpy()).all()
+
+
+def test_info_says_what_a_model_is_made_of(capsys):
+    describe(str(family_models.folder("nemotron, groups, latent")))
+    text = " ".join(capsys.readouterr().out.split())
+    config = model_of("nemotron, groups, latent").config
+    idle = 2 * 2 * 24 * 16  # of two experts: two matrices between 24 and 16 channels
+    for expected in (
+        "family Nemotron-H",
+        f"{config.num_parameters():,}, of which a token uses {config.num_parameters() - idle:,}",
+        "layers 3: 1 Mamba-2, 1 experts, 1 attention",
+        "experts 4, 2 per token, of 24 channels on 16 channels",
+        "expert of all tokens 40 channels",
+        "KV cache per token, bfloat16 128 bytes",  # keys and values of 2 heads of 16 channels
+    ):
+        assert expected in text, text
+    describe(str(family_models.folder("granite, experts")))
+    assert "layers 3: 2 Mamba-2, 1 attention; each then experts + mlp" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -1,7 +1,6 @@
 """Print `mamba2-jax info`: config, number of parameters, memory and files of a checkpoint."""
 
 import math
-import pathlib
 from collections import Counter
 
 import jax
@@ -12,11 +11,12 @@ from rich.table import Table
 
 from mamba2_jax.cli.adapter import base_folder, refuse_other_folders
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.families import FAMILIES
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.lora import base_of, is_adapter
 from mamba2_jax.lora.files import ADAPTER_FILES, describe_adapter
 from mamba2_jax.models.cache import Mamba2Cache
-from mamba2_jax.weights import find_form, open_checkpoint
+from mamba2_jax.weights import TensorInfo, check_sizes, find_form, open_checkpoint
 
 
 def describe(path: str | None, adapter: str | None = None) -> None:
@@ -41,12 +41,14 @@ def describe(path: str | None, adapter: str | None = None) -> None:
     folder = resolve_folder(path, allow_patterns=["*.json", "tokenizer*"])
     refuse_other_folders(folder)
     config = Mamba2Config.from_pretrained(folder)
+    files = []
+    if find_form(folder) is not None:
+        with open_checkpoint(folder) as checkpoint:
+            check_sizes(checkpoint, config)  # before anything is built from sizes that may be absurd
+            files = _file_rows(list(checkpoint.tensors.values()))
     console.print(_table(str(folder), _config_rows(config)))
     console.print(_table("memory", _memory_rows(config)))
-    if find_form(folder) is None:
-        console.print("files: no weights here")
-    else:
-        console.print(_table("files", _file_rows(folder)))
+    console.print(_table("files", files) if files else "files: no weights here")
 
 
 def _table(title: str, rows: list[tuple[str, str]]) -> Table:
@@ -65,8 +67,9 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     biases = {"projections": config.use_bias, "convolution": config.use_conv_bias}
     low, high = config.time_step_limit
     return [
-        ("parameters", f"{config.num_parameters():,}"),
-        ("layers", str(config.num_hidden_layers)),
+        ("family", FAMILIES[config.family].title if config.family in FAMILIES else "Mamba-2"),
+        ("parameters", _parameters(config)),
+        ("layers", _layers(config)),
         ("width", f"{config.hidden_size} (inner {config.inner_width})"),
         ("heads", f"{config.num_heads} of {config.head_dim} channels"),
         ("state", f"{config.state_size} per channel; B and C in {config.n_groups} groups"),
@@ -79,6 +82,22 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         ("end of text", ", ".join(map(str, config.eos_token_ids)) or "none"),
         *_variant_rows(config),
     ]
+
+
+# Letters of `Mamba2Config.layer_pattern`.
+_LETTERS = {"M": "Mamba-2", "*": "attention", "H": "Mamba-2 beside attention", "-": "MLP", "E": "experts"}
+
+
+def _parameters(config: Mamba2Config) -> str:
+    count, active = config.num_parameters(), config.num_parameters(active=True)
+    return f"{count:,}" if active == count else f"{count:,}, of which a token uses {active:,}"
+
+
+def _layers(config: Mamba2Config) -> str:
+    kinds = Counter(config.layer_pattern)
+    text = ", ".join(f"{count} {_LETTERS[letter]}" for letter, count in kinds.most_common())
+    text = str(config.num_hidden_layers) if set(kinds) == {"M"} else f"{config.num_hidden_layers}: {text}"
+    return text + (f"; each then {' + '.join(config.feed_forward)}" if config.feed_forward else "")
 
 
 def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
@@ -94,6 +113,12 @@ def _variant_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         if attention.num_heads_kv != attention.num_heads:
             heads += f", {attention.num_heads_kv} of keys and values"
         rows.append(("attention", f"layers {', '.join(map(str, attention_layers))}: {heads}"))
+    if (experts := config.experts_cfg) is not None:
+        latent = f" on {experts.latent_size} channels" if experts.latent_size else ""
+        text = f"{experts.num_experts}, {experts.top_k} per token, of {experts.width} channels{latent}"
+        rows.append(("experts", text))
+    if (shared := config.shared_mlp_cfg) is not None:
+        rows.append(("expert of all tokens", f"{shared.width} channels"))
     if config.parallel_mlp_width:
         rows.append(("MLP beside the SSM", f"{config.parallel_mlp_width} channels"))
     if config.mlp is not None:
@@ -120,8 +145,11 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
             for capacity in (0, 1)
         ]
         growth = sizes[1] - sizes[0]
-        per_token = f", and {_size(growth)} for each token of it" if growth else ", however long the text"
-        rows.append((f"cache of a row, {dtype}", _size(sizes[0]) + per_token))
+        rows.append(
+            (f"cache of a row, {dtype}", _size(sizes[0]) + ("" if growth else ", however long the text"))
+        )
+        if growth:
+            rows.append((f"KV cache per token, {dtype}", _size(growth)))
     return rows
 
 
@@ -140,9 +168,7 @@ def _adapter_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
     ]
 
 
-def _file_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
-    with open_checkpoint(folder) as checkpoint:
-        tensors = list(checkpoint.tensors.values())
+def _file_rows(tensors: list[TensorInfo]) -> list[tuple[str, str]]:
     rows = []
     for file in sorted({info.file for info in tensors}):
         here = [info for info in tensors if info.file == file]

@@ -18,6 +18,7 @@ backbone.layers.0.mixer.in_proj.weight_dt (768, 24) ('width', 'heads') (3328, 33
 
 import dataclasses
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -244,12 +245,16 @@ def checkpoint_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredT
     return (*table, norm, output)
 
 
-def count_parameters(config: "Mamba2Config") -> int:
-    """Sum the sizes of all leaves; a tied head adds none."""
+def count_parameters(config: "Mamba2Config", active: bool = False) -> int:
+    """Sum the sizes of all leaves; a tied head adds none. `active`: of the experts, only a token's own."""
     embedding, norm, output = _MODEL.stored(config)
     total = _count([embedding, norm] if config.tie_word_embeddings else [embedding, norm, output])
     for layer, layers in Counter(config.layers).items():
-        total += layers * _count([stored for _, stored in _layer(layer, config)])
+        tensors = [stored for _, stored in _layer(layer, config)]
+        total += layers * _count(tensors)
+        if active and (experts := config.experts_cfg) is not None:
+            idle = experts.num_experts - experts.top_k
+            total -= layers * sum(idle * math.prod(one.file_shape[1:]) for one in tensors if one.matrices)
     return total
 
 

@@ -16,6 +16,7 @@ from mamba2_jax.lora.files import CONFIG_NAME, TENSORS_NAME
 from mamba2_jax.lora.full import adapter_values, full_weights, match_full
 from mamba2_jax.lora.peft import PREFIX, REFUSED_BY_PEFT, REFUSING_FAMILIES, peft_config, to_peft
 from mamba2_jax.processes import fetch, is_first, meet
+from mamba2_jax.weights.folder import locked
 from mamba2_jax.weights.table import assemble, written_name
 
 _NO_MODULES = ("A_log", "D", "dt_bias")  # parameters of a mixer; PEFT trains modules
@@ -81,5 +82,6 @@ def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
         save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
         pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS_NAME, CONFIG_NAME):
-            os.replace(f"{part}/{file}", folder / file)
+        with locked(folder):  # so that no tensors of one writer get the config of another
+            for file in (TENSORS_NAME, CONFIG_NAME):
+                os.replace(f"{part}/{file}", folder / file)

@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -18,6 +19,7 @@ from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
+from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
@@ -91,9 +93,16 @@ class PretrainedModel(nnx.Module):
         if isinstance(sharding, Mesh):
             mesh = sharding
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
-            table = checkpoint_table(config, cls._has_head)
-            paths = [leaf.path for stored in table for leaf in stored.leaves]
-            place = parameter_shardings(paths, config, mesh).__getitem__
+
+            @cache  # not before the config has been checked against the files
+            def shardings() -> dict[str, jax.sharding.Sharding]:
+                table = checkpoint_table(config, cls._has_head)
+                paths = [leaf.path for stored in table for leaf in stored.leaves]
+                return parameter_shardings(paths, config, mesh)
+
+            def place(path: str) -> jax.sharding.Sharding:
+                return shardings()[path]
+
         arrays, load_report = load_weights(
             folder,
             config,
@@ -144,6 +153,23 @@ class PretrainedModel(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if hasattr(module, "mesh"):
                 setattr(module, "mesh", mesh)  # noqa: B010
+
+    def resize_vocabulary(self, size: int, *, multiple: int = 1, new_rows: NewRows = "mean") -> None:
+        """Change the number of token ids in place: rows of the embedding and of a head of its own.
+
+        Rows that exist are kept, those of the padding too; the config follows, and so do the files that are
+        saved. Compiled functions compile again.
+
+        Args:
+            size: the number of token ids; the largest id of the tokenizer plus 1.
+            multiple: pad the rows to a multiple of it; the padding is never sampled.
+            new_rows: new rows are the "mean" of those in use, so that a new token is as likely as others are
+                on average, or "zeros".
+
+        Raises:
+            ValueError: a special token id would be outside, or the embedding or head has adapters.
+        """
+        resize_vocabulary(self, size, multiple, new_rows)
 
     def save_pretrained(
         self,

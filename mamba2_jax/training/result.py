@@ -1,6 +1,7 @@
 """Saving the result of a run: a checkpoint in transformers' form, or an adapter in PEFT's format."""
 
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,7 +10,6 @@ from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.processes import is_first
 from mamba2_jax.training.config import LoraOptions
 from mamba2_jax.training.folder import ADAPTER, MODEL
 
@@ -48,18 +48,21 @@ def save_result(
     if adapters:
         tell_rounding(merge_lora(model, dtype=dtype), "lora.merge_dtype", report)
     folder = output / MODEL
-    model.save_pretrained(folder, dtype=dtype)
+    with tempfile.TemporaryDirectory() as beside:
+        is_new = tokenizer is not None and (replaced or not _came_with(model, tokenizer))
+        if is_new:
+            tokenizer.save_pretrained(beside)
+        model.save_pretrained(folder, dtype=dtype, tokenizer=beside if is_new else None)
     if adapters:
         unmerge_lora(model)
-    if is_first() and tokenizer is not None:
-        loaded_from = pathlib.Path(tokenizer.name_or_path).resolve()
-        own = model.origin is not None and loaded_from == model.origin.folder and not replaced
-        present = [file for pattern in TOKENIZER_FILES for file in folder.glob(pattern)]
-        if not (own and present):
-            for file in present:
-                file.unlink()
-            tokenizer.save_pretrained(folder)
     report(f"model: {folder}")
+
+
+def _came_with(model: Mamba2ForCausalLM, tokenizer: Any) -> bool:
+    """Return whether a tokenizer was loaded from the files beside the model's source checkpoint."""
+    if model.origin is None or pathlib.Path(tokenizer.name_or_path).resolve() != model.origin.folder:
+        return False
+    return any(file for pattern in TOKENIZER_FILES for file in model.origin.folder.glob(pattern))
 
 
 def tell_rounding(part: float, option: str, report: Callable[[str], None]) -> None:
