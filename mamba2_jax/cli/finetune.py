@@ -1,6 +1,7 @@
 """Run `mamba2-jax finetune`: training options from the command line and from a file."""
 
 import dataclasses
+import itertools
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
-from mamba2_jax.training.config import MeshOptions, build, read_fields
+from mamba2_jax.training.config import MeshOptions
+from mamba2_jax.training.options import build, plain, read_fields
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class ProcessOptions:
         """Connect to the other processes, if `coordinator` is set."""
         if self.coordinator is not None:
             start_processes(self.coordinator, self.count, self.index, timeout=self.timeout)
-        elif self.count is not None or self.index is not None:
-            raise ValueError("processes.count and processes.index need processes.coordinator: host:port")
+            return
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(f"processes.{given[0]} needs processes.coordinator: host:port, or auto")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,7 @@ class Finetune:
             tokenizer=tokenizer,
             eval_data=self.eval_data or None,
             report=tell,
+            options=_written(self),
         )
         return trainer.fit()
 
@@ -124,12 +129,24 @@ def _say_nothing(line: str) -> None:
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
-    for this, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if this == "--config" and following is not None:
+    for this, following in itertools.pairwise([*arguments, ""]):
+        if this == "--config":
             return following
         if this.startswith("--config="):
             return this.removeprefix("--config=")
     return None
+
+
+def _written(command: Finetune) -> dict[str, Any]:
+    """Return the options in the form of an options file, from which `--config` starts or resumes the run."""
+    fields = plain(command)
+    train = fields.pop("train")
+    files, data = fields.pop("data"), train.pop("data")
+    for name in ("config", "processes"):  # of this start alone
+        del fields[name]
+    for name in ("resume", "new_learning_rate"):
+        del train[name]
+    return {**fields, **train, "data": {"files": files, **data}}
 
 
 def _read_config(file: str) -> Finetune:
