@@ -11,7 +11,7 @@ from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import is_first
 from mamba2_jax.training.config import LoraOptions
-from mamba2_jax.training.folder import ADAPTER, MODEL
+from mamba2_jax.training.folder import ADAPTER, MODEL, choose_checkpoint
 
 
 def save_result(
@@ -60,6 +60,13 @@ def save_result(
                 file.unlink()
             tokenizer.save_pretrained(folder)
     report(f"model: {folder}")
+
+
+def tell_best(output: pathlib.Path, last: int, report: Callable[[str], None]) -> None:
+    """Tell of a checkpoint that is kept because its evaluation loss is lower than that of step `last`."""
+    path, words = choose_checkpoint(output)
+    if int(path.name) != last:
+        report(f"{words}; mamba2-jax convert {output} OUT writes it as a model")
 
 
 def tell_rounding(part: float, option: str, report: Callable[[str], None]) -> None:
