@@ -1,6 +1,7 @@
 """Print `mamba2-jax info`: config, number of parameters, memory and files of a checkpoint."""
 
 import math
+import pathlib
 from collections import Counter
 
 import jax

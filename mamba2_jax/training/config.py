@@ -207,8 +207,10 @@ class TrainConfig:
                 f"TrainConfig: tokens_per_turn={self.tokens_per_turn} splits the rows that carry_state keeps "
                 "together; leave one out"
             )
-        if self.carry_state and self.mesh != MeshOptions():
-            raise ValueError("TrainConfig: carry_state is for one device; leave mesh.* at 1")
+        if (self.carry_state or self.train_initial_state) and self.mesh != MeshOptions():
+            raise ValueError(
+                "TrainConfig: carry_state and train_initial_state are for one device; leave mesh.* at 1"
+            )
 
 
 def spacing(steps: int) -> int:

@@ -11,7 +11,7 @@ from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.training.config import LoraOptions
-from mamba2_jax.training.folder import ADAPTER, MODEL
+from mamba2_jax.training.folder import ADAPTER, MODEL, choose_checkpoint
 
 
 def save_result(
@@ -63,6 +63,13 @@ def _came_with(model: Mamba2ForCausalLM, tokenizer: Any) -> bool:
     if model.origin is None or pathlib.Path(tokenizer.name_or_path).resolve() != model.origin.folder:
         return False
     return any(file for pattern in TOKENIZER_FILES for file in model.origin.folder.glob(pattern))
+
+
+def tell_best(output: pathlib.Path, last: int, report: Callable[[str], None]) -> None:
+    """Tell of a checkpoint that is kept because its evaluation loss is lower than that of step `last`."""
+    path, words = choose_checkpoint(output)
+    if int(path.name) != last:
+        report(f"{words}; mamba2-jax convert {output} OUT writes it as a model")
 
 
 def tell_rounding(part: float, option: str, report: Callable[[str], None]) -> None:
