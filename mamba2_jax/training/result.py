@@ -50,7 +50,7 @@ def save_result(
     folder = output / MODEL
     with tempfile.TemporaryDirectory() as beside:
         is_new = tokenizer is not None and (replaced or not _came_with(model, tokenizer))
-        if is_new:
+        if is_new and tokenizer is not None:
             tokenizer.save_pretrained(beside)
         model.save_pretrained(folder, dtype=dtype, tokenizer=beside if is_new else None)
     if adapters:
