@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.config.kinds import leaf_at, weight_at
 from mamba2_jax.config.leaves import Leaf
+from mamba2_jax.config.table import leaf_at, weight_at
 from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
 __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax import hub
-from mamba2_jax.config import checks, families, forms, kinds, mamba2_file
+from mamba2_jax.config import checks, families, forms, kinds, mamba2_file, table
 from mamba2_jax.config.attention import AttentionConfig, attention_config
 from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import Layer, Slot, layer_of
@@ -241,7 +241,7 @@ class Mamba2Config:
         Args:
             active: leave out the experts that a token is not sent to.
         """
-        return kinds.count_parameters(self, active)
+        return table.count_parameters(self, active)
 
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":

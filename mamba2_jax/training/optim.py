@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from mamba2_jax.config.kinds import role_of
+from mamba2_jax.config.table import role_of
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.training.carry import INITIAL_STATE
 from mamba2_jax.typing import Array

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.config.kinds import role_of
 from mamba2_jax.config.leaves import CONVOLUTION, EMBEDDING_TABLE, EXPERTS, OUTPUT_HEAD, ROUTER
+from mamba2_jax.config.table import role_of
 from mamba2_jax.typing import Array, DTypeLike
 
 WINDOW = 20

@@ -1,6 +1,6 @@
 """Map stored tensors of a checkpoint to the model's leaves and back: tensor names and stored rows.
 
-The stored rows of a tensor are divided among the model's leaves as `mamba2_jax.config.kinds` declares. Import
+The stored rows of a tensor are divided among the model's leaves as `mamba2_jax.config.table` says. Import
 and export both use `as_rows`.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from mamba2_jax.config.families.family import EACH
-from mamba2_jax.config.kinds import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 from mamba2_jax.config.leaves import Leaf, StoredTensor
+from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 
 __all__ = [
     "EMBEDDING",
