@@ -32,11 +32,11 @@ ARROWS = {
     "ops": "mesh pallas typing",
     "weights": "config files hub processes typing",
     "layers": "config mesh ops sharding typing",
-    "lora": "config hub layers processes typing weights",
+    "lora": "config files hub layers processes typing weights",
     "models": "config files hub layers lora mesh ops sharding typing weights",
     "generation": "config models ops tokenizer typing",
     "training": "config files lora mesh models ops processes sharding typing",
-    "cli": "config files generation hub models ops processes tokenizer training weights",
+    "cli": "config files generation hub lora models ops processes tokenizer training weights",
     "__init__": "config generation models tokenizer",
 }
 # What a room may import from outside, beside Python's own.

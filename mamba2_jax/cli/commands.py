@@ -30,7 +30,9 @@ class _TextOptions:
     """Options of the commands that write text."""
 
     model: _Path = None
-    """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
+    """Folder or hub id of the checkpoint (None: the adapter's base, else the embedded model)."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter for the model."""
     tokenizer: _Path = None
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     max_new_tokens: _Count = None
@@ -127,7 +129,9 @@ class Info:
     """Describe a checkpoint: config, number of parameters, memory and files. Reads no weights."""
 
     path: Positional[_Path] = None
-    """Folder or hub id (None: the embedded Python-writing model)."""
+    """Folder or hub id of a checkpoint or an adapter (None: the embedded Python-writing model)."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter, described too."""
     kernels: bool = False
     """Show instead which implementation of the scan runs on the devices of this machine, and why."""
 
@@ -136,8 +140,13 @@ class Info:
         from mamba2_jax.cli.info import describe
         from mamba2_jax.cli.kernels import describe_kernels
 
+        if self.kernels and self.adapter is not None:
+            raise CommandError("--adapter and --kernels: an adapter runs on no other kernel; leave one out")
         try:
-            (describe_kernels if self.kernels else describe)(self.path)
+            if self.kernels:
+                describe_kernels(self.path)
+            else:
+                describe(self.path, self.adapter)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
 
@@ -146,12 +155,13 @@ class Info:
 class Convert:
     """Convert a checkpoint to another form or dtype, without holding the model in memory.
 
-    Reads the forms of transformers, state-spaces and Mistral. The write is atomic: the target is complete or
-    absent.
+    Reads the forms of transformers, state-spaces and Mistral, and the checkpoints of a training run. The
+    write is atomic: the target is complete or absent.
     """
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder or hub id of the source."""
+    """Folder or hub id of the source; or a checkpoint of a run, run/checkpoints/500, or the run, for its best
+    checkpoint. An adapter is merged into its base."""
     target: Annotated[Positional[str], arg(metavar="DST")]
     """Folder to write."""
     to: Literal["transformers", "state-spaces"] = "transformers"
@@ -166,15 +176,17 @@ class Convert:
     """Accept weights that hold NaN or infinity."""
     overwrite: bool = False
     """Replace the checkpoint in a non-empty folder; its other files are kept."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter to merge into the source; this holds the model in memory."""
+    base: _Path = None
+    """Folder or hub id of the model below the adapter in SRC (None: the one that it was trained on)."""
 
     def run(self) -> None:
         """Convert the checkpoint, with a progress bar on stderr."""
-        from mamba2_jax.weights.convert import convert
+        from mamba2_jax.cli.convert import convert_command
 
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        options["dtype"] = None if self.dtype == "stored" else self.dtype
         try:
-            convert(**options, show_progress=True)
+            convert_command(self, _tell)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
         _tell(f"wrote {self.target}")

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from mamba2_jax.cli.adapter import base_folder, refuse_other_folders
 from mamba2_jax.files import GENERATION_CONFIG, read_json
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.streaming import TextStream, stream
 from mamba2_jax.hub import resolve_folder
+from mamba2_jax.lora import load_lora
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import load_tokenizer, special_token_ids
 
@@ -38,11 +40,14 @@ def load(options: Any, tell: Callable[[object], None]) -> Loaded:
         OSError: the checkpoint or the tokenizer does not exist.
         ValueError: invalid options or checkpoint files; the message names them.
     """
-    folder = resolve_folder(options.model)
+    folder = resolve_folder(base_folder(options.model, options.adapter))
+    refuse_other_folders(folder)
     settings = chosen_settings(options, folder)
     tokenizer = load_tokenizer(options.tokenizer or folder)
     dtype = None if options.dtype == "auto" else options.dtype
     model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    if options.adapter is not None:
+        load_lora(model, options.adapter)
     for note in special_token_ids(tokenizer, model.config).notes:
         tell(f"note: {note}")
     return Loaded(model, tokenizer, settings)

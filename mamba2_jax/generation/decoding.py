@@ -101,7 +101,8 @@ def generate(
         early_stopping: True ends a prompt's beam search once `num_beams` texts have ended; "never" only once
             no better one can come; False decides that by the current length.
         draft: a smaller model of the same vocabulary, or `PromptLookup()`, to guess tokens that the model
-            checks several at a time: the same greedy text, or the same distribution of sampled ones.
+            checks several at a time: the same greedy text, or the same distribution of sampled ones. A
+            draft model sees this call's prompt, not what `cache` has read.
         num_draft_tokens: tokens guessed per call of the model.
 
     Returns:

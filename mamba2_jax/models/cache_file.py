@@ -107,7 +107,8 @@ def fingerprint(model: Any) -> str:
     for path, site in sites_of(model).items():
         for adapter in site.module.adapters_in_use():
             lines.append(f"{path} adapter {adapter.scale}")
-            lines += [_line(path, array) for array in (adapter.A[...], *(b[...] for b in adapter.B.values()))]
+            factors = (adapter.A, *adapter.B.values(), *(adapter.magnitude or {}).values())
+            lines += [_line(path, factor[...]) for factor in factors]
     return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """Base class of the models: `from_pretrained`, `save_pretrained`, `push_to_hub` and `to_mesh`."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -14,9 +14,10 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json
+from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json, refuse_remote
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
+from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
 from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary
 from mamba2_jax.sharding import parameter_shardings
@@ -82,21 +83,26 @@ class PretrainedModel(nnx.Module):
             ValueError: a checkpoint that does not match its config; the message lists every problem.
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
+        if is_adapter(folder):
+            raise ValueError(
+                f"{path}: this is an adapter, not a model; load its base {base_of(folder) or ''}, and the "
+                "adapter with load_lora (on the command line: --adapter)"
+            )
         config = Mamba2Config.from_pretrained(folder)
-        place, mesh = sharding, None
-        if isinstance(sharding, Mesh):
-            mesh = sharding
+        place, mesh = sharding, sharding if isinstance(sharding, Mesh) else None
+        if mesh is not None:
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
 
             @cache  # not before the config has been checked against the files
-            def shardings() -> dict[str, jax.sharding.Sharding]:
+            def shardings(mesh: Mesh) -> Mapping[str, jax.sharding.Sharding]:
                 table = checkpoint_table(config, cls._has_head)
                 paths = [leaf.path for stored in table for leaf in stored.leaves]
                 return parameter_shardings(paths, config, mesh)
 
-            def place(path: str) -> jax.sharding.Sharding:
-                return shardings()[path]
+            def by_rule(path: str, mesh: Mesh = mesh) -> jax.sharding.Sharding:
+                return shardings(mesh)[path]
 
+            place = by_rule
         arrays, load_report = load_weights(
             folder,
             config,
@@ -206,6 +212,7 @@ class PretrainedModel(nnx.Module):
         >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
         True
         """
+        refuse_remote(folder)
         if format not in FORMATS:
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
@@ -32,13 +33,14 @@ REMAT: dict[str, Callable[[Callable], Callable] | None] = {
 }
 """Remat policy by name: per block, save all residuals, only the matmuls with weights, or only the input."""
 
-_READ = ("input_ids", "labels", "attention_mask", "segment_ids")  # of a batch, by the loss
+_READ = ("input_ids", "labels", "targets", "attention_mask", "segment_ids")  # of a batch, by the loss
 
 
 def loss_fn(
     model: Mamba2ForCausalLM,
     batch: Mapping[str, ArrayLike],
     *,
+    cache: Mamba2Cache | None = None,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
@@ -52,7 +54,9 @@ def loss_fn(
         model: the model to score; differentiate with respect to its parameters.
         batch: `input_ids (b, l)`; optionally `segment_ids (b, l)`, where 0 is padding and any change starts a
             document, or `attention_mask (b, l)`; optionally `labels (b, l)`, -100 for unscored tokens,
-            `input_ids` when absent.
+            `input_ids` when absent. Or, for pieces of longer rows, `targets (b, l)`: the label of the token
+            after each, which for the last position is in the next piece.
+        cache: the state that each row's first document goes on from; differentiable.
         remat: remat policy: `"none"`, `"dots"` or `"block"`, from most to least memory.
         tokens_per_slice: tokens of the batch whose logits are in memory at a time.
 
@@ -66,13 +70,38 @@ def loss_fn(
     >>> int(tokens)
     3
     """
+    nats, (tokens, _) = loss_and_cache(model, batch, cache, remat=remat, tokens_per_slice=tokens_per_slice)
+    return nats, tokens
+
+
+def loss_and_cache(
+    model: Mamba2ForCausalLM,
+    batch: Mapping[str, ArrayLike],
+    cache: Mamba2Cache | None,
+    *,
+    remat: str = "none",
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+) -> tuple[Float[Array, ""], tuple[Int[Array, ""], Mamba2Cache]]:
+    """Compute `loss_fn`, and the state after the batch, from which a next piece of the same rows goes on.
+
+    The losses of the pieces of a row add up to that of the row. The gradient flows through the cache; cut it
+    with `jax.lax.stop_gradient` (truncated backpropagation through time). The cache of a hybrid's attention
+    layers must have room for all tokens: `cache.reserve(capacity)`.
+
+    Returns:
+        nats: as for `loss_fn`.
+        tokens: as for `loss_fn`.
+        cache: the state after each row's last token.
+    """
     check_choice("loss_fn", "remat", remat, REMAT)
     given = {name: jnp.asarray(batch[name]) for name in _READ if batch.get(name) is not None}
-    input_ids, labels = given["input_ids"], given.get("labels", given["input_ids"])
+    input_ids, targets = given["input_ids"], given.get("targets")
     attention_mask, segment_ids = given.get("attention_mask"), given.get("segment_ids")
-    targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
+    if targets is None:
+        labels = given.get("labels", input_ids)
+        targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
     wrap = REMAT[remat]
-    out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
+    out = model.backbone.forward(input_ids, attention_mask, segment_ids, cache, None, wrap_block=wrap)
     width = max(1, tokens_per_slice // input_ids.shape[0])
 
     def logits(weights, hidden):
@@ -81,7 +110,7 @@ def loss_fn(
 
     weights = (model.head, model.output_weight)
     nats = sliced_cross_entropy(logits, weights, out.last_hidden_state, targets, positions_per_slice=width)
-    return nats, (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    return nats, ((targets != IGNORED_LABEL).sum(dtype=jnp.int32), out.cache)
 
 
 def sliced_cross_entropy(
