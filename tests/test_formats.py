@@ -239,14 +239,20 @@ def run(*arguments: str) -> int:
 
 def test_convert_on_the_command_line(state_spaces, tmp_path, capsys):
     out = str(tmp_path / "out")
-    tokenizer = ["--tokenizer", str(EMBEDDED_MODEL)]
+    assert run("convert", str(state_spaces), out, "--tokenizer", str(EMBEDDED_MODEL)) == 2
+    assert "ids up to 4095" in capsys.readouterr().err
+    vocabulary = {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 40}}}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
     assert run("convert", str(state_spaces), out, "--dtype", "bfloat16", *tokenizer) == 0
     err = capsys.readouterr().err
     assert "saving weights" in err
     assert f"wrote {out}" in err.replace("\n", "")
     for name, tensor in stored(tmp_path / "out").items():
         assert tensor.dtype == (torch.float32 if name.endswith(PRECISE) else torch.bfloat16), name
-    assert len(load_tokenizer(out)) == len(load_tokenizer())
+    assert load_tokenizer(out).get_vocab() == {"a": 0, "b": 40}
+    assert Mamba2Config.from_pretrained(out).unpadded_vocab_size == 41
     assert run("convert", str(state_spaces), out) == 2
     assert "not empty; name another folder" in capsys.readouterr().err
     assert run("convert", out, out) == 2

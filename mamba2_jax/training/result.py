@@ -50,11 +50,13 @@ def save_result(
         tell_rounding(merge_lora(model, dtype=dtype), "lora.merge_dtype", report)
     folder = output / MODEL
     with tempfile.TemporaryDirectory() as saved:
-        if given := tokenizer is not None and (replaced or not _is_its_own(tokenizer, model)):
+        if tokenizer is not None and not replaced and _is_its_own(tokenizer, model):
+            tokenizer = None
+        if tokenizer is not None:
             tokenizer.save_pretrained(saved)
-        fits = given and max(tokenizer.get_vocab().values()) < model.config.vocab_size
+        fits = tokenizer is not None and max(tokenizer.get_vocab().values()) < model.config.vocab_size
         model.save_pretrained(folder, dtype=dtype, tokenizer=saved if fits else None)
-    if given and not fits and is_first():
+    if tokenizer is not None and not fits and is_first():
         report("note: the tokenizer has ids beyond the model's vocab_size")
         tokenizer.save_pretrained(folder)
     if adapters:
