@@ -14,7 +14,7 @@ from checkpoint_files import expected_leaves, random_model
 from models import random_ids, relative
 from safetensors.torch import load_file, save_file
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.cli import commands as cli
 from mamba2_jax.hub import EMBEDDED_MODEL
 from mamba2_jax.weights import CheckpointError, load_weights, open_checkpoint

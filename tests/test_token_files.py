@@ -8,12 +8,13 @@ import threading
 
 import numpy as np
 import pytest
-from training_runs import make_trainer, texts_file, tokenizer, words
+from training_runs import make_trainer, run_config, texts_file, tokenizer, words
 
 from mamba2_jax.training import DataConfig, load_documents, make_pipeline
 from mamba2_jax.training.data import count_batches, documents, pipeline
 from mamba2_jax.training.data.encode import Piece
 from mamba2_jax.training.data.token_files import TokenWriter
+from mamba2_jax.training.feed import Feed
 
 CONFIG = DataConfig(max_length=48)
 
@@ -165,6 +166,11 @@ def test_a_process_reads_its_own_rows(rows, tmp_path, monkeypatch):
                 np.testing.assert_array_equal(batch[name][own], wanted[name][own])
                 assert (batch[name][~np.array(own)] == ignored).all()
     assert sum(read) == sum(int((batch["segment_ids"] != 0).sum()) for batch in whole)
+
+    # the rate shown counts the rows of all processes, once
+    feed = Feed(run_config(tmp_path, batch_size=4), None, 0, None, print)
+    monkeypatch.setattr(feed, "_own_rows", lambda: np.array(own))
+    assert [feed.tokens_of(batch) for batch in halves[1]] == [feed.tokens_of(batch) for batch in whole]
 
 
 def test_a_run_uses_the_tokens_of_the_start_before(tmp_path):

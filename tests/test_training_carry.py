@@ -15,6 +15,7 @@ from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.training import (
     CheckpointConfig,
     DataConfig,
+    MeshOptions,
     OptimConfig,
     Trainer,
     TrainState,
@@ -229,6 +230,7 @@ def test_a_carried_state_and_a_trained_one_are_in_the_checkpoint(tmp_path):
     [
         ({"pass_gradient": True}, "pass_gradient needs carry_state and accumulate above 1"),
         ({"train_initial_state": True}, "train_initial_state needs data.rows='pad'"),
+        ({"mesh": MeshOptions(fsdp=2)}, "carry_state and train_initial_state are for one device"),
         ({"tokens_per_turn": 32}, "tokens_per_turn=32 splits the rows that carry_state keeps together"),
     ],
 )

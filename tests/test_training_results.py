@@ -69,7 +69,9 @@ def test_the_best_checkpoint_is_kept_and_chosen(whole, tmp_path, capsys):
         copied, steps=10, data=data, eval_every=2, checkpoint=EVERY_TWO, optim=spoiling,
         resume=True, new_learning_rate=True,
     )  # fmt: skip
-    Trainer(tiny_model(), config, texts_file(), tokenizer=tokenizer()).fit()
+    told = []
+    Trainer(tiny_model(), config, texts_file(), tokenizer=tokenizer(), report=told.append).fit()
+    assert any("step 6, the best of [6, 10]" in line and "convert" in line for line in told)
     losses = {
         line["step"]: line["eval_loss"]
         for line in read_metrics(copied / "metrics.jsonl")

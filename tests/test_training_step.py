@@ -313,9 +313,10 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_named(on_one_cpu, monk
     assert (int(metrics.skipped), int(metrics.skipped_in_a_row)) == (2, 0)
 
 
-def test_decay_spares_what_is_no_matrix():
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_decay_spares_what_is_no_matrix(name):
     _, params, _ = model_parts()
-    config = OptimConfig(learning_rate=1.0, weight_decay=0.5, schedule="constant")
+    config = OptimConfig(optimizer=name, learning_rate=1.0, weight_decay=0.5, schedule="constant")
     optimizer = make_optimizer(config, params, 10)
     assert make_optimizer(config, params, 10) is optimizer
     ones = {name: jnp.ones_like(array) for name, array in params.items()}

@@ -173,7 +173,7 @@ def _experts_numbers(config: "Mamba2Config") -> Mapping[str, int]:
         "gated": experts.gated,
         "not_gated": not experts.gated,
         "sigmoid": experts.router == "sigmoid",
-        "latent": bool(experts.latent_size),
+        "latent": experts.latent_size,
     }
 
 
@@ -181,11 +181,11 @@ _EXPERTS = Part(
     (
         Tensor("router.weight", ROUTER, {"": ("experts",)}, ("width",)),
         vector("router.correction", "experts", role=CORRECTION, when="sigmoid"),
-        *projection("fc1_latent", "width", {"": ("expert_input",)}, when="latent"),
+        *projection("fc1_latent", "width", {"": ("latent",)}, when="latent"),
         matrix_per_expert("up", "2", "expert_width", width="expert_input", when="gated"),
         matrix_per_expert("up", "expert_width", width="expert_input", when="not_gated"),
         matrix_per_expert("down", "expert_input", width="expert_width"),
-        *projection("fc2_latent", "expert_input", {"": ("width",)}, when="latent"),
+        *projection("fc2_latent", "latent", {"": ("width",)}, when="latent"),
     ),
     _experts_numbers,
 )

@@ -115,9 +115,9 @@ def load_lora(
                 problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
             target = sites[module].target
+            rank = settings.rank_of(target.file_name())
             if _factors(tensors) and not is_targeted(target.file_names(), settings, pattern):
                 problems.append(f"target_modules does not name {target.file_name()}, which has tensors here")
-            rank = settings.rank_of(target.file_name())
             problems += _check_shapes(checkpoint, target, tensors, rank, settings.use_dora)
         if problems:
             raise CheckpointError(folder / file, problems)

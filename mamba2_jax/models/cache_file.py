@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from safetensors import SafetensorError, safe_open
 from safetensors.flax import save_file
 
+from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora.attach import sites_of
 from mamba2_jax.typing import Array
 
@@ -42,6 +43,7 @@ def save_states(
     file: str | os.PathLike[str], states: Mapping[str, Array], model: Any, notes: Mapping[str, str]
 ) -> None:
     """Write named states, the model's fingerprint and `notes` as one file; the write is atomic."""
+    refuse_remote(file)
     file = pathlib.Path(file)
     metadata = {"format": _FORMAT, "model": fingerprint(model)} | {f"note.{k}": v for k, v in notes.items()}
     file.parent.mkdir(parents=True, exist_ok=True)

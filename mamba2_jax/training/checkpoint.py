@@ -44,7 +44,8 @@ class CheckpointConfig:
     keep: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """With evaluation data, also keep the checkpoint of the lowest evaluation loss."""
+    """With evaluation data, also keep the checkpoint of the lowest evaluation loss, of those whose step was
+    evaluated."""
 
     def __post_init__(self):
         for name in ("every", "keep"):

@@ -1,6 +1,7 @@
 """Options of a training run as frozen dataclasses."""
 
 import dataclasses
+import math
 import pathlib
 from dataclasses import dataclass, field
 from typing import Literal
@@ -129,6 +130,9 @@ class TrainConfig:
     """Remat policy, what each block stores for the backward pass: all, products with weights, its input."""
     tokens_per_slice: int = TOKENS_PER_SLICE
     """Tokens whose logits are in memory at the same time."""
+    balance_loss: float = 0.0
+    """Factor of the auxiliary loss of an uneven load of the experts (0: none); transformers'
+    router_aux_loss_coef."""
     tokens_per_turn: int | None = None
     """Most tokens of a batch, in whole rows, that one device runs at the same time; dropout is drawn for each
     turn (None: on a CPU as many as its cache holds, elsewhere all; 0: all)."""
@@ -185,6 +189,8 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: tokens_per_turn={turn!r} must be an integer of at least 0, where 0 is all"
             )
+        if not 0 <= self.balance_loss < math.inf:
+            raise ValueError(f"TrainConfig: balance_loss={self.balance_loss} must be finite and at least 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed={self.seed} must lie in 0..{2**32 - 1}")
 
@@ -201,8 +207,10 @@ class TrainConfig:
                 f"TrainConfig: tokens_per_turn={self.tokens_per_turn} splits the rows that carry_state keeps "
                 "together; leave one out"
             )
-        if self.carry_state and self.mesh != MeshOptions():
-            raise ValueError("TrainConfig: carry_state is for one device; leave mesh.* at 1")
+        if (self.carry_state or self.train_initial_state) and self.mesh != MeshOptions():
+            raise ValueError(
+                "TrainConfig: carry_state and train_initial_state are for one device; leave mesh.* at 1"
+            )
 
 
 def spacing(steps: int) -> int:

@@ -20,6 +20,7 @@ from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
+from mamba2_jax.ops.routing import load_balancing_loss
 from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
@@ -43,6 +44,7 @@ def loss_fn(
     cache: Mamba2Cache | None = None,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     r"""Sum the next-token cross entropy over a batch, and count the scored tokens.
 
@@ -59,10 +61,15 @@ def loss_fn(
         cache: the state that each row's first document goes on from; differentiable.
         remat: remat policy: `"none"`, `"dots"` or `"block"`, from most to least memory.
         tokens_per_slice: tokens of the batch whose logits are in memory at a time.
+        balance: factor of `load_balancing_loss`, which is added for each scored label; 0 computes none. It
+            is transformers' `router_aux_loss_coef`, with the loads of the layers averaged as there.
 
     Returns:
         nats: the sum, float32.
         tokens: the number of scored labels.
+
+    Raises:
+        ValueError: an unknown remat policy, or `balance` for a model without experts.
 
     >>> from mamba2_jax import Mamba2ForCausalLM
     >>> model = Mamba2ForCausalLM.from_pretrained()
@@ -70,7 +77,8 @@ def loss_fn(
     >>> int(tokens)
     3
     """
-    nats, (tokens, _) = loss_and_cache(model, batch, cache, remat=remat, tokens_per_slice=tokens_per_slice)
+    options = {"remat": remat, "tokens_per_slice": tokens_per_slice, "balance": balance}
+    nats, (tokens, _) = loss_and_cache(model, batch, cache, **options)
     return nats, tokens
 
 
@@ -81,6 +89,7 @@ def loss_and_cache(
     *,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
 ) -> tuple[Float[Array, ""], tuple[Int[Array, ""], Mamba2Cache]]:
     """Compute `loss_fn`, and the state after the batch, from which a next piece of the same rows goes on.
 
@@ -100,8 +109,10 @@ def loss_and_cache(
     if targets is None:
         labels = given.get("labels", input_ids)
         targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
-    wrap = REMAT[remat]
-    out = model.backbone.forward(input_ids, attention_mask, segment_ids, cache, None, wrap_block=wrap)
+    if balance and model.config.experts_cfg is None:
+        raise ValueError(f"loss_fn: balance={balance}, but the model has no experts; leave it at 0")
+    options = {"wrap_block": REMAT[remat], "output_expert_load": bool(balance)}
+    out = model.backbone.forward(input_ids, attention_mask, segment_ids, cache, None, **options)
     width = max(1, tokens_per_slice // input_ids.shape[0])
 
     def logits(weights, hidden):
@@ -110,7 +121,10 @@ def loss_and_cache(
 
     weights = (model.head, model.output_weight)
     nats = sliced_cross_entropy(logits, weights, out.last_hidden_state, targets, positions_per_slice=width)
-    return nats, ((targets != IGNORED_LABEL).sum(dtype=jnp.int32), out.cache)
+    tokens = (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    if out.expert_load is not None:
+        nats += balance * tokens * load_balancing_loss(out.expert_load)
+    return nats, (tokens, out.cache)
 
 
 def sliced_cross_entropy(

@@ -164,9 +164,12 @@ def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> 
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             eps=config.eps,
-            adam_weight_decay=config.weight_decay,
+            adam_weight_decay=0.0,  # which has no mask
             muon_weight_dimension_numbers=chosen,
         )
+        others = {name: wanted and dimensions[name] is None for name, wanted in is_decayed.items()}
+        shrink = optax.add_decayed_weights(lambda count: -config.weight_decay * rate(count), others)
+        update = optax.chain(update, shrink)
     else:
         update = optax.adamw(
             rate,

@@ -10,9 +10,8 @@ from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.processes import is_first
 from mamba2_jax.training.config import LoraOptions
-from mamba2_jax.training.folder import ADAPTER, MODEL
+from mamba2_jax.training.folder import ADAPTER, MODEL, choose_checkpoint
 
 
 def save_result(
@@ -49,26 +48,31 @@ def save_result(
     if adapters:
         tell_rounding(merge_lora(model, dtype=dtype), "lora.merge_dtype", report)
     folder = output / MODEL
-    with tempfile.TemporaryDirectory() as saved:
-        if tokenizer is not None and not replaced and _is_its_own(tokenizer, model):
-            tokenizer = None
-        if tokenizer is not None:
-            tokenizer.save_pretrained(saved)
-        fits = tokenizer is not None and max(tokenizer.get_vocab().values()) < model.config.vocab_size
-        model.save_pretrained(folder, dtype=dtype, tokenizer=saved if fits else None)
-    if tokenizer is not None and not fits and is_first():
-        report("note: the tokenizer has ids beyond the model's vocab_size")
-        tokenizer.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as beside:
+        is_new = tokenizer is not None and (replaced or not _came_with(model, tokenizer))
+        if is_new and tokenizer is not None:
+            tokenizer.save_pretrained(beside)
+            if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # no reason to lose a run
+                report("note: the tokenizer is not saved, as it has ids beyond the model's vocab_size")
+                is_new = False
+        model.save_pretrained(folder, dtype=dtype, tokenizer=beside if is_new else None)
     if adapters:
         unmerge_lora(model)
     report(f"model: {folder}")
 
 
-def _is_its_own(tokenizer: Any, model: Mamba2ForCausalLM) -> bool:
-    """Return whether a tokenizer was loaded from the model's own checkpoint, whose files are copied."""
+def _came_with(model: Mamba2ForCausalLM, tokenizer: Any) -> bool:
+    """Return whether a tokenizer was loaded from the files beside the model's source checkpoint."""
     if model.origin is None or pathlib.Path(tokenizer.name_or_path).resolve() != model.origin.folder:
         return False
-    return any(True for pattern in TOKENIZER_FILES for _ in model.origin.folder.glob(pattern))
+    return any(file for pattern in TOKENIZER_FILES for file in model.origin.folder.glob(pattern))
+
+
+def tell_best(output: pathlib.Path, last: int, report: Callable[[str], None]) -> None:
+    """Tell of a checkpoint that is kept because its evaluation loss is lower than that of step `last`."""
+    path, words = choose_checkpoint(output)
+    if int(path.name) != last:
+        report(f"{words}; mamba2-jax convert {output} OUT writes it as a model")
 
 
 def tell_rounding(part: float, option: str, report: Callable[[str], None]) -> None:

@@ -160,6 +160,7 @@ def _train_step(
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
     pass_gradient: bool = False,
+    balance: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """Update the parameters once. Donates `state`, which cannot be used afterwards.
 
@@ -179,6 +180,7 @@ def _train_step(
         tokens_per_slice: passed to `loss_fn`.
         pass_gradient: with `state.cache`, let the gradient flow from piece to piece of one step, with each
             piece recomputed; otherwise it stops at each piece's beginning. It never leaves the step.
+        balance: passed to `loss_fn`; the metric `loss` then holds the auxiliary loss too.
 
     Returns:
         The new state, and the step's metrics. If the loss or a gradient is not finite, parameters and
@@ -191,7 +193,7 @@ def _train_step(
         set_dropout_key(model, jax.random.fold_in(key, index))
         start = initial_cache(params, model.config, part["input_ids"].shape[0], model.dtype)
         begin = start if cache is None else begin_or_go_on(cache, start, part.get("continues"))
-        options = {"remat": remat, "tokens_per_slice": tokens_per_slice}
+        options = {"remat": remat, "tokens_per_slice": tokens_per_slice, "balance": balance}
         nats, (tokens, after) = loss_and_cache(model, part, begin, **options)
         return nats, (tokens, None if cache is None else after)
 
@@ -226,7 +228,7 @@ def _train_step(
 
 _jit_step = partial(
     jax.jit,
-    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice", "pass_gradient"),
+    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice", "pass_gradient", "balance"),
     donate_argnames="state",
 )
 train_step = _jit_step(_train_step)

@@ -34,7 +34,7 @@ from mamba2_jax.training.on_cpu import on_one_cpu, rows_in_turn, tokens_in_cache
 from mamba2_jax.training.optim import learning_rate, make_optimizer
 from mamba2_jax.training.options import OPTIONS_FILE, plain
 from mamba2_jax.training.progress import training_bar
-from mamba2_jax.training.result import save_result
+from mamba2_jax.training.result import save_result, tell_best
 from mamba2_jax.training.resume import check_identity, identity, tell_changes
 from mamba2_jax.training.signals import StopSignals
 from mamba2_jax.training.speed import operations_per_token, peak_operations
@@ -167,6 +167,7 @@ class Trainer:
             save_result(self.model, self._output, self.tokenizer, self.config.lora, self._report, replaced)
             if is_first():
                 draw_curve(self._output)
+                tell_best(self._output, int(state.step), self._report)
         return TrainResult(
             self._output, int(state.step), loop.loss, loop.evaluation, int(state.skipped), stop.received
         )
@@ -188,6 +189,7 @@ class Trainer:
                 "remat": config.remat,
                 "tokens_per_slice": config.tokens_per_slice,
                 "pass_gradient": config.pass_gradient,
+                "balance": config.balance_loss,
             },
             arrange=self._arranged,
             count_tokens=self._feed.tokens_of,

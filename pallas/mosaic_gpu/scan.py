@@ -73,7 +73,7 @@ def _pad(array: jax.Array, axis: int, count: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
+def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids) -> Any:
     run = functools.partial(forward, interpret=interpret)
     return fold_vmap(lambda *arrays: run(*arrays)[:2], SHARED)(x, dt, A, B, C, D, initial_state, segment_ids)
 

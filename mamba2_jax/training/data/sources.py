@@ -67,12 +67,13 @@ def _read_hub(name: str, config: DataConfig, advance: Advance) -> Iterator[Recor
 def _load(function: str, name: str, *arguments: Any, **options: Any) -> Any:
     try:
         import datasets
+        from datasets import config as settings
     except ImportError as error:
         raise missing_extra(
             f"{name}: no file or folder of that name; reading a dataset of the hub"
         ) from error
     if function == "load_dataset":  # without a network, the copy that `datasets` keeps
-        options["streaming"] = not getattr(datasets.config, "HF_HUB_OFFLINE", False)
+        options["streaming"] = not settings.HF_HUB_OFFLINE
     try:
         return getattr(datasets, function)(name, *arguments, **options)
     except (OSError, ValueError) as error:
