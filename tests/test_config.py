@@ -444,6 +444,8 @@ def test_other_files_are_refused_with_a_reason(file, message):
     [
         ({"hidden_size": 64, "quantization_config": {"bits": 4}}, "quantized"),
         (CODESTRAL_PARAMS | {"rms_norm": False}, "LayerNorm"),
+        (CODESTRAL_PARAMS | {"sliding_window": 4096}, "sliding_window=4096"),
+        (HYBRID | {"norm_after": True}, "norm_after=True"),
     ],
 )
 def test_what_does_not_exist_here_is_not_implemented(file, message):

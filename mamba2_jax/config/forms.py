@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax.config.families import FAMILIES, REFUSED, family_fields
-from mamba2_jax.config.families.file import time_limits
+from mamba2_jax.config.families.file import ConfigFile, time_limits
 from mamba2_jax.config.mamba2_file import GPT_NEOX_IDS, count_heads, mamba2_fields
 from mamba2_jax.config.options import OPTIONS
 
@@ -142,6 +142,10 @@ def _common_fields(
     missing = [key for key in (hidden_size, num_layers, "vocab_size") if key not in config]
     if missing:
         raise ValueError(f"config: {missing} missing; this form has the keys {sorted(keys)}")
+    file = ConfigFile(config)
+    for key in keys:
+        file.get(key, None)
+    file.refuse_unread(["fused_add_norm", "norm_epsilon"])
     if not config.get("rms_norm", True):
         raise NotImplementedError("config: rms_norm is false (LayerNorm blocks); only RMSNorm is built")
     vocab_size = config["vocab_size"]

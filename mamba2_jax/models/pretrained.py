@@ -1,7 +1,7 @@
 """Base class of the models: `from_pretrained`, `save_pretrained`, `push_to_hub` and `to_mesh`."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -89,20 +89,20 @@ class PretrainedModel(nnx.Module):
                 "adapter with load_lora (on the command line: --adapter)"
             )
         config = Mamba2Config.from_pretrained(folder)
-        place, mesh = sharding, None
-        if isinstance(sharding, Mesh):
-            mesh = sharding
+        place, mesh = sharding, sharding if isinstance(sharding, Mesh) else None
+        if mesh is not None:
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
 
             @cache  # not before the config has been checked against the files
-            def shardings() -> dict[str, jax.sharding.Sharding]:
+            def shardings(mesh: Mesh) -> Mapping[str, jax.sharding.Sharding]:
                 table = checkpoint_table(config, cls._has_head)
                 paths = [leaf.path for stored in table for leaf in stored.leaves]
                 return parameter_shardings(paths, config, mesh)
 
-            def place(path: str) -> jax.sharding.Sharding:
-                return shardings()[path]
+            def by_rule(path: str, mesh: Mesh = mesh) -> jax.sharding.Sharding:
+                return shardings(mesh)[path]
 
+            place = by_rule
         arrays, load_report = load_weights(
             folder,
             config,

@@ -1,6 +1,6 @@
 """Change the number of token ids of a model: rows of its embedding and head."""
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def resize_vocabulary(model: "PretrainedModel", size: int, multiple: int, new_ro
     padded = -(-size // multiple) * multiple
     old = model.config
     new = old.replace(vocab_size=padded, unpadded_vocab_size=size if size < padded else None)
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     tables = {"backbone.embeddings.weight": backbone.embeddings}
     if getattr(model, "lm_head", None) is not None:
         tables["lm_head.weight"] = getattr(model, "lm_head")  # noqa: B009

@@ -52,6 +52,9 @@ def save_result(
         is_new = tokenizer is not None and (replaced or not _came_with(model, tokenizer))
         if is_new and tokenizer is not None:
             tokenizer.save_pretrained(beside)
+            if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # no reason to lose a run
+                report("note: the tokenizer is not saved, as it has ids beyond the model's vocab_size")
+                is_new = False
         model.save_pretrained(folder, dtype=dtype, tokenizer=beside if is_new else None)
     if adapters:
         unmerge_lora(model)

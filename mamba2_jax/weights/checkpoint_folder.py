@@ -94,7 +94,7 @@ def _with_vocabulary_of(tokenizer: Path | None, config: Mamba2Config, may_differ
     if count > config.vocab_size:
         raise ValueError(
             f"{tokenizer}: this tokenizer has ids up to {count - 1}, the model's vocab_size is"
-            f" {config.vocab_size}; call resize_vocabulary({count}) before saving"
+            f" {config.vocab_size}; give the model's own, or call resize_vocabulary({count}) before"
         )
     return config.replace(unpadded_vocab_size=count if count < config.vocab_size else None)
 

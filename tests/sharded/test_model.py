@@ -149,7 +149,7 @@ def test_pieces_of_a_row_send_the_same_whatever_its_length():
 def test_a_resized_vocabulary_stays_sharded():
     model = Mamba2ForCausalLM(small_config(2), rngs=nnx.Rngs(0))
     want, rows = model(IDS[:1, :8]).logits, model.config.vocab_size
-    model.to_mesh(make_mesh({"tensor": 2, "fsdp": 4}))
+    model.to_mesh(make_mesh(data=1, tensor=2, fsdp=4))
     model.resize_vocabulary(rows + 9, multiple=16)
     path = "backbone.embeddings.weight"
     expected = parameter_shardings([path], model.config, model.backbone.mesh)[path]
