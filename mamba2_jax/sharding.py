@@ -39,7 +39,8 @@ _CUT_BY = {
     **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP", "expert_width"), "tensor"),
     "expert_input": "fsdp",
 }
-# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
+# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank). A
+# magnitude (DoRA) has no entry here and is whole on every device.
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
 

@@ -10,23 +10,37 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from mamba2_jax.cli.adapter import base_folder, refuse_other_folders
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import resolve_folder
+from mamba2_jax.lora import base_of, is_adapter
+from mamba2_jax.lora.files import ADAPTER_FILES, describe_adapter
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.weights import find_form, open_checkpoint
 
 
-def describe(path: str | None) -> None:
+def describe(path: str | None, adapter: str | None = None) -> None:
     """Print the tables of the checkpoint at `path`, a folder or hub id; None: the embedded model.
+
+    Of an adapter, given as either argument, its settings and tensors are shown; of one given as `path`
+    nothing else.
 
     Raises:
         OSError: the folder does not exist, or it has no readable config.
         ValueError: the config or a header of the weights is broken.
     """
+    console = Console(markup=False, emoji=False, highlight=False)
+    alone = adapter is None and is_adapter(path)
+    if adapter is not None or alone:
+        folder = resolve_folder(path if alone else adapter, allow_patterns=ADAPTER_FILES)
+        console.print(_table(f"adapter: {folder}", _adapter_rows(folder)))
+        if alone:
+            return
+        path = base_folder(path, adapter)
     # download only the small files of a hub id
     folder = resolve_folder(path, allow_patterns=["*.json", "tokenizer*"])
+    refuse_other_folders(folder)
     config = Mamba2Config.from_pretrained(folder)
-    console = Console(markup=False, emoji=False, highlight=False)
     console.print(_table(str(folder), _config_rows(config)))
     console.print(_table("memory", _memory_rows(config)))
     if find_form(folder) is None:
@@ -109,6 +123,21 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         per_token = f", and {_size(growth)} for each token of it" if growth else ", however long the text"
         rows.append((f"cache of a row, {dtype}", _size(sizes[0]) + per_token))
     return rows
+
+
+def _adapter_rows(folder: pathlib.Path) -> list[tuple[str, str]]:
+    settings, tensors = describe_adapter(folder)
+    trained = ", ".join(settings.modules_to_save) or "none"
+    size = sum(info.nbytes for info in tensors)
+    return [
+        ("base model", base_of(folder) or "not named"),
+        ("rank", str(settings.rank)),
+        ("scale", f"{settings.alpha_of('')} / {'sqrt of ' if settings.use_rslora else ''}rank"),
+        ("targets", ", ".join(settings.targets)),
+        ("DoRA", "yes" if settings.use_dora else "no"),
+        ("trained in full", trained),
+        ("numbers", f"{sum(info.size for info in tensors):,} in {len(tensors)} tensors; {_size(size)}"),
+    ]
 
 
 def _file_rows(folder: pathlib.Path) -> list[tuple[str, str]]:

@@ -14,7 +14,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Head
 from mamba2_jax.layers.block import Mamba2Block
 from mamba2_jax.layers.parts import Embedding, RMSNorm, scaled
-from mamba2_jax.layers.state import LayerState, Rows
+from mamba2_jax.layers.state import EveryState, LayerState, Rows
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import (
     batch_and_length,
@@ -148,11 +148,13 @@ class Mamba2Model(PretrainedModel):
         inputs_embeds,
         output_hidden_states=False,
         wrap_block: Callable[[Callable], Callable] | None = None,
+        every_state: bool = False,
         output_expert_load: bool = False,
     ) -> Mamba2Output:
         """Run `__call__` without argument checks and without `jit`, for callers that are jitted themselves.
 
-        `wrap_block` transforms the function that runs one block; training passes remat policies.
+        `wrap_block` transforms the function that runs one block; training passes remat policies. With
+        `every_state` the cache holds the states after each token, for `Mamba2Cache.after_token`.
         """
         run_block = _run_block_with_load if output_expert_load else _run_block
         run_block = run_block if wrap_block is None else wrap_block(run_block)
@@ -169,6 +171,9 @@ class Mamba2Model(PretrainedModel):
         if self.config.attends:
             rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
 
+        if every_state:
+            rows = rows._replace(every_state=EveryState())
+
         states, hidden_states, loads = [], [], []
         for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
             hidden, state, *load = run_block(block, hidden, LayerState._make(before), rows)
@@ -177,7 +182,10 @@ class Mamba2Model(PretrainedModel):
             hidden_states.append(hidden)
         hidden = self.norm_f(hidden).astype(self.dtype)
         conv, ssm, attention = zip(*states, strict=True)
-        cache = Mamba2Cache(conv, ssm, _advance(cache.position, rows, length), attention)
+        after = _advance(cache.position, rows, length)
+        if every_state:
+            after = cache.position[:, None] + 1 + jnp.arange(length)
+        cache = Mamba2Cache(conv, ssm, after, attention)
         return Mamba2Output(
             last_hidden_state=hidden,
             cache=cache,
