@@ -40,6 +40,7 @@ def identity(config: TrainConfig, *, data: str, base: str, dtype: str, steps: in
         "carry_state": config.carry_state,
         "pass_gradient": config.pass_gradient,
         "train_initial_state": config.train_initial_state,
+        "balance_loss": config.balance_loss,
         "dtype": dtype,
         **adapter,
         **optim,
