@@ -63,7 +63,7 @@ lint: $(VENV)/.installed
 # The pages show docstrings that griffe reads without importing them: the environment has no JAX.
 docs: $(DOCS_VENV)/.installed
 	@echo "==> mkdocs build"
-	@$(MKDOCS) build --strict --quiet
+	@$(MKDOCS) build --strict
 
 docs-serve: $(DOCS_VENV)/.installed
 	@$(MKDOCS) serve

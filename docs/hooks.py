@@ -67,7 +67,9 @@ def notebook_page(notebook: dict, name: str) -> tuple[str, dict[str, bytes]]:
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Fill in the diagram of the rooms, and the citation."""
+    """Fill in the diagram of the rooms, and the citation; give the tables of results the whole width."""
+    if page.file.src_uri.startswith("performance/") and page.file.name != "index":
+        page.meta["hide"] = ["toc"]
     if "{{ rooms }}" in markdown:
         markdown = markdown.replace("{{ rooms }}", rooms_diagram())
     if "{{ citation }}" in markdown:
