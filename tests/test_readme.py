@@ -36,7 +36,7 @@ def test_named_commands_exist():
 def test_extras_are_the_ones_of_the_package():
     pyproject = (ROOT / "pyproject.toml").read_text()
     section = pyproject.split("[project.optional-dependencies]")[1].split("\n[")[0]
-    table = README.split("| extra | for |")[1].split("\n\n")[0]
+    table = (ROOT / "docs" / "index.md").read_text().split("| extra | for |")[1].split("\n\n")[0]
     named = {
         name
         for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
