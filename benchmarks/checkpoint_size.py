@@ -10,6 +10,8 @@ memory that it does not use back to its host, and to have it back takes longer t
     python benchmarks/checkpoint_size.py --folder /scratch              # 45 GB of disk, 20 GB of memory
     python benchmarks/checkpoint_size.py --folder /scratch --layers 4   # a quick look
     python benchmarks/checkpoint_size.py --folder /scratch --preset mamba2-130m --output results.md
+    python benchmarks/checkpoint_size.py --folder /scratch --preset nemotron-nano-9b-v2 \
+        --steps write inspect convert_to_float16                        # 36 GB of disk
 """
 
 import argparse
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 
+import family_shapes
 import numpy as np
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -32,8 +35,10 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from mamba2_jax import Mamba2Config
 from mamba2_jax.weights import Outgoing, checkpoint_table, open_checkpoint
 from mamba2_jax.weights.checkpoint_folder import write_checkpoint
+from mamba2_jax.weights.table import written_name
 
 STEPS = ("write", "inspect", "cat", "read", "load", "convert", "to_state_spaces", "generate")
+MORE_STEPS = ("convert_to_float16",)
 COMPARED = ("cat", "read", "load")
 BLOCK = 1 << 20  # numbers
 
@@ -47,11 +52,12 @@ def main() -> None:
     )
     parser.add_argument("--preset", default="codestral-7b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a quick look")
-    parser.add_argument("--steps", nargs="*", choices=STEPS, default=STEPS)
+    parser.add_argument("--steps", nargs="*", choices=(*STEPS, *MORE_STEPS), default=STEPS)
     parser.add_argument("--rounds", type=int, default=3, help="of cat, read and load")
     parser.add_argument("--keep", action="store_true", help="leave the checkpoints there")
     parser.add_argument("--output", type=pathlib.Path, help="also write the table to this Markdown file")
-    parser.add_argument("--step", choices=(*STEPS, "touch"), help=argparse.SUPPRESS)  # the child's
+    # of the child:
+    parser.add_argument("--step", choices=(*STEPS, *MORE_STEPS, "touch"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step == "touch":
         touch_free_memory()
@@ -161,6 +167,8 @@ def run_step(arguments) -> None:
 
 
 def model_config(arguments) -> Mamba2Config:
+    if arguments.preset in family_shapes.SHAPES:
+        return family_shapes.config_of(arguments.preset, arguments.layers)
     config = Mamba2Config.preset(arguments.preset)
     return config.replace(num_hidden_layers=arguments.layers) if arguments.layers else config
 
@@ -231,7 +239,12 @@ def step_write(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
             yield block + 1 if stored.name.endswith("norm.weight") else block
 
     tensors = [
-        Outgoing(stored.name, stored.shape, dtype, lambda stored=stored: random_blocks(stored))
+        Outgoing(
+            written_name(stored, "transformers", head=True),
+            stored.shape,
+            dtype,
+            lambda stored=stored: random_blocks(stored),
+        )
         for stored in checkpoint_table(config)
         if stored.leaves
     ]
@@ -298,6 +311,25 @@ def step_convert(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
     same_bytes(folder / "original", folder / "converted")
     shutil.rmtree(folder / "converted")
     return size(folder / "original"), "to shards of 5 GB, cold; the same bytes"
+
+
+def step_convert_to_float16(folder: pathlib.Path, config: Mamba2Config, watch: Watch):
+    from mamba2_jax.cli import commands as cli
+
+    source, target = folder / "original", folder / "converted"
+    forget(source)
+    watch.start = time.perf_counter()
+    with contextlib.redirect_stdout(sys.stderr):
+        if cli.main(["convert", str(source), str(target), "--dtype", "float16"]):
+            raise SystemExit("convert failed")
+    watch.stop()
+    with open_checkpoint(source) as one, open_checkpoint(target) as other:
+        for name in one.tensors:
+            (_, first), (_, second) = next(one.blocks(name)), next(other.blocks(name))
+            if not np.array_equal(first.astype(np.float16), second[: len(first)]):
+                raise SystemExit(f"{name} differs")
+    shutil.rmtree(target)
+    return size(source), "`mamba2-jax convert --dtype float16`, cold"
 
 
 def step_to_state_spaces(folder: pathlib.Path, config: Mamba2Config, watch: Watch):

@@ -311,11 +311,11 @@ def draw(output: pathlib.Path) -> pathlib.Path:
     axis, tokens = figure.subplots(), 0
     for lines, name, color in zip(stages, ("constant rate", "falling rate"), ("C0", "C2"), strict=True):
         losses = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
-        seen = tokens + np.cumsum([count for count, _ in losses])
+        seen = tokens + np.cumsum([0, *(count for count, _ in losses)])  # after each step, from 0
         window = min(20, len(losses))
         means = np.convolve([loss for _, loss in losses], np.ones(window) / window, "valid")
         axis.plot(seen[len(seen) - len(means) :] / 1e6, means, color, label=f"training, {name}")
-        points = [(seen[line["step"] - 1] / 1e6, line["eval_loss"]) for line in lines if "eval_loss" in line]
+        points = [(seen[line["step"]] / 1e6, line["eval_loss"]) for line in lines if "eval_loss" in line]
         axis.plot(*zip(*points, strict=True) if points else ((), ()), f"{color}o", label=f"held out, {name}")
         tokens = seen[-1]
     axis.set(xlabel="million tokens", ylabel="nats per token")

@@ -108,7 +108,14 @@ def memory_table(implementation: str, layers: int | None) -> Iterator[str]:
         )
 
 
-def compiled_step(config: Mamba2Config, implementation: str, mesh: Mesh, lora: bool, batch: tuple[int, int]):
+def compiled_step(
+    config: Mamba2Config,
+    implementation: str,
+    mesh: Mesh,
+    lora: bool,
+    batch: tuple[int, int],
+    targets: tuple[str, ...] = ("in_proj", "out_proj"),
+):
     """A training step of a model that exists as shapes only."""
     structures, optimizers = [], []
 
@@ -116,7 +123,7 @@ def compiled_step(config: Mamba2Config, implementation: str, mesh: Mesh, lora: b
         stored = jnp.bfloat16 if lora else jnp.float32
         model = make_model(config, implementation, mesh, stored)
         if lora:
-            add_lora(model, LoraConfig(rank=8), rngs=nnx.Rngs(1))
+            add_lora(model, LoraConfig(rank=8, targets=targets), rngs=nnx.Rngs(1))
         structure, trained, frozen = split_model(model)
         structures.append(structure)
         optimizers.append(make_optimizer(OptimConfig(), trained, 1000))
@@ -173,12 +180,13 @@ def sent_table(implementation: str) -> Iterator[str]:
 
 
 def sent(
-    config: Mamba2Config, implementation: str, mesh: Mesh, length: int, backward: int
+    config: Mamba2Config, implementation: str, mesh: Mesh, length: int, backward: int, letter: str = ""
 ) -> collections.Counter:
-    """What a block sends: name and bytes of each array."""
+    """What a block sends, of the kind of a letter of `layer_pattern`: name and bytes of each array."""
 
     def of_layers(count: int) -> collections.Counter:
-        shrunk = config.replace(num_hidden_layers=count)
+        pattern = {"layer_pattern": letter * count} if letter else {}
+        shrunk = config.replace(num_hidden_layers=count, **pattern)
         graphs = []
 
         def build():

@@ -5,6 +5,7 @@ All modules that download, read, replace or copy checkpoint files take the names
 
 import json
 import pathlib
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,3 +74,17 @@ def read_json(file: pathlib.Path) -> Any:
 def first_line(error: BaseException, limit: int = 300) -> str:
     """Return the first line of an error's message, or the name of its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:limit]
+
+
+def refuse_remote(path: object) -> None:
+    """Refuse an address such as `gs://bucket/folder`, which `pathlib` would take for a local folder.
+
+    Raises:
+        ValueError: the address has a scheme.
+    """
+    # pathlib shortens // to /; a single letter is a drive of Windows
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):
+        raise ValueError(
+            f"{path}: only folders and files of this machine are read and written; mount the bucket "
+            "(gcsfuse, mountpoint-s3), or copy with gsutil or aws s3"
+        )

@@ -26,8 +26,8 @@ from collections.abc import Iterable
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.config.kinds import leaf_at, weight_at
 from mamba2_jax.config.leaves import Leaf
+from mamba2_jax.config.table import leaf_at, weight_at
 from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
 __all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
@@ -39,7 +39,8 @@ _CUT_BY = {
     **dict.fromkeys(("MLP", "parallel_MLP", "attention_MLP", "expert_width"), "tensor"),
     "expert_input": "fsdp",
 }
-# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank).
+# An adapter's B has the weight's axes with the rank in place of the input axis; its A is (input, rank). A
+# magnitude (DoRA) has no entry here and is whole on every device.
 _ADAPTER = re.compile(r"(?P<module>.*)\.lora\.[^.]+\.(A|B\.(?P<weight>\w+))")
 
 

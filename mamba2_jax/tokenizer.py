@@ -112,7 +112,9 @@ def _load_from_sentencepiece(file: pathlib.Path) -> "PreTrainedTokenizerBase":
         "unk_token": processor.unk_id(),
     }
     special = {name: processor.id_to_piece(index) for name, index in names.items() if index >= 0}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, padding_side="left", **special)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, padding_side="left", name_or_path=str(file.parent), **special
+    )
 
 
 def _sentencepiece_backend(processor: Any) -> "Tokenizer":

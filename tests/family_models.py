@@ -111,11 +111,34 @@ VARIANTS = {
     ),
 }
 
+# Options that no published model has; their logits are compared, too.
+RARE = {
+    "falcon, norm before gate": (
+        "FalconH1",
+        {**_FALCON, "mamba_rms_norm": True, "mamba_norm_before_gate": True, "mamba_n_groups": 2},
+    ),
+    "falcon, biases": (
+        "FalconH1",
+        {**_FALCON, "mamba_proj_bias": True, "projectors_bias": True, "ssm_in_multiplier": 1.0},
+    ),
+    "granite, biases": (
+        "GraniteMoeHybrid",
+        {
+            **{**_GRANITE, "layer_types": ["mamba", "attention", "mamba"]},
+            **{"mamba_proj_bias": True, "mamba_conv_bias": False},
+        },
+    ),
+    "nemotron, biases": (
+        "NemotronH",
+        {**_NEMOTRON, "hybrid_override_pattern": "M*M", "use_bias": True, "use_conv_bias": False},
+    ),
+}
+
 
 @functools.cache
 def oracle(name: str) -> transformers.PreTrainedModel:
     """Build the model of a variant; every parameter and buffer is random, so that no mistake cancels."""
-    kind, options = VARIANTS[name]
+    kind, options = (VARIANTS | RARE)[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**options)
     model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()

@@ -32,11 +32,11 @@ ARROWS = {
     "ops": "mesh pallas typing",
     "weights": "config files hub processes typing",
     "layers": "config mesh ops sharding typing",
-    "lora": "config hub layers processes typing weights",
+    "lora": "config files hub layers processes typing weights",
     "models": "config files hub layers lora mesh ops sharding typing weights",
     "generation": "config models ops tokenizer typing",
     "training": "config files lora mesh models ops processes sharding typing",
-    "cli": "config files generation hub models ops processes tokenizer training weights",
+    "cli": "config files generation hub lora models ops processes tokenizer training weights",
     "__init__": "config generation models tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -54,8 +54,8 @@ OUTSIDE = {
     "weights": "jax ml_dtypes numpy rich torch",
     "layers": "flax jax",
     "lora": "flax jax numpy safetensors",
-    "models": "flax jax numpy",
-    "generation": "jax numpy",
+    "models": "flax jax numpy safetensors",
+    "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "cli": "jax rich tyro",
     "__init__": "",
@@ -151,6 +151,8 @@ def test_public_names_exist():
     for name in mamba2_jax.__all__:
         assert getattr(mamba2_jax, name).__module__ == f"mamba2_jax.{mamba2_jax._HOMES[name]}"
     assert set(mamba2_jax.__all__) == set(mamba2_jax._HOMES) <= set(dir(mamba2_jax))
+    code = "import mamba2_jax; mamba2_jax.lora.LoraConfig; mamba2_jax.training.TrainConfig"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         mamba2_jax.nothing  # noqa: B018
 

@@ -116,3 +116,26 @@ def test_collectives_are_counted_in_every_form_that_the_compiler_writes(line, ar
     memory = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(memory)
     assert sorted(memory.collectives(f"  %a = {line}").elements()) == sorted(arrays)
+
+
+def test_memory_of_the_data_is_measured_and_judged(tmp_path):
+    command = [sys.executable, BENCHMARK.with_name("data.py"), "--megabytes", "1", "2"]
+    done = subprocess.run(
+        [*command, "--output", tmp_path / "data.md"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in (tmp_path / "data.md").read_text().splitlines() if " MB | " in line]
+    assert [row.split(" | ")[:2] for row in rows] == [
+        [f"| {size} MB", what] for size in (1, 2) for what in ("tokenising", "reading")
+    ]
+    spec = importlib.util.spec_from_file_location("data", BENCHMARK.with_name("data.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    data = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(data)
+    small, large = (
+        {what: {"before": 0, "tenth": 0, "end": 0, "peak": peak} for what in ("tokenising", "reading")}
+        for peak in (1, 99)
+    )
+    with pytest.raises(SystemExit, match="tokenising: the larger text needs 98 MB more"):
+        data.verdict(small, large)

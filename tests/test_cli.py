@@ -95,9 +95,15 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
         (["generate", "x", "--max-new-tokens", "1.5"], "--max-new-tokens"),
         (["generate", "x", "--seed", "-1"], "--seed -1 must lie in"),
         (["generate", "x", "--stop", ""], "--stop is empty"),
+        (["generate", "x", "--chat"], "no chat template; give a file of one with --chat-template"),
+        (["generate", "x", "--chat", "--chat-template", "/no/such"], "/no/such"),
+        (["generate", "x", "--system", "Be brief."], "--system needs --chat"),
+        (["generate", "x", "--chat-template", "a"], "--chat-template needs --chat"),
+        (["chat"], "no chat template; give a file of one with --chat-template"),
+        (["chat", "--seed", "-1"], "--seed -1 must lie in"),
         (["info", "/no/such"], "/no/such: no such folder"),
         (["info", "a", "b"], "Unrecognized options: b"),
-        (["translate"], "Available subcommands: generate, info, convert"),
+        (["translate"], "Available subcommands: generate, chat, info, convert"),
         ([], "Missing subcommand"),
     ],
 )
@@ -157,7 +163,6 @@ def test_options_win_over_the_checkpoint_s_defaults(folder):
         "top_p": 0.9,
         "max_new_tokens": 9,
         "repetition_penalty": 1.2,
-        "eos_token_id": 0,
     }
     assert chosen_settings(cli.Generate("x"), folder) == theirs
     assert chosen_settings(cli.Generate("x", top_p=0.5, max_new_tokens=3), folder) == theirs | {
@@ -170,7 +175,6 @@ def test_options_win_over_the_checkpoint_s_defaults(folder):
         "temperature": 0,
         "max_new_tokens": 9,
         "repetition_penalty": 1.2,
-        "eos_token_id": 0,
     }
     assert chosen_settings(cli.Generate("x", temperature=0), folder) == greedy
     # transformers' rule: without do_sample the temperature and the filters beside it mean nothing
@@ -180,13 +184,16 @@ def test_options_win_over_the_checkpoint_s_defaults(folder):
     assert chosen_settings(cli.Generate("x"), folder) == {"max_new_tokens": 128}
 
 
-def test_the_tokenizer_s_special_ids_win_with_a_note(folder, capsys):
+@pytest.mark.parametrize(("derived", "ends"), [({}, (7, 9, 0)), ({"_from_model_config": True}, (0,))])
+def test_the_tokenizer_s_end_wins_over_the_config_s_and_joins_the_generation_config_s(
+    folder, capsys, derived, ends
+):
     change(folder / "config.json", eos_token_id=5)
-    change(folder / "generation_config.json", eos_token_id=[7, 9])
+    change(folder / "generation_config.json", eos_token_id=[7, 9], **derived)
     begin, _ = prepare(cli.Generate("x", model=str(folder)), "x", cli._tell)
     err = capsys.readouterr().err
-    assert "note: eos_token_id: the config says (7, 9), the tokenizer 0; using 0" in err
-    assert begin(1)._eos == (0,)
+    assert "note: eos_token_id: the config says 5, the tokenizer 0; using 0" in err
+    assert begin(1)._eos == ends
 
 
 def test_info_of_the_embedded_model(capsys):

@@ -63,6 +63,9 @@ SMALL = {
 }
 
 
+FOR_OTHERS = {"intermediate_size", "pad_vocab_size_multiple"}  # transformers has no such fields
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_presets_have_the_published_sizes(name):
     count, hidden_size, layers, heads, in_proj, channels = PUBLISHED[name]
@@ -101,7 +104,7 @@ def test_defaults_are_those_of_transformers():
     from transformers import PreTrainedConfig
 
     ours, theirs = Mamba2Config(), Theirs()
-    names = set(ours.to_dict()) - {"architectures", "model_type"}
+    names = set(ours.to_dict()) - {"architectures", "model_type", *FOR_OTHERS}
     for name in names:
         expected = getattr(theirs, name)
         assert getattr(ours, name) == (tuple(expected) if isinstance(expected, list) else expected), name
@@ -163,10 +166,11 @@ def test_round_trip_and_parameter_count_against_transformers(seed, tmp_path):
     # transformers reads what we write, and writes it the same
     written = ours.to_dict()
     file = tmp_path / "config.json"
-    ignored = {"transformers_version", "architectures"}
+    ignored = {"transformers_version", "architectures", "time_step_limit", *FOR_OTHERS}
+    assert written["time_step_limit"] == list(fields["time_step_limit"])
     saved = {key: value for key, value in json.loads(file.read_text()).items() if key not in ignored}
     assert {key: value for key, value in written.items() if key not in ignored} == saved
-    file.write_text(json.dumps(written, allow_nan=False))
+    file.write_text(json.dumps(written))
     again = Theirs.from_pretrained(tmp_path)
     for name in fields:
         expected, got = getattr(theirs, name), getattr(again, name)
@@ -281,12 +285,90 @@ def test_codestral_in_transformers_form_ignores_its_wrong_norm_before_gate():
     assert config.num_parameters() == PUBLISHED["codestral-7b"][0]
 
 
-@pytest.mark.parametrize("limit", ["[0.0, Infinity]", '[0.0, {"__float__": "Infinity"}]'])
-def test_both_spellings_of_infinity(limit, tmp_path):
+@pytest.mark.parametrize(
+    "limit",
+    [
+        *("[0.0, Infinity]", '[0.0, {"__float__": "Infinity"}]', '[0.0, "Infinity"]'),
+        *("[0, 1e308]", "[0, 1e999]", "[0.0, null]", "null"),
+    ],
+)
+def test_spellings_of_infinity(limit, tmp_path):
     (tmp_path / "config.json").write_text(
         json.dumps(SMALL | {"model_type": "mamba2"})[:-1] + f', "time_step_limit": {limit}}}'
     )
     assert Mamba2Config.from_pretrained(tmp_path).time_step_limit == (0.0, math.inf)
+
+
+FLA = {
+    "model_type": "mamba2",
+    "architectures": ["Mamba2ForCausalLM"],
+    "hidden_size": 32,
+    "head_dim": 8,
+    "num_hidden_layers": 3,
+    "vocab_size": 97,
+    "state_size": 16,
+    "norm_eps": 1e-6,
+    "dt_min": 0.002,
+    "dt_max": 0.2,
+    "dt_init_floor": 1e-3,
+    "dt_limit": [0.01, math.inf],
+    "norm_before_gate": True,
+    "A_init_range": [1, 16],
+    "fuse_norm": True,
+    "fuse_cross_entropy": True,
+    "fuse_linear_cross_entropy": False,
+    "use_l2warp": False,
+    "hidden_act": "swish",
+}
+
+
+def test_file_of_flash_linear_attention():
+    expected = Mamba2Config(
+        **(SMALL | {"n_groups": 1}),
+        layer_norm_epsilon=1e-6,
+        time_step_min=0.002,
+        time_step_max=0.2,
+        time_step_floor=1e-3,
+        time_step_limit=(0.01, math.inf),
+        norm_before_gate=True,
+        initializer_range=0.02,
+        rescale_prenorm_residual=True,
+        hidden_act="swish",
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    assert Mamba2Config.from_dict(FLA) == expected
+    other = FLA | {"D_has_hdim": True, "rmsnorm": False, "n_groups": 2, "tie_word_embeddings": True}
+    changed = {key: other[key] for key in ("D_has_hdim", "rmsnorm", "n_groups", "tie_word_embeddings")}
+    assert Mamba2Config.from_dict(other) == expected.replace(**changed)
+
+
+def test_older_file_of_flash_linear_attention():
+    dt = {key: value for key, value in FLA.items() if not key.startswith("dt_") and "gate" not in key}
+    older = dt | {"time_step_min": 0.003, "time_step_limit": [0.0, 0.5], "num_heads": 8, "rms_norm": True}
+    config = Mamba2Config.from_dict(older)
+    assert (config.time_step_min, config.time_step_limit, config.n_groups) == (0.003, (0.0, 0.5), 1)
+    with pytest.raises(NotImplementedError, match="n_groups=2"):  # its norm had one group
+        Mamba2Config.from_dict(older | {"n_groups": 2})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"qk_norm": True}, "qk_norm=True"),
+        ({"rms_norm": False}, "rms_norm=False"),
+        ({"intermediate_size": 48}, "intermediate_size=48"),
+        ({"norm_eps": 1e-6, "layer_norm_epsilon": 1e-5}, "norm_eps"),
+        ({f"key_{i}": "x" * 9000 for i in range(99)}, "key_0=x.* and 91 more"),
+    ],
+)
+def test_a_key_that_may_change_numbers_is_refused(change, message):
+    file = SMALL | {"model_type": "mamba2", "tokenizer_class": "T", "intermediate_size": 64, "num_beams": 1}
+    Mamba2Config.from_dict(file)
+    with pytest.raises(NotImplementedError, match=message) as error:
+        Mamba2Config.from_dict(file | change)
+    assert len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize(
@@ -362,6 +444,8 @@ def test_other_files_are_refused_with_a_reason(file, message):
     [
         ({"hidden_size": 64, "quantization_config": {"bits": 4}}, "quantized"),
         (CODESTRAL_PARAMS | {"rms_norm": False}, "LayerNorm"),
+        (CODESTRAL_PARAMS | {"sliding_window": 4096}, "sliding_window=4096"),
+        (HYBRID | {"norm_after": True}, "norm_after=True"),
     ],
 )
 def test_what_does_not_exist_here_is_not_implemented(file, message):

@@ -1,17 +1,23 @@
 """Models of the families on the Mamba-2 mixer: against transformers, and, where it is wrong, themselves."""
 
+import copy
 import shutil
 
 import family_models
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
+from mamba2_jax.cli.info import describe
+from mamba2_jax.generation import PromptLookup
+from mamba2_jax.lora import LoraConfig, add_lora, load_lora, lora_parameters, save_lora
 from mamba2_jax.training import loss_fn
 from mamba2_jax.weights import outgoing_weights
 
@@ -32,7 +38,7 @@ def relative_error(got, want):
     return np.abs(np.asarray(got, np.float64) - want).max() / scale
 
 
-@names
+@pytest.mark.parametrize("name", [*family_models.VARIANTS, *family_models.RARE])
 def test_logits_are_those_of_transformers(name):
     with torch.no_grad():
         want = family_models.oracle(name)(torch.tensor(IDS)).logits.numpy()
@@ -255,6 +261,18 @@ def test_relatives_are_refused_by_name(model_type, reason):
         Mamba2Config.from_dict({"model_type": model_type, "hidden_size": 32})
 
 
+def test_names_with_another_prefix_are_read(tmp_path):
+    """transformers 5 calls Nemotron's backbone `model` in memory; a bare model's file has no prefix."""
+    tensors = load_file(family_models.folder("nemotron") / "model.safetensors")
+    for prefix in ("model.", ""):
+        folder = tmp_path / f"with {prefix}"
+        shutil.copytree(family_models.folder("nemotron"), folder)
+        renamed = {name.replace("backbone.", prefix, 1): array for name, array in tensors.items()}
+        save_file(renamed, folder / "model.safetensors")
+        again = Mamba2ForCausalLM.from_pretrained(folder)
+        assert all((again._arrays()[path] == a).all() for path, a in model_of("nemotron")._arrays().items())
+
+
 def test_predictors_of_several_tokens_are_left_out_with_a_note(tmp_path):
     shutil.copytree(family_models.folder("nemotron"), tmp_path, dirs_exist_ok=True)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -272,3 +290,65 @@ def test_text_is_generated_and_streamed(name):
         for _ in range(5):  # by hand: transformers' own cache differs, see the limits above
             ids = torch.cat([ids, family_models.oracle(name)(ids).logits[:, -1:].argmax(-1)], dim=1)
     assert (np.asarray(tokens)[:, -5:] == ids[:, -5:].numpy()).all()
+
+
+def test_info_says_what_a_model_is_made_of(capsys):
+    describe(str(family_models.folder("nemotron, groups, latent")))
+    text = " ".join(capsys.readouterr().out.split())
+    config = model_of("nemotron, groups, latent").config
+    idle = 2 * 2 * 24 * 16  # of two experts: two matrices between 24 and 16 channels
+    for expected in (
+        "family Nemotron-H",
+        f"{config.num_parameters():,}, of which a token uses {config.num_parameters() - idle:,}",
+        "layers 3: 1 Mamba-2, 1 experts, 1 attention",
+        "experts 4, 2 per token, of 24 channels on 16 channels",
+        "expert of all tokens 40 channels",
+        "KV cache per token, bfloat16 128 bytes",  # keys and values of 2 heads of 16 channels
+    ):
+        assert expected in text, text
+    describe(str(family_models.folder("granite, experts")))
+    assert "layers 3: 2 Mamba-2, 1 attention; each then experts + mlp" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [
+        ("granite, experts", ("in_proj", "out_proj", "q_proj", "o_proj", "input_linear")),
+        ("nemotron", ("in_proj", "v_proj", "up_proj", "down_proj")),
+        ("falcon", ("in_proj", "self_attn.k_proj", "gate_proj", "down_proj")),
+    ],
+)
+def test_adapters_have_the_names_that_peft_gives_them(name, targets, tmp_path):
+    model = Mamba2ForCausalLM.from_pretrained(family_models.folder(name))
+    add_lora(model, LoraConfig(rank=2, targets=targets), rngs=nnx.Rngs(0))
+    parameters = lora_parameters(model)
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    nnx.update(model, jax.tree.map(lambda a: 0.2 * jax.random.normal(next(keys), a.shape), parameters))
+    want = np.asarray(model(jnp.array(IDS)).logits)
+    assert relative_error(model_of(name)(jnp.array(IDS)).logits, want) > 1e-3
+    save_lora(model, tmp_path)
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(family_models.oracle(name)), tmp_path)
+    with torch.no_grad():
+        assert relative_error(theirs(torch.tensor(IDS)).logits.numpy(), want) < 2e-5
+    again = Mamba2ForCausalLM.from_pretrained(family_models.folder(name))
+    theirs.save_pretrained(tmp_path / "theirs")
+    load_lora(again, tmp_path / "theirs")
+    assert (np.asarray(again(jnp.array(IDS)).logits) == want).all()
+
+
+def test_drafts_of_a_hybrid_are_checked_in_one_call(tmp_path):
+    """Falcon-H1's layers have both kinds of states; going back to an accepted token takes all of them."""
+    model = model_of("falcon")
+    plain = generate(model, jnp.array(IDS), max_new_tokens=8, eos_token_id=None)
+    drafted = generate(model, jnp.array(IDS), max_new_tokens=8, eos_token_id=None, draft=PromptLookup(2))
+    assert (plain.tokens == drafted.tokens).all()
+    assert relative_error(drafted.cache.ssm[0], plain.cache.ssm[0]) < 1e-5
+    read = int(plain.cache.position[0])  # the slots behind are unused
+    drafted_keys, keys = (out.cache.attention[0].keys[:, :read] for out in (drafted, plain))
+    assert relative_error(drafted_keys, keys) < 1e-5
+    drafted.cache.save(tmp_path / "state", model)
+    again = Mamba2Cache.load(tmp_path / "state", model)
+    assert (again.ssm[1] == drafted.cache.ssm[1]).all()

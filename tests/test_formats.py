@@ -14,7 +14,7 @@ from checkpoint_files import expected_leaves, random_model
 from models import random_ids, relative
 from safetensors.torch import load_file, save_file
 
-from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.cli import commands as cli
 from mamba2_jax.hub import EMBEDDED_MODEL
 from mamba2_jax.weights import CheckpointError, load_weights, open_checkpoint
@@ -239,14 +239,20 @@ def run(*arguments: str) -> int:
 
 def test_convert_on_the_command_line(state_spaces, tmp_path, capsys):
     out = str(tmp_path / "out")
-    tokenizer = ["--tokenizer", str(EMBEDDED_MODEL)]
+    assert run("convert", str(state_spaces), out, "--tokenizer", str(EMBEDDED_MODEL)) == 2
+    assert "ids up to 4095" in capsys.readouterr().err
+    vocabulary = {"model": {"type": "WordLevel", "unk_token": "a", "vocab": {"a": 0, "b": 40}}}
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(vocabulary))
+    tokenizer = ["--tokenizer", str(tmp_path / "tokenizer")]
     assert run("convert", str(state_spaces), out, "--dtype", "bfloat16", *tokenizer) == 0
     err = capsys.readouterr().err
     assert "saving weights" in err
     assert f"wrote {out}" in err.replace("\n", "")
     for name, tensor in stored(tmp_path / "out").items():
         assert tensor.dtype == (torch.float32 if name.endswith(PRECISE) else torch.bfloat16), name
-    assert len(load_tokenizer(out)) == len(load_tokenizer())
+    assert json.loads((tmp_path / "out" / "tokenizer.json").read_text()) == vocabulary
+    assert Mamba2Config.from_pretrained(out).unpadded_vocab_size == 41
     assert run("convert", str(state_spaces), out) == 2
     assert "not empty; name another folder" in capsys.readouterr().err
     assert run("convert", out, out) == 2

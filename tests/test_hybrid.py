@@ -8,8 +8,9 @@ from flax import nnx
 from models import SIZES, random_ids, relative
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
-from mamba2_jax.generation.decoding import DecodeState, decode
+from mamba2_jax.generation.loop import decode
 from mamba2_jax.generation.sampling import make_sampler
+from mamba2_jax.generation.state import start_state
 
 TOLERANCE = 1e-5  # float32 sums in another order
 LENGTH = 18
@@ -126,7 +127,7 @@ class TestExactness:
 class TestCache:
     def test_it_grows_outside_jit_and_says_its_capacity(self, model, ids, whole):
         assert whole.cache.capacity == LENGTH
-        assert model(ids[:, :1], cache=whole.cache).cache.capacity == 24
+        assert model(ids[:, :1], cache=whole.cache).cache.capacity == 20
         assert Mamba2Cache.zeros(Mamba2Config(**SIZES), 1).capacity is None
         large = Mamba2Cache.zeros(model.config, 2, capacity=40)
         assert large.nbytes > whole.cache.nbytes
@@ -224,15 +225,14 @@ class TestGeneration:
             )
         )
         state = jax.eval_shape(
-            lambda: DecodeState(
-                cache=Mamba2Cache.zeros(model.config, 1, dtype, capacity=2048),
-                logits=jnp.zeros((1, model.config.vocab_size)),
-                finished=jnp.zeros(1, bool),
-                seen=None,
-                step=jnp.zeros((), jnp.int32),
+            lambda: start_state(
+                Mamba2Cache.zeros(model.config, 1, dtype, capacity=2048),
+                jnp.zeros((1, model.config.vocab_size)),
+                size=64,
+                pad=0,
             )
         )
-        run = jax.jit(lambda *a: decode(*a, size=64, eos=(0,), pad=0), donate_argnums=1)
+        run = jax.jit(lambda *a: decode(*a, eos=(0,), pad=0), donate_argnums=1)
         budget = jax.ShapeDtypeStruct((), jnp.int32)
         compiled = run.lower(model, state, make_sampler("test"), None, budget).compile()
         # XLA on CPU attends in float32, so it holds the buffers once more, in that type; the weights are

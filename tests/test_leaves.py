@@ -9,7 +9,8 @@ from flax import nnx
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, Mamba2Model
 from mamba2_jax.config import ExpertsConfig, MLPConfig
-from mamba2_jax.config.kinds import KINDS, checkpoint_table, leaf_at, role_of, weight_at
+from mamba2_jax.config.kinds import KINDS
+from mamba2_jax.config.table import checkpoint_table, leaf_at, role_of, weight_at
 from mamba2_jax.layers.kinds import MIXERS, MODULES
 from mamba2_jax.layers.state import Rows
 from mamba2_jax.lora import LoraConfig, add_lora

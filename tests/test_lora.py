@@ -414,6 +414,10 @@ BROKEN = {
     "endless pattern": (edit_config(alpha_pattern={"(.+)+x": 1}), "more than one repetition"),
     "endless target": (edit_config(target_modules="(.+)+x"), "more than one repetition"),
     "targets missing": (edit_config(target_modules=None), "target_modules='None'"),
+    "tensors without target": (
+        edit_config(target_modules=["in_proj"]),
+        "does not name backbone.embeddings",
+    ),
     "target without tensors": (edit_config(target_modules=["in_proj", "out_proj"]), "no tensor of it"),
     "other rank": (edit_config(r=5), r"has shape \(4, 32\), the model at rank 5 wants \(5, 32\)"),
     "pickle": (

@@ -26,6 +26,13 @@ def test_links_lead_to_files(target):
     assert (ROOT / target).exists()
 
 
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_links_of_other_pages_lead_to_files(page):
+    targets = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text(encoding="utf-8"))
+    assert targets
+    assert all((page.parent / target).exists() for target in targets)
+
+
 def test_named_commands_exist():
     makefile = (ROOT / "Makefile").read_text()
     for target in set(re.findall(r"^make ([\w-]+)", README, re.MULTILINE)):

@@ -20,6 +20,7 @@ FILTERS = {
     "top_p": {"top_p": 0.7},
     "tiny top_p": {"top_p": 1e-6},
     "min_p": {"min_p": 0.1},
+    "top_p below float32's range": {"top_p": 1e-45},
     "all three": {"top_k": 20, "top_p": 0.8, "min_p": 0.05},
 }
 
@@ -41,6 +42,40 @@ def test_filters_equal_transformers(name, temperature):
     got = filter_logits(jnp.asarray(LOGITS) / temperature, sampler)
     np.testing.assert_allclose(got, want.numpy(), rtol=1e-6)
     assert (np.isfinite(got).sum(1) >= 1).all()
+
+
+@pytest.mark.parametrize("top_p", [1e-45, 0.2, 0.55, 0.9])
+def test_top_p_keeps_of_equally_likely_tokens_those_that_transformers_keeps(top_p):
+    torch = pytest.importorskip("torch")
+    process = pytest.importorskip("transformers").generation.logits_process
+    logits = np.random.default_rng(0).integers(0, 3, (6, 40)).astype(np.float32)
+    want = process.TopPLogitsWarper(top_p)(None, torch.tensor(logits)).numpy()
+    got = filter_logits(jnp.asarray(logits), make_sampler("test", temperature=1.0, top_p=top_p))
+    # as many of each value; which ones is left to PyTorch's sort, which is not stable
+    np.testing.assert_array_equal(np.sort(got, axis=1), np.sort(want, axis=1))
+    assert (
+        np.isfinite(got).sum(1) < (logits >= np.where(np.isfinite(want), want, 9).min(1)[:, None]).sum(1)
+    ).any()
+
+
+@pytest.mark.parametrize("option", ["temperature", "top_p", "min_p", "repetition_penalty"])
+@pytest.mark.parametrize("value", [1e-45, 1e-300, 1e300])
+def test_options_at_the_edge_of_float32_choose_a_token(option, value):
+    if value > 1 and option in ("top_p", "min_p"):
+        return
+    options = {"temperature": 0.7, option: value}
+    sampler = make_sampler("test", **options, vocab_size=40)
+    seen = jnp.arange(50) % 2 == 0
+    tokens = choose_token(jnp.asarray(LOGITS), sampler, jnp.tile(seen, (4, 1)), keys(4))
+    assert (tokens < 40).all()
+    if option == "top_p" or (option == "temperature" and value < 1):
+        np.testing.assert_array_equal(tokens, LOGITS[:, :40].argmax(1))
+
+
+def test_ends_in_the_padding_of_the_vocabulary_can_be_chosen():
+    logits = jnp.asarray(LOGITS).at[:, 45].set(50.0).at[:, 46].set(99.0)
+    sampler = make_sampler("test", vocab_size=40, ends=(45,))
+    assert choose_token(logits, sampler, None, None).tolist() == [45] * 4
 
 
 def test_repetition_penalty_equals_transformers():

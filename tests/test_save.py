@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -223,6 +225,36 @@ def test_a_failure_at_any_step_leaves_the_old_folder(tmp_path, monkeypatch, step
         "config.json": "new",
         "mine": "mine",
     }
+
+
+WRITERS = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from mamba2_jax.weights.folder import new_folder
+
+def write(who):
+    for turn in range(25):
+        with new_folder(sys.argv[1]) as folder:
+            for name in "config.json", "model.safetensors":
+                (folder / name).write_text(f"{who} {turn}")
+
+list(ThreadPoolExecutor(2).map(write, sys.argv[2:]))
+"""
+
+
+def test_several_writers_of_one_folder(tmp_path):
+    """Two processes of two threads each: who ends last leaves a whole checkpoint, and nothing beside it."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "mine").write_text("mine")
+    command = [sys.executable, "-c", WRITERS, str(folder)]
+    processes = [subprocess.Popen([*command, *who], stderr=subprocess.PIPE) for who in ("ab", "cd")]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], errors
+    assert files(tmp_path) == {"model"}
+    texts = {(folder / name).read_text() for name in ("config.json", "model.safetensors")}
+    assert len(texts) == 1
+    assert (folder / "mine").read_text() == "mine"
 
 
 def test_places_that_cannot_be_replaced(tmp_path, monkeypatch):

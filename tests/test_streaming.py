@@ -1,10 +1,13 @@
 """Text in pieces: whole characters, stop strings across tokens, the same text as `generate`."""
 
+from types import SimpleNamespace
+
 import jax
 import pytest
 
 from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer, stream
-from mamba2_jax.generation.streaming import REPLACEMENT, IncrementalDecoder, TextStream
+from mamba2_jax.generation.streaming import TextStream
+from mamba2_jax.generation.text import REPLACEMENT, IncrementalDecoder
 
 PROMPT = "def fibonacci(n):\n"
 
@@ -80,8 +83,8 @@ def test_bytes_that_never_become_a_character_come_out_at_the_end(tokenizer):
 
 def streamed(tokenizer, text: str, stop: tuple[str, ...]):
     """A stream over a given text instead of a model's."""
-    blocks = iter([[token] for token in tokenizer.encode(text)])
-    return TextStream(blocks, tokenizer, tokenizer.encode("# "), stop, (0,))
+    source = SimpleNamespace(blocks=lambda: iter([[token] for token in tokenizer.encode(text)]))
+    return TextStream(source, tokenizer, tokenizer.encode("# "), stop, (0,))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 from training_runs import EOS, texts_file, tokenizer, words
 
 from mamba2_jax.training import DataConfig, load_documents, make_pipeline
-from mamba2_jax.training.records import Text, read_texts
+from mamba2_jax.training.data.records import Record
+from mamba2_jax.training.data.sources import read_source
 
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'][0] + '. ' + m['content'] + '\n' }}{% endfor %}"
@@ -69,27 +70,27 @@ def test_records_that_cannot_be_used_are_counted_and_named(tmp_path):
     file.write_bytes(b"\n".join(lines) + b"\n")
     (tmp_path / "plain").mkdir()
     (tmp_path / "plain" / "a.txt").write_text("three")
-    (tmp_path / "plain" / "b.bin").write_bytes(b"\xff\xfe")
+    (tmp_path / "plain" / "b.bin").write_bytes(b"\xff\xfa")
     (tmp_path / "plain" / ".hidden").write_text("four")
-    found = load_documents([file, tmp_path / "plain"], chat_tokenizer(), DataConfig(max_length=64))
+    config = DataConfig(max_length=64, max_unusable=1)
+    found = load_documents([file, tmp_path / "plain"], chat_tokenizer(), config)
     assert [learnt(document) for document in found] == ["ne<end>", "wo<end>", "hree<end>"]
     reasons = {unusable.where.rpartition("/")[2]: unusable.reason for unusable in found.report.unusable}
     expected = {
         "mixed.jsonl:2": "is not JSON",
         "mixed.jsonl:3": "is empty",
         "mixed.jsonl:4": "has the fields 'words'",
-        "mixed.jsonl:5": "is empty",
         "mixed.jsonl:6": "is a list",
         "mixed.jsonl:7": "is not UTF-8",
         "mixed.jsonl:8": "'completion' is empty",
-        "mixed.jsonl:9": "'text' is not a string",
-        "mixed.jsonl:10": "'messages' do not fit the chat template",
+        "mixed.jsonl:9": "'text' is a number, not a string",
+        "mixed.jsonl:10": "'messages' is a string, not a list of messages",
         "b.bin": "is not UTF-8",
     }
     assert reasons.keys() == expected.keys()
     for where, reason in expected.items():
         assert reasons[where].startswith(reason)
-    assert "10 records could not be used" in str(found.report)
+    assert "9 records could not be used" in str(found.report)
     with pytest.raises(ValueError, match="no usable record in .*/b.bin: 0 texts"):
         documents([tmp_path / "plain" / "b.bin"])
     with pytest.raises(ValueError, match="its prompt fills a whole row"):
@@ -105,22 +106,33 @@ def test_parquet_and_hub_datasets(tmp_path, monkeypatch):
     found = documents([tmp_path / "quotes.parquet"], text_field="quote")
     assert [learnt(document) for document in found] == ["ne<end>", "wo<end>"]
     assert [str(bad).rpartition("/")[2] for bad in found.report.unusable] == [
-        "quotes.parquet:2: has the fields 'quote'; wants 'quote', 'prompt' with 'completion', or 'messages'"
+        "quotes.parquet:2: 'quote' is null"
     ]
     (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(ValueError, match=r"broken.parquet: cannot be read as Parquet"):
         documents([tmp_path / "broken.parquet"])
 
-    def load_dataset(name, split):
+    def load_dataset(name, config, split, revision, streaming):
         if name != "org/quotes":
             raise FileNotFoundError(f"no dataset {name}")
-        return datasets.Dataset.from_dict({"quote": [f"one {split}"]})
+        if config is None:
+            raise ValueError("Config name is missing.")
+        rows = datasets.Dataset.from_dict({"quote": [f"one {config} {split} {revision}"]})
+        return rows.to_iterable_dataset() if streaming else rows
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    (text,) = read_texts(["org/quotes"], text_field="quote", split="test")
-    assert text == Text("one test", ((0, 8),), "org/quotes[0]")
+    config = DataConfig(split="test", config="long", revision="v2")
+    (record,) = read_source("org/quotes", config)
+    assert record == Record("org/quotes[0]", {"quote": "one long test v2"}, filled=True)
+    with pytest.raises(FileNotFoundError, match=r"Config name is missing.*name one with data.config"):
+        list(read_source("org/quotes", DataConfig()))
+    broken = (1 // (1 - row) and {"quote": "one"} for row in range(3))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: broken)
+    with pytest.raises(OSError, match="org/quotes: could not be read on after 1 records .ZeroDivisionError"):
+        list(read_source("org/quotes", config))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(FileNotFoundError, match="org/nothing: no file or folder of that name here"):
-        list(read_texts(["org/nothing"]))
+        list(read_source("org/nothing", DataConfig()))
 
 
 @pytest.mark.parametrize("rows", ["pack", "pad"])
@@ -167,3 +179,11 @@ def test_a_share_is_held_out():
     assert all(tokens[-1] == EOS for tokens in texts(found))
     with pytest.raises(ValueError, match="leaves none to train on"):
         documents([{"text": "one"}]).hold_out(0.5, 0)
+
+
+def test_half_a_surrogate_pair_does_not_stop_the_others():
+    found = documents([{"text": "one"}, {"text": "t\udc80"}])
+    assert [learnt(document) for document in found] == ["ne<end>"]
+    assert [str(record) for record in found.report.unusable] == [
+        r"record 2: holds \udc80, half of a surrogate pair, at character 1"
+    ]

@@ -14,9 +14,11 @@ import numpy as np
 import pytest
 from training_runs import STEPS, arrays_of, make_trainer, model_folder, texts_file, tiny_model, tokenizer
 
-from mamba2_jax import Mamba2ForCausalLM
+from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.cli import main
-from mamba2_jax.training import LoraOptions
+from mamba2_jax.files import TOKENIZER_FILES
+from mamba2_jax.lora import load_lora
+from mamba2_jax.training import LoraOptions, OptimConfig, split_model
 from mamba2_jax.training.metrics import read_metrics
 
 
@@ -126,8 +128,8 @@ def test_sigterm_saves_and_exits_and_it_goes_on_to_the_same_bits(straight, tmp_p
         """,
     )
     assert done.returncode == 128 + signal.SIGTERM, done.stderr
-    assert "stopped by SIGTERM after step 9; --resume goes on" in done.stderr
-    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["5", "9"]
+    assert "stopped by SIGTERM after step 8; --resume goes on" in done.stderr
+    assert sorted(path.name for path in (output / "checkpoints").iterdir()) == ["5", "8"]
     trainer = make_trainer(output, resume=True)
     assert trainer.fit().step == STEPS
     assert_same_run(trainer, output, straight)
@@ -239,8 +241,11 @@ def test_a_flipped_bit_is_noticed_or_was_not_in_use(copied):
     [
         ({"seed": 1}, "the run there has seed=0, this one 1"),
         ({"batch_size": 3}, "batch_size=2, this one 3"),
-        ({"data": [{"text": "other words."}]}, "the run there has data="),
-        ({"lora": LoraOptions(rank=2)}, "goes on only with the model and the options it began with"),
+        ({"data": [{"text": "other words."}]}, r"the tokenized training data \(data\) are other ones"),
+        ({"lora": LoraOptions(rank=2)}, "the run there has lora.rank=None, this one 2"),
+        ({"optim": OptimConfig(learning_rate=1e-2, warmup=4)}, "optim.warmup=3, this one 4"),
+        ({"optim": OptimConfig(learning_rate=1e-3, warmup=3)}, "learning_rate=0.01, this one 0.001; give"),
+        ({"steps": STEPS - 1}, "the run there has 20 steps, this one 19; give as many"),
     ],
 )
 def test_a_run_goes_on_only_as_it_began(copied, change, message):
@@ -303,6 +308,19 @@ def test_weights_and_biases_gets_the_numbers_and_goes_on_with_its_run(tmp_path, 
         (["--steps", "0"], "steps=0 must be an integer of at least 1"),
         (["--tokens-per-turn", "-1"], "tokens_per_turn=-1 must be an integer of at least 0"),
         (["--optim.warmup", "20"], "warmup=20 leaves nothing of 20 steps"),
+        (["--lora.dropout", "0.1"], "dropout=0.1 needs a rank"),
+        (["--lora.targets", "conv1d"], "targets=('conv1d',) needs a rank"),
+        (["--epochs", "2"], "steps=20 and epochs=2 both say how long the run is"),
+        (["--eval-every", "5"], "eval_every=5 needs evaluation data"),
+        (["--new-learning-rate"], "new_learning_rate needs resume"),
+        (["--optim.final", "0.1", "--optim.schedule", "constant"], "final=0.1 needs a schedule that falls"),
+        (["--optim.decay", "0.1"], "decay=0.1 needs schedule='wsd'"),
+        (["--optim.learning-rate", "inf"], "learning_rate=inf is out of range"),
+        (["--wandb", ""], "wandb is empty"),
+        (["--processes.timeout", "5"], "processes.timeout needs processes.coordinator"),
+        (["--config", "nofile.yaml"], "config=nofile.yaml: no such file"),
+        (["--data", "gs://bucket/texts"], "gs://bucket/texts: only folders and files of this machine"),
+        (["--output", "s3://bucket/run"], "s3://bucket/run: only folders and files of this machine"),
         (["--data", "missing.jsonl"], "missing.jsonl: no such file or folder"),
         (["--data", "empty.jsonl"], "no usable record in empty.jsonl"),
         (["--output", "used"], "is not empty; go on from what is in it with resume"),
@@ -314,16 +332,16 @@ def test_bad_options_are_told(options, message, tmp_path, monkeypatch, capsys):
     pathlib.Path("empty.jsonl").write_text('{"text": ""}\n{"words": "one"}\n')
     pathlib.Path("used").mkdir()
     pathlib.Path("used", "notes.txt").write_text("mine")
-    given = dict(zip(options[::2], options[1::2], strict=True))
     base = {"--model": str(model_folder()), "--data": str(texts_file()), "--output": "new", "--steps": "20"}
-    arguments = [word for pair in {**base, **given}.items() for word in pair]
+    arguments = [word for name, value in base.items() if name not in options for word in (name, value)]
+    arguments += options
     try:
         code = main(["finetune", *arguments])
     except SystemExit as error:  # of the parser
         code = error.code
     assert code == 2
     assert message in " ".join(capsys.readouterr().err.replace("│", " ").split())
-    assert not pathlib.Path("new").exists()
+    assert {path.name for path in pathlib.Path("new").glob("*")} <= {"tokens"}
     assert pathlib.Path("used", "notes.txt").read_text() == "mine"
 
 
@@ -345,8 +363,8 @@ def test_adapters_evaluation_and_a_config_file(tmp_path, capsys):
     assert "PEFT takes no adapter on out_proj" in capsys.readouterr().err
     lines = read_metrics(tmp_path / "run" / "metrics.jsonl")
     held_out = [line for line in lines if "eval_loss" in line]
-    assert [line["step"] for line in held_out] == [4, 8]
-    assert held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
+    assert [line["step"] for line in held_out] == [0, 4, 8]
+    assert held_out[2]["eval_loss"] < held_out[1]["eval_loss"] < held_out[0]["eval_loss"]
     # every character but the first is a byte; the end is a token without one
     for line in held_out:
         np.testing.assert_allclose(line["eval_perplexity"], np.exp(line["eval_loss"]))
@@ -359,6 +377,9 @@ def test_adapters_evaluation_and_a_config_file(tmp_path, capsys):
     assert (merged.backbone.layers[0].mixer.A_log[...] == base.backbone.layers[0].mixer.A_log[...]).all()
     assert not (merged.backbone.embeddings.weight[...] == base.backbone.embeddings.weight[...]).all()
     assert tokenizer().eos_token_id == merged.config.eos_token_id
+    # the run's own record of its options starts it again, or goes on
+    assert main(["finetune", "--config", str(tmp_path / "run" / "options.json"), "--resume"]) == 0
+    assert "8 steps; metrics" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -377,3 +398,54 @@ def test_bad_config_files_are_told(text, message, tmp_path, capsys):
     file.write_text(text)
     assert main(["finetune", "--config", str(file)]) == 2
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_option_at_all_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["finetune"])
+    err = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--data" in err
+    assert "--output" in err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_tuned_from_a_template_and_an_adapter(tmp_path, capsys):
+    pytest.importorskip("torch")
+    bare = tmp_path / "bare"
+    tiny_model().save_pretrained(bare, format="state-spaces")
+    for file in (file for pattern in TOKENIZER_FILES for file in bare.glob(pattern)):
+        file.unlink()
+    chats = [{"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two."}]}]
+    pathlib.Path(tmp_path, "chats.json").write_text(json.dumps(chats * 8, indent=1))
+    template = "{% for m in messages %}{{ m.content + '\n' }}{% endfor %}"
+    pathlib.Path(tmp_path, "template.jinja").write_text(template)
+
+    def run(output, *options):
+        common = f"--model {bare} --data {tmp_path}/chats.json --output {tmp_path / output} --batch-size 2"
+        common += " --steps 2 --no-tensorboard --no-progress --optim.warmup 0 --data.max-length 48"
+        return main(["finetune", *common.split(), *options])
+
+    assert run("none") == 2
+    assert "--tokenizer EleutherAI/gpt-neox-20b on the command line" in capsys.readouterr().err
+    ours = ("--tokenizer", str(model_folder()))
+    assert run("none", *ours) == 2
+    assert "name one with data.chat_template (--data.chat-template FILE)" in capsys.readouterr().err
+    ours += ("--data.chat-template", str(tmp_path / "template.jinja"))
+    assert run("first", *ours, "--lora.rank", "2", "--lora.targets", "in_proj", "--lora.merge") == 0
+    saved = load_tokenizer(tmp_path / "first" / "model")
+    assert saved.chat_template == template
+    assert "8 texts, 8 documents" in capsys.readouterr().err
+
+    # another run begins from this one's adapter
+    trainer = make_trainer(tmp_path / "second", lora=LoraOptions(init=str(tmp_path / "first" / "adapter")))
+    begun = arrays_of(trainer)
+    model = tiny_model()
+    load_lora(model, tmp_path / "first" / "adapter")
+    _, wanted, _ = split_model(model)
+    assert begun.keys() == wanted.keys()
+    for name, array in wanted.items():
+        assert array.any()
+        np.testing.assert_array_equal(begun[name], array)
+    with pytest.raises(ValueError, match="rank=4 is set beside init, whose adapter has its own"):
+        LoraOptions(rank=4, init="adapter")
+    with pytest.raises(FileNotFoundError, match="nowhere/at/all: no such folder"):
+        make_trainer(tmp_path / "third", lora=LoraOptions(init="nowhere/at/all"))

@@ -1,4 +1,4 @@
-"""Define the commands of `mamba2-jax`: `generate`, `info`, `convert` and `finetune`.
+"""Define the commands of `mamba2-jax`: `generate`, `chat`, `info`, `convert` and `finetune`.
 
 Each command imports its dependencies when it runs, so that `--help` and a mistyped option answer at once.
 """
@@ -16,7 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: generate text from a checkpoint; describe, convert or fine-tune it. "
+    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
     "`mamba2-jax --version` prints the version."
 )
 
@@ -25,18 +25,14 @@ _Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
 _Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Generate:
-    """Continue a prompt and stream the text to stdout.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _TextOptions:
+    """Options of the commands that write text."""
 
-    Options that are not given default to the checkpoint's generation_config.json, if it has one, else to
-    greedy decoding. Put a prompt that begins with a dash after `--`.
-    """
-
-    prompt: Positional[str]
-    """Text to continue; `-` reads stdin, unchanged."""
     model: _Path = None
-    """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
+    """Folder or hub id of the checkpoint (None: the adapter's base, else the embedded model)."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter for the model."""
     tokenizer: _Path = None
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     max_new_tokens: _Count = None
@@ -57,16 +53,41 @@ class Generate:
     """Stop string: ends the text and is not printed; may be repeated."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
+    system: Annotated[str | None, arg(metavar="TEXT")] = None
+    """System message of the chat."""
+    chat_template: Annotated[str | None, arg(metavar="FILE")] = None
+    """File with a Jinja chat template (None: the tokenizer's own)."""
+
+    def check(self) -> None:
+        """Raise CommandError for options that need no model to be seen as wrong."""
+        if not 0 <= self.seed < 2**32:
+            raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
+        if "" in self.stop:
+            raise CommandError("--stop is empty; give it at least one character")
+
+
+@dataclasses.dataclass(frozen=True)
+class Generate(_TextOptions):
+    """Continue a prompt and stream the text to stdout.
+
+    Options that are not given default to the checkpoint's generation_config.json, if it has one, else to
+    greedy decoding. Put a prompt that begins with a dash after `--`.
+    """
+
+    prompt: Positional[str]
+    """Text to continue; `-` reads stdin, unchanged."""
+    chat: bool = False
+    """Answer the prompt as a message, under the chat template."""
     echo: bool = False
     """Print the prompt before the text."""
 
     def run(self) -> None:
         """Stream the text to stdout; notes and timings go to stderr."""
         prompt = _read_prompt(self.prompt)
-        if not 0 <= self.seed < 2**32:
-            raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
-        if "" in self.stop:
-            raise CommandError("--stop is empty; give it at least one character")
+        self.check()
+        for option, value in (("--system", self.system), ("--chat-template", self.chat_template)):
+            if value is not None and not self.chat:
+                raise CommandError(f"{option} needs --chat")
 
         from mamba2_jax.cli.generate import prepare, write_and_time
 
@@ -80,11 +101,37 @@ class Generate:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat(_TextOptions):
+    """Chat with a model: a line is a message, and `/help` lists the commands.
+
+    The history is kept as a state, so that each turn reads only what is new; `/save` keeps it for another
+    day. Ctrl-C ends an answer, not the chat.
+    """
+
+    load: Annotated[str | None, arg(metavar="FILE")] = None
+    """Go on with a conversation that `/save` wrote."""
+
+    def run(self) -> None:
+        """Answer lines of stdin on stdout; notes go to stderr."""
+        self.check()
+
+        from mamba2_jax.cli.chat import start_chat
+
+        try:
+            run = start_chat(self, _tell)
+        except _MISTAKES as error:
+            raise CommandError(str(error)) from error
+        run()
+
+
+@dataclasses.dataclass(frozen=True)
 class Info:
     """Describe a checkpoint: config, number of parameters, memory and files. Reads no weights."""
 
     path: Positional[_Path] = None
-    """Folder or hub id (None: the embedded Python-writing model)."""
+    """Folder or hub id of a checkpoint or an adapter (None: the embedded Python-writing model)."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter, described too."""
     kernels: bool = False
     """Show instead which implementation of the scan runs on the devices of this machine, and why."""
 
@@ -93,8 +140,13 @@ class Info:
         from mamba2_jax.cli.info import describe
         from mamba2_jax.cli.kernels import describe_kernels
 
+        if self.kernels and self.adapter is not None:
+            raise CommandError("--adapter and --kernels: an adapter runs on no other kernel; leave one out")
         try:
-            (describe_kernels if self.kernels else describe)(self.path)
+            if self.kernels:
+                describe_kernels(self.path)
+            else:
+                describe(self.path, self.adapter)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
 
@@ -103,12 +155,13 @@ class Info:
 class Convert:
     """Convert a checkpoint to another form or dtype, without holding the model in memory.
 
-    Reads the forms of transformers, state-spaces and Mistral. The write is atomic: the target is complete or
-    absent.
+    Reads the forms of transformers, state-spaces and Mistral, and the checkpoints of a training run. The
+    write is atomic: the target is complete or absent.
     """
 
     source: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder or hub id of the source."""
+    """Folder or hub id of the source; or a checkpoint of a run, run/checkpoints/500, or the run, for its best
+    checkpoint. An adapter is merged into its base."""
     target: Annotated[Positional[str], arg(metavar="DST")]
     """Folder to write."""
     to: Literal["transformers", "state-spaces"] = "transformers"
@@ -123,15 +176,17 @@ class Convert:
     """Accept weights that hold NaN or infinity."""
     overwrite: bool = False
     """Replace the checkpoint in a non-empty folder; its other files are kept."""
+    adapter: _Path = None
+    """Folder or hub id of a LoRA adapter to merge into the source; this holds the model in memory."""
+    base: _Path = None
+    """Folder or hub id of the model below the adapter in SRC (None: the one that it was trained on)."""
 
     def run(self) -> None:
         """Convert the checkpoint, with a progress bar on stderr."""
-        from mamba2_jax.weights.convert import convert
+        from mamba2_jax.cli.convert import convert_command
 
-        options = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        options["dtype"] = None if self.dtype == "stored" else self.dtype
         try:
-            convert(**options, show_progress=True)
+            convert_command(self, _tell)
         except _MISTAKES as error:
             raise CommandError(str(error)) from error
         _tell(f"wrote {self.target}")
@@ -156,6 +211,7 @@ _MISTAKES = (OSError, ValueError, NotImplementedError, ImportError)
 
 Command = (
     Annotated[Generate, subcommand("generate")]
+    | Annotated[Chat, subcommand("chat")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Finetune, subcommand("finetune")]

@@ -1,6 +1,7 @@
 """Run `mamba2-jax finetune`: training options from the command line and from a file."""
 
 import dataclasses
+import itertools
 import signal
 import warnings
 from collections.abc import Callable, Sequence
@@ -14,7 +15,8 @@ from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
-from mamba2_jax.training.config import MeshOptions, build, read_fields
+from mamba2_jax.training.config import MeshOptions
+from mamba2_jax.training.options import build, plain, read_fields
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,10 @@ class ProcessOptions:
         """Connect to the other processes, if `coordinator` is set."""
         if self.coordinator is not None:
             start_processes(self.coordinator, self.count, self.index, timeout=self.timeout)
-        elif self.count is not None or self.index is not None:
-            raise ValueError("processes.count and processes.index need processes.coordinator: host:port")
+            return
+        given = [f.name for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if given:
+            raise ValueError(f"processes.{given[0]} needs processes.coordinator: host:port, or auto")
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,15 @@ class Finetune:
     """
 
     data: Annotated[tuple[str, ...], arg(metavar="PATH...")]
-    """Training files (JSON lines with text, prompt and completion, or messages; Parquet; else plain text),
-    folders of them, or the id of a hub dataset."""
+    """Training files (JSON lines, a JSON array, CSV or Parquet with text, prompt and completion, messages,
+    ShareGPT's or Alpaca's fields; else plain text; also .gz), folders of them, or the id of a hub dataset."""
     train: Annotated[TrainConfig, arg(name="")]
     model: Annotated[str | None, arg(metavar="PATH")] = None
     """Folder or hub id of the checkpoint (None: the embedded Python-writing model)."""
+    tokenizer: Annotated[str | None, arg(metavar="PATH")] = None
+    """Folder or hub id of the tokenizer, for a checkpoint without one (None: the checkpoint's)."""
+    revision: str | None = None
+    """Branch, tag or commit of a checkpoint on the hub."""
     eval_data: Annotated[tuple[str, ...], arg(metavar="PATH...")] = ()
     """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -68,7 +76,8 @@ class Finetune:
             keep_freed_memory()
         if not is_first():
             tell = _say_nothing
-        folder = resolve_folder(self.model)
+        folder = resolve_folder(self.model, self.revision)
+        tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(
             folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
@@ -77,9 +86,10 @@ class Finetune:
             model,
             self.train,
             self.data,
-            tokenizer=load_tokenizer(folder),
+            tokenizer=tokenizer,
             eval_data=self.eval_data or None,
             report=tell,
+            options=_written(self),
         )
         return trainer.fit()
 
@@ -119,12 +129,24 @@ def _say_nothing(line: str) -> None:
 
 
 def _config_file(arguments: Sequence[str]) -> str | None:
-    for this, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if this == "--config" and following is not None:
+    for this, following in itertools.pairwise([*arguments, ""]):
+        if this == "--config":
             return following
         if this.startswith("--config="):
             return this.removeprefix("--config=")
     return None
+
+
+def _written(command: Finetune) -> dict[str, Any]:
+    """Return the options in the form of an options file, from which `--config` starts or resumes the run."""
+    fields = plain(command)
+    train = fields.pop("train")
+    files, data = fields.pop("data"), train.pop("data")
+    for name in ("config", "processes"):  # of this start alone
+        del fields[name]
+    for name in ("resume", "new_learning_rate"):
+        del train[name]
+    return {**fields, **train, "data": {"files": files, **data}}
 
 
 def _read_config(file: str) -> Finetune:

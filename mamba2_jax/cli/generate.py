@@ -3,14 +3,16 @@
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 
+from mamba2_jax.cli.adapter import base_folder, refuse_other_folders
 from mamba2_jax.files import GENERATION_CONFIG, read_json
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.streaming import TextStream, stream
 from mamba2_jax.hub import resolve_folder
+from mamba2_jax.lora import load_lora
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import load_tokenizer, special_token_ids
 
@@ -23,12 +25,49 @@ _KINDS = dict.fromkeys(_SAMPLING, (int, float)) | {"top_k": (int,), "max_new_tok
 _ENDINGS = {"eos": "the model", "stop": "a stop string", "length": "--max-new-tokens"}
 
 
+class Loaded(NamedTuple):
+    """A model, its tokenizer, and the settings of checkpoint and user."""
+
+    model: Mamba2ForCausalLM
+    tokenizer: Any
+    settings: dict[str, Any]
+
+
+def load(options: Any, tell: Callable[[object], None]) -> Loaded:
+    """Load the model and its tokenizer, and check the options that `generate` and `chat` share.
+
+    Raises:
+        OSError: the checkpoint or the tokenizer does not exist.
+        ValueError: invalid options or checkpoint files; the message names them.
+    """
+    folder = resolve_folder(base_folder(options.model, options.adapter))
+    refuse_other_folders(folder)
+    settings = chosen_settings(options, folder)
+    tokenizer = load_tokenizer(options.tokenizer or folder)
+    dtype = None if options.dtype == "auto" else options.dtype
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    if options.adapter is not None:
+        load_lora(model, options.adapter)
+    for note in special_token_ids(tokenizer, model.config).notes:
+        tell(f"note: {note}")
+    return Loaded(model, tokenizer, settings)
+
+
+def stream_options(options: Any, settings: dict[str, Any], turn: int = 0) -> dict[str, Any]:
+    """Return the options of `stream` for the given turn of a conversation; each turn has its own key."""
+    key = None
+    if settings.get("temperature"):
+        key = jax.random.fold_in(jax.random.key(options.seed), turn) if turn else jax.random.key(options.seed)
+    chosen = {name: settings[name] for name in ("max_new_tokens", *_SAMPLING) if name in settings}
+    return chosen | {"stop": options.stop, "key": key}
+
+
 def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[Begin, int]:
     """Load the model and its tokenizer, and check the options and the prompt.
 
     Args:
         options: the options of the command, `cli.commands.Generate`.
-        prompt: the text to continue.
+        prompt: the text to continue, or with `--chat` the message to answer.
         tell: receives messages for the user.
 
     Returns:
@@ -38,30 +77,18 @@ def prepare(options: Any, prompt: str, tell: Callable[[object], None]) -> tuple[
         OSError: the checkpoint or the tokenizer does not exist.
         ValueError: invalid options, prompt or checkpoint files; the message names them.
     """
-    folder = resolve_folder(options.model)
-    settings = chosen_settings(options, folder)
-    tokenizer = load_tokenizer(options.tokenizer or folder)
-    dtype = None if options.dtype == "auto" else options.dtype
-    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
-    eos = settings.get("eos_token_id", model.config.eos_token_id)
-    ids = special_token_ids(tokenizer, model.config.replace(eos_token_id=eos))
-    for note in ids.notes:
-        tell(f"note: {note}")
+    from mamba2_jax.cli.chat import new_conversation
+
+    loaded = load(options, tell)
 
     def begin(max_new_tokens: int) -> TextStream:
-        return stream(
-            model,
-            tokenizer,
-            prompt,
-            max_new_tokens=max_new_tokens,
-            stop=options.stop,
-            eos_token_id=ids.eos,
-            key=jax.random.key(options.seed) if settings.get("temperature") else None,
-            **{name: settings[name] for name in _SAMPLING if name in settings},
-        )
+        chosen = stream_options(options, loaded.settings | {"max_new_tokens": max_new_tokens})
+        if options.chat:
+            return new_conversation(options, loaded).say(prompt, **chosen)
+        return stream(loaded.model, loaded.tokenizer, prompt, **chosen)
 
     begin(1)  # raises the prompt's errors before any text is printed
-    return begin, settings["max_new_tokens"]
+    return begin, loaded.settings["max_new_tokens"]
 
 
 def chosen_settings(options: Any, folder: pathlib.Path) -> dict[str, Any]:
@@ -97,9 +124,6 @@ def _checkpoint_settings(file: pathlib.Path) -> dict[str, Any]:
     else:
         found = {name: value for name, value in found.items() if name not in (*_FILTERS, "temperature")}
     make_sampler(str(file), **{name: value for name, value in found.items() if name in _SAMPLING})
-    if content.get("eos_token_id") is not None:
-        eos = content["eos_token_id"]
-        found["eos_token_id"] = tuple(eos) if isinstance(eos, list) else eos
     return found
 
 

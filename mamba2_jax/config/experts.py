@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from mamba2_jax.config.layers import MAX_SIZE
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExpertsConfig:
@@ -83,4 +85,4 @@ class ExpertsConfig:
 
 
 def _is_integer_from(low: int, value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= low
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_SIZE

@@ -1,15 +1,16 @@
-"""Read and write the published forms of a Mamba-2 config file.
+"""Read the published forms of a Mamba-2 config file, and write that of state-spaces.
 
-Four forms are in use: transformers' `config.json`, the older form of the `-av` conversions, the original
-state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and returns keyword
-arguments for `Mamba2Config`; this module does not import that class.
+Three forms are in use: the `config.json` of transformers and its relatives (`config.mamba2_file`), the
+original state-spaces `config.json` and Mistral's `params.json`. Each reader takes the parsed JSON and returns
+keyword arguments for `Mamba2Config`; this module does not import that class.
 """
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax.config.families import FAMILIES, REFUSED, family_fields
+from mamba2_jax.config.families.file import ConfigFile, time_limits
+from mamba2_jax.config.mamba2_file import GPT_NEOX_IDS, count_heads, mamba2_fields
 from mamba2_jax.config.options import OPTIONS
 
 # state-spaces ssm_cfg key -> field.
@@ -26,8 +27,7 @@ _MISTRAL_KEYS = {
     *("n_groups", "rms_norm"),
 }
 
-# Ids of the state-spaces and Codestral tokenizers, which neither config file contains.
-_GPT_NEOX_IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+# Ids of Codestral's tokenizer, which `params.json` does not contain.
 _CODESTRAL_IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}  # no pad token: eos is used
 # Initialisation of a new model in the original.
 _ORIGINAL_INIT = {"initializer_range": 0.02, "rescale_prenorm_residual": True}
@@ -88,42 +88,12 @@ def parse_fields(config: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(map(repr, FAMILIES))}; point it at such a checkpoint"
         )
     if "hidden_size" in config:
-        return _transformers_fields(config)
+        return mamba2_fields(config)
     raise ValueError(
         "config: none of the known forms. Expected transformers' config.json (hidden_size, model_type "
         "'mamba2'), state-spaces' config.json (d_model, n_layer, ssm_cfg) or Mistral's params.json "
         f"(dim, n_layers); got the keys {sorted(map(str, config))}"
     )
-
-
-def _transformers_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    if config.get("quantization_config"):
-        raise NotImplementedError(
-            "config: the weights are quantized (quantization_config); use the unquantized checkpoint"
-        )
-    # All keys outside this list are ignored, as in transformers. One of these is `norm_before_gate`:
-    # Codestral's file says true, but transformers has no such field and the model was not trained that way.
-    names = [name for name, option in OPTIONS.items() if option.in_transformers]
-    fields = {name: config[name] for name in names if name in config}
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if isinstance(fields.get(name), int) and fields[name] < 0:
-            fields[name] = None  # sentencepiece writes -1 for "no such token"
-    if "time_step_limit" in fields:
-        fields["time_step_limit"] = _floats(fields["time_step_limit"])
-    fields.setdefault("num_heads", _heads(fields))
-    if "tie_embedding_weights" in config or "A_initializer_range" in config:
-        _read_av_form(config, fields)
-    return fields
-
-
-def _read_av_form(config: Mapping[str, Any], fields: dict[str, Any]) -> None:
-    """Set fields in which the defaults of the `-av` conversions' config class differ from transformers'."""
-    fields.setdefault("n_groups", 1)  # that class supported one group only, not transformers' default of 8
-    fields.setdefault("tie_word_embeddings", config.get("tie_embedding_weights", True))
-    fields.setdefault("initializer_range", config.get("emb_initializer_range", 0.02))
-    for name, value in _GPT_NEOX_IDS.items():
-        fields.setdefault(name, value)
-    fields["num_heads"] = _heads(fields)  # that class derived num_heads; the file's value may be stale
 
 
 def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -144,11 +114,11 @@ def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     fields = {_SSM_CFG_FIELDS[key]: value for key, value in ssm_cfg.items() if key in _SSM_CFG_FIELDS}
     if "time_step_limit" in fields:
-        fields["time_step_limit"] = _floats(fields["time_step_limit"])
+        fields["time_step_limit"] = time_limits(fields["time_step_limit"])
     fields.setdefault("n_groups", 1)
     fields |= _common_fields(config, _STATE_SPACES_KEYS, hidden_size="d_model", num_layers="n_layer")
-    fields |= _GPT_NEOX_IDS
-    fields["num_heads"] = _heads(fields)
+    fields |= GPT_NEOX_IDS
+    fields["num_heads"] = count_heads(fields)
     fields["d_intermediate"] = config.get("d_intermediate", 0)
     fields["attn_layer_idx"] = config.get("attn_layer_idx") or ()
     attention = (config.get("attn_cfg") or None) if fields["attn_layer_idx"] else None
@@ -161,7 +131,7 @@ def _state_spaces_fields(config: Mapping[str, Any]) -> dict[str, Any]:
 def _mistral_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     fields = _common_fields(config, _MISTRAL_KEYS, hidden_size="dim", num_layers="n_layers", tied=False)
     fields["n_groups"] = config.get("n_groups", 1)
-    fields["num_heads"] = _heads(fields)
+    fields["num_heads"] = count_heads(fields)
     return fields | _CODESTRAL_IDS
 
 
@@ -172,6 +142,10 @@ def _common_fields(
     missing = [key for key in (hidden_size, num_layers, "vocab_size") if key not in config]
     if missing:
         raise ValueError(f"config: {missing} missing; this form has the keys {sorted(keys)}")
+    file = ConfigFile(config)
+    for key in keys:
+        file.get(key, None)
+    file.refuse_unread(["fused_add_norm", "norm_epsilon"])
     if not config.get("rms_norm", True):
         raise NotImplementedError("config: rms_norm is false (LayerNorm blocks); only RMSNorm is built")
     vocab_size = config["vocab_size"]
@@ -188,36 +162,6 @@ def _common_fields(
         "tie_word_embeddings": config.get("tie_embeddings", tied),
         "residual_in_fp32": config.get("residual_in_fp32", True),
     }
-
-
-def _heads(fields: Mapping[str, Any]) -> Any:
-    """Derive `num_heads`, which not every form contains, as `d_ssm / head_dim`."""
-    d_ssm = fields.get("d_ssm")
-    sizes = (fields.get("expand", 2), fields["hidden_size"], fields.get("head_dim", 64))
-    if any(type(size) is not int or size < 1 for size in sizes) or not isinstance(d_ssm, int | None):
-        return 1  # the checks of `Mamba2Config` report the invalid size
-    return (sizes[0] * sizes[1] if d_ssm is None else d_ssm) // sizes[2] or 1
-
-
-def _floats(values: Any) -> Any:
-    """Decode the numbers that JSON lacks, which transformers 5 writes as `{"__float__": "Infinity"}`."""
-    if not isinstance(values, list | tuple):
-        return values  # the checks of `Mamba2Config` report the invalid value
-    named = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}
-    return tuple(
-        named.get(str(value.get("__float__")), value) if isinstance(value, Mapping) else value
-        for value in values
-    )
-
-
-def transformers_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Convert fields to the content of transformers' `config.json`; inf is `{"__float__": "Infinity"}`."""
-    written = {"architectures": ["Mamba2ForCausalLM"], "model_type": "mamba2"}
-    for name, value in fields.items():
-        if isinstance(value, tuple):
-            value = [{"__float__": "Infinity"} if item == math.inf else item for item in value]
-        written[name] = value
-    return written
 
 
 def state_spaces_dict(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "-": ("mlp",),
     "E": ("experts", "shared_expert"),
 }
+MAX_LAYERS = 1 << 14
+"""Largest number of layers; a file that claims more is broken, and would be slow to refuse later."""
+MAX_SIZE = (1 << 31) - 1
+"""Largest size of an axis, and largest token id."""
 NORMS = ("norm", "norm2")
 """Attribute of the norm before each branch."""
 

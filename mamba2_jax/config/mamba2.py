@@ -17,12 +17,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mamba2_jax import hub
-from mamba2_jax.config import checks, families, forms, kinds
+from mamba2_jax.config import checks, families, forms, kinds, mamba2_file, table
 from mamba2_jax.config.attention import AttentionConfig, attention_config
 from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import Layer, Slot, layer_of
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 from mamba2_jax.config.options import OPTIONS
+from mamba2_jax.config.vocabulary import count_token_ids
 from mamba2_jax.files import CONFIG_FILES, read_json
 
 __all__ = ["Mamba2Config"]
@@ -234,9 +235,13 @@ class Mamba2Config:
         }
         return [f"{n}={getattr(self, n)}" for n in OPTIONS if n in lacks and getattr(self, n) != defaults[n]]
 
-    def num_parameters(self) -> int:
-        """Count the parameters of the model; a tied head adds none."""
-        return kinds.count_parameters(self)
+    def num_parameters(self, *, active: bool = False) -> int:
+        """Count the parameters of the model; a tied head adds none.
+
+        Args:
+            active: leave out the experts that a token is not sent to.
+        """
+        return table.count_parameters(self, active)
 
     @classmethod
     def preset(cls, name: str) -> "Mamba2Config":
@@ -256,7 +261,12 @@ class Mamba2Config:
         """
         if not isinstance(config, Mapping):
             raise ValueError(f"Mamba2Config.from_dict: wants a mapping, got {type(config).__name__}")
-        return cls(**forms.parse_fields(config))
+        try:
+            return cls(**forms.parse_fields(config))
+        except (ValueError, NotImplementedError) as error:
+            if len(text := str(error)) <= _MAX_MESSAGE:
+                raise
+            raise type(error)(f"{text[:_MAX_MESSAGE]}... ({len(text)} characters)") from None
 
     @classmethod
     def from_pretrained(
@@ -265,7 +275,7 @@ class Mamba2Config:
         """Read the config of a checkpoint from a folder, the hub or the package.
 
         When the config file does not state how much of the vocabulary is padding, `unpadded_vocab_size` is
-        read from a `tokenizer.json` in the same folder, so that sampling never picks a padding id.
+        read from the tokenizer in the same folder, so that sampling never picks a padding id.
 
         Args:
             path: a folder with `config.json` or `params.json`, or a hub id; None: the embedded model.
@@ -288,7 +298,7 @@ class Mamba2Config:
             config = cls.from_dict(content)
         except (ValueError, NotImplementedError) as error:
             raise type(error)(f"{file}: {error}") from error
-        num_tokens = _count_tokens(folder / "tokenizer.json")
+        num_tokens = count_token_ids(folder)
         if config.unpadded_vocab_size is None and num_tokens and num_tokens < config.vocab_size:
             config = config.replace(unpadded_vocab_size=num_tokens)
         return config
@@ -309,7 +319,7 @@ class Mamba2Config:
         fields = {name: getattr(self, name) for name, option in OPTIONS.items() if option.in_transformers}
         if self.unpadded_vocab_size is None:
             del fields["unpadded_vocab_size"]
-        return forms.transformers_dict(fields)
+        return mamba2_file.mamba2_dict(fields)
 
     def to_state_spaces_dict(self) -> dict[str, Any]:
         """Return the content of a `config.json` that mamba_ssm loads, without the special token ids.
@@ -327,6 +337,8 @@ class Mamba2Config:
         return forms.state_spaces_dict(fields)
 
 
+_MAX_MESSAGE = 3000  # of a file that may hold anything
+
 # Fields that are derived from others, with the value that asks for it.
 _DERIVED: dict[str, Any] = {
     "d_ssm": None,
@@ -334,17 +346,3 @@ _DERIVED: dict[str, Any] = {
     "layer_pattern": None,
     "feed_forward": None,
 }
-
-
-def _count_tokens(file: pathlib.Path) -> int | None:
-    """Return the largest token id in a `tokenizer.json` plus 1; None without a readable vocabulary."""
-    if not file.is_file():
-        return None
-    content = read_json(file)
-    try:
-        vocab = content["model"]["vocab"]
-        ids = list(vocab.values()) if isinstance(vocab, Mapping) else list(range(len(vocab)))
-        ids += [token["id"] for token in content.get("added_tokens") or ()]
-        return max(ids) + 1
-    except (KeyError, TypeError, ValueError, AttributeError):
-        return None  # optional for a config; `load_tokenizer` reports the defect

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import NamedTuple
 
+from mamba2_jax.config.layers import MAX_SIZE
+
 
 class MLPLayout(NamedTuple):
     """The projections of an MLP, under the names of published files.
@@ -41,7 +43,7 @@ class MLPConfig:
     layout: str = "gate_up_down"
 
     def __post_init__(self) -> None:
-        if type(self.width) is not int or self.width < 1:
+        if type(self.width) is not int or not 1 <= self.width <= MAX_SIZE:
             raise ValueError(f"MLPConfig: width={self.width!r}, wants a positive integer")
         if self.layout not in MLP_LAYOUTS:
             raise ValueError(f"MLPConfig: layout={self.layout!r}, wants one of {', '.join(MLP_LAYOUTS)}")

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from mamba2_jax.config.experts import ExpertsConfig
-from mamba2_jax.config.layers import LAYERS
+from mamba2_jax.config.layers import LAYERS, MAX_LAYERS, MAX_SIZE
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 
 
@@ -49,11 +49,11 @@ def _boolean(value: Any) -> bool:
     return value
 
 
-def integer_from(low: int) -> Callable[[Any], int]:
-    """Return a conversion to an integer of at least `low`; booleans and fractions are invalid."""
+def integer_from(low: int, high: int = MAX_SIZE) -> Callable[[Any], int]:
+    """Return a conversion to an integer from `low` to `high`; booleans and fractions are invalid."""
 
     def convert(value: Any) -> int:
-        if isinstance(value, bool) or operator.index(value) < low:
+        if isinstance(value, bool) or not low <= operator.index(value) <= high:
             raise ValueError
         return operator.index(value)
 
@@ -161,7 +161,7 @@ OPTIONS: dict[str, Option] = {
     "vocab_size": Option(POSITIVE),
     "hidden_size": Option(POSITIVE),
     "state_size": Option(POSITIVE, "d_state", 128),
-    "num_hidden_layers": Option(POSITIVE),
+    "num_hidden_layers": Option(Check(f"a positive integer up to {MAX_LAYERS}", integer_from(1, MAX_LAYERS))),
     "layer_norm_epsilon": Option(ABOVE_0, in_state_spaces=False),
     "pad_token_id": Option(TOKEN),
     "bos_token_id": Option(TOKEN),

@@ -1,6 +1,8 @@
-"""Text generation: `generate` continues whole batches inside `jit`, `stream` yields one text in chunks."""
+"""Text generation: `generate` continues batches in `jit`, `stream` yields a text, `Conversation` chats."""
 
+from mamba2_jax.generation.conversation import Conversation
 from mamba2_jax.generation.decoding import GenerateOutput, generate
+from mamba2_jax.generation.speculative import PromptLookup
 from mamba2_jax.generation.streaming import stream
 
-__all__ = ["GenerateOutput", "generate", "stream"]
+__all__ = ["Conversation", "GenerateOutput", "PromptLookup", "generate", "stream"]

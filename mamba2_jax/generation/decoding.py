@@ -4,17 +4,25 @@ The loop carries a fixed-size state, so the cost per token is constant. Prompts 
 lengths and the token budget is a traced operand, so a new prompt length or budget rarely recompiles.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.generation.beams import beam_search
+from mamba2_jax.generation.loop import decode, prefill
+from mamba2_jax.generation.processors import Processor
 from mamba2_jax.generation.request import check_request
-from mamba2_jax.generation.sampling import Sampler, choose_token
-from mamba2_jax.models.cache import Mamba2Cache, bucket
+from mamba2_jax.generation.sampling import Sampler
+from mamba2_jax.generation.search import Search, check_search, take_best
+from mamba2_jax.generation.speculative import PromptLookup, decode_speculatively, start_draft
+from mamba2_jax.generation.state import DecodeState
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.typing import Array, Bool, Float, Int
+from mamba2_jax.typing import Array, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -30,23 +38,15 @@ class GenerateOutput:
     """Natural-log probabilities before temperature and filters; 0 after the end. None unless requested."""
     cache: Mamba2Cache
     """State after the prompt and exactly the returned tokens of each row; pass it on to continue."""
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class DecodeState:
-    """Carry of the decode loop: the cache and the logits of the next token."""
-
-    cache: Mamba2Cache
-    logits: Float[Array, "b v"]
-    finished: Bool[Array, " b"]
-    seen: Bool[Array, "b v"] | None  # ids that occur in the row so far, for the repetition penalty
-    step: Int[Array, ""]
+    scores: Float[Array, " b"] | None = None
+    """Of beam search: sum of log-probabilities / length ** length_penalty; of `best_of`: their mean."""
+    passes: Int[Array, " b"] | None = None
+    """With a `draft`: calls of the model per row; tokens per call are `(lengths - 1) / passes`."""
 
 
 def generate(
     model: Mamba2ForCausalLM,
-    input_ids: Int[Array, "b l"],
+    input_ids: Int[Array, "b l"] | None = None,
     attention_mask: Int[Array, "b l"] | None = None,
     *,
     max_new_tokens: int,
@@ -61,6 +61,15 @@ def generate(
     key: Array | None = None,
     cache: Mamba2Cache | None = None,
     return_logprobs: bool = False,
+    inputs_embeds: Float[Array, "b l d"] | None = None,
+    logits_processors: Sequence[Processor] = (),
+    num_return_sequences: int = 1,
+    best_of: int | None = None,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool | Literal["never"] = False,
+    draft: Mamba2ForCausalLM | PromptLookup | None = None,
+    num_draft_tokens: int = 4,
 ) -> GenerateOutput:
     """Continue each prompt up to an eos token or `max_new_tokens`. Also works inside your own `jit`.
 
@@ -74,16 +83,30 @@ def generate(
         top_p: keep the most likely tokens that together reach this probability, in (0, 1].
         min_p: keep tokens with at least this fraction of the highest probability, in [0, 1].
         repetition_penalty: above 1 discourages tokens of this call's prompt and of the new text.
-        eos_token_id: one id or several that end a row; None: the config's; `()`: nothing ends a row.
+        eos_token_id: one id or several that end a row, also ids in the padding of the vocabulary; None: the
+            model's `end_ids`; `()`: nothing ends a row.
         pad_token_id: fills a row after its end; None: the config's.
         vocab_size: ids from this one on pad the vocabulary and are never chosen, e.g.
             `len(tokenizer)`; None: the config's `unpadded_vocab_size`.
         key: `jax.random.key(...)`; the same key gives the same text, independent of the other rows.
         cache: state to continue from, with the same rows as `input_ids`; not donated, so still usable after.
         return_logprobs: also return the log-probability of each token.
+        inputs_embeds: prompts as embeddings `(b, l, d)` instead of `input_ids`.
+        logits_processors: functions `(tokens, count, logits) -> logits`, run in this order in the compiled
+            loop, after the repetition penalty; see `generation.processors`.
+        num_return_sequences: rows returned per prompt, in the order 0, 0, 1, 1, ...
+        best_of: sample this many per prompt, and return those with the highest mean log-probability.
+        num_beams: above 1: beam search, with the sequences and scores of transformers.
+        length_penalty: exponent of the length that divides a beam's log-probability.
+        early_stopping: True ends a prompt's beam search once `num_beams` texts have ended; "never" only once
+            no better one can come; False decides that by the current length.
+        draft: a smaller model of the same vocabulary, or `PromptLookup()`, to guess tokens that the model
+            checks several at a time: the same greedy text, or the same distribution of sampled ones. A
+            draft model sees this call's prompt, not what `cache` has read.
+        num_draft_tokens: tokens guessed per call of the model.
 
     Returns:
-        `GenerateOutput(tokens, lengths, logprobs, cache)`.
+        `GenerateOutput(tokens, lengths, logprobs, cache, scores, passes)`.
 
     Raises:
         ValueError: an invalid argument; the message names it.
@@ -94,6 +117,20 @@ def generate(
     >>> generate(model, ids, max_new_tokens=5).tokens.shape
     (1, 5)
     """
+    search = check_search(
+        "generate",
+        model,
+        temperature=temperature,
+        num_return_sequences=num_return_sequences,
+        best_of=best_of,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        early_stopping=early_stopping,
+        draft=draft,
+        num_draft_tokens=num_draft_tokens,
+        has_ids=inputs_embeds is None,
+        return_logprobs=return_logprobs,
+    )
     request = check_request(
         "generate",
         model,
@@ -105,149 +142,86 @@ def generate(
         pad_token_id=pad_token_id,
         vocab_size=vocab_size,
         key=key,
+        inputs_embeds=inputs_embeds,
+        logits_processors=logits_processors,
+        slack=search.num_draft_tokens + 1,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
         min_p=min_p,
         repetition_penalty=repetition_penalty,
     )
-    budget = request.budget
     with model.backbone.on_its_device():
-        tokens, lengths, logprobs, after = _generate(
+        out = _generate(
             model,
-            request.input_ids,
-            request.attention_mask,
-            request.cache,
+            draft,
+            (request.input_ids, request.attention_mask, request.cache, request.inputs_embeds),
             request.sampler,
+            request.processors,
             request.key,
-            jnp.asarray(budget, jnp.int32),
-            size=bucket(budget),
+            jnp.asarray(request.budget, jnp.int32),
+            search=search,
+            size=request.size,
+            piece=request.piece,
             capacity=request.capacity,
             eos=request.eos,
             pad=request.pad,
-            return_logprobs=return_logprobs,
         )
-    return GenerateOutput(
-        tokens=tokens[:, :budget],
-        lengths=lengths,
-        logprobs=None if logprobs is None else logprobs[:, :budget],
-        cache=after,
+    return replace(
+        out,
+        tokens=out.tokens[:, : request.budget],
+        logprobs=None if out.logprobs is None else out.logprobs[:, : request.budget],
     )
 
 
-@partial(jax.jit, static_argnames=("size", "capacity", "eos", "pad", "return_logprobs"))
+@partial(jax.jit, static_argnames=("search", "size", "piece", "capacity", "eos", "pad"))
 def _generate(
     model,
-    input_ids,
-    attention_mask,
-    cache,
-    sampler,
+    draft,
+    prompts: tuple,
+    sampler: Sampler,
+    processors,
     key,
     budget,
     *,
-    size,
-    capacity,
-    eos,
-    pad,
-    return_logprobs,
-) -> tuple[Array, Array, Array | None, Mamba2Cache]:
-    state = prefill(model, input_ids, attention_mask, cache, sampler, capacity=capacity)
-    state, tokens, lengths, logprobs = decode(
-        model, state, sampler, key, budget, size=size, eos=eos, pad=pad, return_logprobs=return_logprobs
-    )
-    return tokens, lengths, logprobs, state.cache
-
-
-def prefill(
-    model: Mamba2ForCausalLM,
-    input_ids: Int[Array, "b l"],
-    attention_mask: Int[Array, "b l"] | None,
-    cache: Mamba2Cache | None,
-    sampler: Sampler,
-    *,
-    capacity: int = 0,
-) -> DecodeState:
-    """Run the model over the prompts; call inside `jit`. Logits are computed for each row's last token only.
-
-    `capacity`: slots in the key/value buffers of attention layers, for prompt and new tokens together.
-    """
-    batch, length = input_ids.shape
-    cache = None if cache is None else cache.reserve(capacity)
-    out = model.backbone.forward(input_ids, attention_mask, None, cache, None)
-    if attention_mask is None:
-        last_hidden = out.last_hidden_state[:, -1]
-    else:
-        last = length - 1 - jnp.argmax(attention_mask[:, ::-1] != 0, axis=1)  # (b,)
-        last_hidden = jnp.take_along_axis(out.last_hidden_state, last[:, None, None], axis=1)[:, 0]
-    seen = None
-    if sampler.repetition_penalty is not None:
-        counts = jnp.ones((batch, length), bool) if attention_mask is None else attention_mask != 0
-        rows = jnp.arange(batch)[:, None]
-        seen = jnp.zeros((batch, model.config.vocab_size), bool).at[rows, input_ids].max(counts)
-    return DecodeState(
-        cache=out.cache.reserve(capacity),
-        logits=model.logits(last_hidden),
-        finished=jnp.zeros((batch,), bool),
-        seen=seen,
-        step=jnp.zeros((), jnp.int32),
-    )
-
-
-def decode(
-    model: Mamba2ForCausalLM,
-    state: DecodeState,
-    sampler: Sampler,
-    key: Array | None,
-    budget: Int[Array, ""],
-    *,
+    search: Search,
     size: int,
+    piece: int,
+    capacity: int,
     eos: tuple[int, ...],
     pad: int,
-    return_logprobs: bool = False,
-) -> tuple[DecodeState, Int[Array, "b size"], Int[Array, " b"], Float[Array, "b size"] | None]:
-    """Decode up to `budget <= size` tokens per row; call inside `jit`. Stops early once every row has ended.
-
-    Returns:
-        The state to continue from; tokens `(b, size)`; number of new tokens per row `(b,)`; log-probabilities
-        `(b, size)`, or None without `return_logprobs`.
-    """
-    batch = state.logits.shape[0]
-    freeze_rows = batch > 1 and bool(eos)  # with one row, its end stops the loop
-    row_keys = None if key is None else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
-
-    def unfinished(carry):
-        index, state, _, _, _ = carry
-        return (index < budget) & ~jnp.all(state.finished)
-
-    def one_token(carry):
-        index, state, tokens, lengths, logprobs = carry
-        keys = None if row_keys is None else jax.vmap(jax.random.fold_in, (0, None))(row_keys, state.step)
-        alive = ~state.finished
-        token = jnp.where(alive, choose_token(state.logits, sampler, state.seen, keys), pad)  # (b,)
-        tokens = tokens.at[:, index].set(token)
-        if logprobs is not None:
-            nats = jnp.take_along_axis(jax.nn.log_softmax(state.logits), token[:, None], axis=1)[:, 0]
-            logprobs = logprobs.at[:, index].set(jnp.where(alive, nats, 0.0).astype(jnp.float32))
-        seen = None if state.seen is None else state.seen.at[jnp.arange(batch), token].max(alive)
-
-        mask = alive[:, None] if freeze_rows else None  # an ended row keeps its state unchanged
-        out = model.backbone.forward(token[:, None], mask, None, state.cache, None)
-        ended = jnp.isin(token, jnp.asarray(eos, jnp.int32)) if eos else jnp.zeros((batch,), bool)
-        state = DecodeState(
-            cache=out.cache,
-            logits=model.logits(out.last_hidden_state[:, 0]),
-            finished=state.finished | ended,
-            seen=seen,
-            step=state.step + 1,
-        )
-        return index + 1, state, tokens, lengths + alive, logprobs
-
-    start = (
-        jnp.zeros((), jnp.int32),
-        state,
-        jnp.full((batch, size), pad, jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch, size), jnp.float32) if return_logprobs else None,
+) -> GenerateOutput:
+    input_ids, mask, cache, embeds = prompts
+    state = prefill(
+        model,
+        input_ids,
+        mask,
+        cache,
+        sampler,
+        embeds,
+        size=size,
+        piece=piece,
+        capacity=capacity,
+        pad=pad,
+        with_logprobs=search.needs_logprobs,
     )
-    _, state, tokens, lengths, logprobs = jax.lax.while_loop(unfinished, one_token, start)
-    return state, tokens, lengths, logprobs
+    passes = scores = None
+    if search.num_beams > 1:
+        state, scores = beam_search(model, state, sampler, processors, budget, search, eos=eos, pad=pad)
+        return _output(state, search, scores=scores)
+    state = state.repeat(search.candidates)
+    if draft is None:
+        state = decode(model, state, sampler, key, budget, processors, eos=eos, pad=pad)
+    else:
+        start = start_draft(draft, input_ids, mask, piece=piece, capacity=capacity, copies=search.candidates)
+        state, passes = decode_speculatively(
+            model, state, start, sampler, key, budget, processors, num_draft=search.num_draft_tokens, eos=eos
+        )
+    if search.candidates > search.num_return_sequences:
+        state, scores = take_best(state, search)
+    return _output(state, search, scores=scores, passes=passes)
+
+
+def _output(state: DecodeState, search: Search, scores=None, passes=None) -> GenerateOutput:
+    logprobs = state.logprobs if search.return_logprobs else None
+    return GenerateOutput(state.tokens, state.lengths, logprobs, state.cache, scores, passes)

@@ -1,32 +1,43 @@
 """Validation of the arguments of `generate` and `stream`, and padding of prompts to bucketed lengths."""
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generation.prefill import PIECE, padded_length, piece_size
+from mamba2_jax.generation.processors import as_pytrees
 from mamba2_jax.generation.sampling import Sampler, make_sampler, positive_integer
 from mamba2_jax.models.cache import Mamba2Cache, bucket
-from mamba2_jax.models.inputs import check_inputs
+from mamba2_jax.models.inputs import batch_and_length, check_inputs
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import is_concrete
-from mamba2_jax.typing import Array, Int
+from mamba2_jax.typing import Array, Float, Int
 
 
 @dataclass(frozen=True)
 class Request:
     """Validated arguments that `generate` and `stream` pass to `prefill` and `decode`."""
 
-    input_ids: Int[Array, "b l"]
+    input_ids: Int[Array, "b l"] | None
     attention_mask: Int[Array, "b l"] | None
     cache: Mamba2Cache | None
+    inputs_embeds: Float[Array, "b l d"] | None
     sampler: Sampler
+    processors: tuple[Any, ...]
+    """Logits processors as pytrees."""
     key: Array | None
     budget: int
     """Maximum number of new tokens."""
+    size: int
+    """Tokens that the buffers hold, at least `budget`; few values, so that few programs are compiled."""
+    piece: int
+    """Tokens per piece of the prompt."""
     capacity: int
     """Slots in the key/value buffers of attention layers; 0 without such layers."""
     eos: tuple[int, ...]
@@ -47,6 +58,9 @@ def check_request(
     pad_token_id,
     vocab_size,
     key,
+    inputs_embeds=None,
+    logits_processors: Sequence[Any] = (),
+    slack: int = 0,
     **sampling,
 ) -> Request:
     """Check the arguments of the function `name`, and pad concrete prompts to a bucketed length.
@@ -62,6 +76,9 @@ def check_request(
         pad_token_id: see `generate`.
         vocab_size: see `generate`.
         key: see `generate`.
+        inputs_embeds: see `generate`.
+        logits_processors: see `generate`.
+        slack: tokens beyond the budget that the model may read and forget.
         **sampling: temperature and filters, see `generate`.
 
     Returns:
@@ -71,48 +88,69 @@ def check_request(
         ValueError: an invalid argument; the message names it.
     """
     config = model.config
-    input_ids, attention_mask, _, cache, _ = check_inputs(
-        name, config, input_ids, attention_mask, None, cache, None
+    input_ids, attention_mask, _, cache, inputs_embeds = check_inputs(
+        name, config, input_ids, attention_mask, None, cache, inputs_embeds
     )
     if attention_mask is not None and is_concrete(attention_mask):
         empty = np.flatnonzero(~np.asarray(attention_mask).any(axis=1))
         if empty.size:
             raise ValueError(f"{name}: row {empty[0]} has no token: its attention_mask is all 0")
-    vocab_size = config.unpadded_vocab_size if vocab_size is None else vocab_size
     if vocab_size is not None and positive_integer(name, "vocab_size", vocab_size) > config.vocab_size:
         raise ValueError(f"{name}: vocab_size={vocab_size} is above the model's {config.vocab_size}")
-    sampler = make_sampler(name, vocab_size=vocab_size, **sampling)
+    eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
+    if vocab_size is not None and eos_token_id is not None and max(eos, default=0) >= vocab_size:
+        raise ValueError(
+            f"{name}: eos_token_id={max(eos)} lies outside the ids 0..{vocab_size - 1} that can be chosen"
+        )
+    vocab_size = config.unpadded_vocab_size if vocab_size is None else vocab_size
+    sampler = make_sampler(name, vocab_size=vocab_size, ends=eos, **sampling)
     if sampler.temperature is None:
         key = None
     elif not _is_key(key):
         raise ValueError(f"{name}: sampling (temperature above 0) needs key, one like jax.random.key(0)")
-    eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
-    if is_concrete(input_ids) and is_concrete(attention_mask):
-        input_ids, attention_mask = _pad_to_bucket(input_ids, attention_mask, pad)
+    _, length = batch_and_length(input_ids, inputs_embeds)
+    piece = length if length <= PIECE else piece_size(length)
+    if all(is_concrete(given) for given in (input_ids, attention_mask, inputs_embeds)):
+        length = padded_length(length)
+        input_ids, attention_mask, inputs_embeds = _pad(input_ids, attention_mask, inputs_embeds, pad, length)
     budget = positive_integer(name, "max_new_tokens", max_new_tokens)
-    capacity = _capacity(config, cache, input_ids.shape[1], budget)
-    return Request(input_ids, attention_mask, cache, sampler, key, budget, capacity, eos, pad)
+    return Request(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        cache=cache,
+        inputs_embeds=inputs_embeds,
+        sampler=sampler,
+        processors=as_pytrees(name, logits_processors),
+        key=key,
+        budget=budget,
+        size=max(16, 1 << (budget - 1).bit_length()),
+        piece=bucket(piece) if piece < length else length,
+        capacity=_capacity(config, cache, length, budget + slack),
+        eos=eos,
+        pad=pad,
+    )
 
 
 def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
     """Return the key/value slots needed for cached tokens, prompt and new tokens; 0 without attention."""
     if not config.attends:
         return 0
-    if cache is None:
-        return length + bucket(budget)
-    if is_concrete(cache.position):
-        return bucket(int(np.max(cache.position)) + length + budget)
-    return (cache.capacity or 0) + length + bucket(budget)  # position is a tracer: take the upper bound
+    past = 0
+    if cache is not None:
+        known = is_concrete(cache.position)
+        past = int(np.max(cache.position)) if known else cache.capacity or 0  # a tracer: the upper bound
+    return bucket(past + length + budget)
 
 
 def _end_and_pad(name: str, model, eos_token_id, pad_token_id) -> tuple[tuple[int, ...], int]:
-    """Return the eos ids and the pad id; the config's where an argument is None."""
-    eos = model.config.eos_token_id if eos_token_id is None else eos_token_id
-    eos = _token_ids(name, "eos_token_id", () if eos is None else eos, model.config.vocab_size)
+    """Return the eos ids and the pad id; the model's own where an argument is None."""
+    limit = model.config.vocab_size
+    eos = model.end_ids if eos_token_id is None else eos_token_id
+    eos = _token_ids(name, "eos_token_id", () if eos is None else eos, limit)
     pad = model.config.pad_token_id if pad_token_id is None else pad_token_id
     if pad is None:
         pad = eos[0] if eos else 0
-    (pad,) = _token_ids(name, "pad_token_id", (pad,), model.config.vocab_size)
+    (pad,) = _token_ids(name, "pad_token_id", (pad,), limit)
     return eos, pad
 
 
@@ -135,14 +173,18 @@ def _is_key(key) -> bool:
     return key.ndim == 0 if typed else key.ndim == 1 and key.dtype == jnp.uint32
 
 
-def _pad_to_bucket(input_ids, attention_mask, pad: int) -> tuple[Array, Array | None]:
-    """Pad prompts on the right to `(b, bucket(l))`; right padding does not change the results."""
-    batch, length = input_ids.shape
+def _pad(input_ids, attention_mask, inputs_embeds, pad: int, length: int) -> tuple:
+    """Pad concrete prompts on the right to `(b, length)`; right padding does not change the results."""
+    batch, given = batch_and_length(input_ids, inputs_embeds)
+    extra = ((0, 0), (0, length - given))
+    if input_ids is not None:
+        ids = np.pad(np.asarray(input_ids, np.int32), extra, constant_values=pad)
+        input_ids = jnp.asarray(ids)
+    else:
+        inputs_embeds = jnp.pad(inputs_embeds, (*extra, (0, 0)))
+    if given == 1:
+        return input_ids, None, inputs_embeds
     mask = (
-        np.ones((batch, length), np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
+        np.ones((batch, given), np.int32) if attention_mask is None else np.asarray(attention_mask, np.int32)
     )
-    extra = ((0, 0), (0, bucket(length) - length))
-    ids = np.pad(np.asarray(input_ids, np.int32), extra, constant_values=pad)
-    if length == 1:
-        return jnp.asarray(ids), None
-    return jnp.asarray(ids), jnp.asarray(np.pad(mask, extra))
+    return input_ids, jnp.asarray(np.pad(mask, extra)), inputs_embeds

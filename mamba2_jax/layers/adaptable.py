@@ -32,11 +32,27 @@ class Adapter(nnx.Module):
         alpha: numerator of the scale.
         use_rslora: scale by `alpha / sqrt(r)` instead of `alpha / r`.
         dropout: dropout rate on the inputs, in training only.
+        magnitude: DoRA's norm of each output channel's weights, by weight name, of the weight's shape without
+            the input axis; None: plain LoRA.
+
+    Source of `magnitude`: Liu et al. 2024, arXiv:2402.09353.
     """
 
     dropout_key: DropoutKey | None = None
+    magnitude: "nnx.Dict[nnx.LoRAParam] | None" = None
 
-    def __init__(self, A: Array, B: dict[str, Array], *, alpha: float, use_rslora: bool, dropout: float):
+    def __init__(
+        self,
+        A: Array,
+        B: dict[str, Array],
+        *,
+        alpha: float,
+        use_rslora: bool,
+        dropout: float,
+        magnitude: dict[str, Array] | None = None,
+    ):
+        if magnitude is not None:
+            self.magnitude = nnx.Dict({name: nnx.LoRAParam(value) for name, value in magnitude.items()})
         self.A = nnx.LoRAParam(A)
         self.B = nnx.Dict({name: nnx.LoRAParam(value) for name, value in B.items()})
         self.alpha, self.use_rslora, self.dropout = float(alpha), use_rslora, float(dropout)
@@ -66,6 +82,17 @@ class Adapter(nnx.Module):
         pair = (A, B) if input_axis == 0 else (B, A.T)
         return self.scale * jnp.tensordot(*pair, axes=1, precision=jax.lax.Precision.HIGHEST)
 
+    def stretch(self, name: str, weight: Array, input_axis: int = 0) -> Array | None:
+        """Compute DoRA's factor on each output channel of `weight + scale * A B`; None for plain LoRA.
+
+        The norm in its denominator counts as a constant in the gradient, as in the paper and in PEFT.
+        """
+        if self.magnitude is None:
+            return None
+        delta = self.delta(name, input_axis)
+        norm = jnp.linalg.norm(weight.astype(delta.dtype) + delta, axis=input_axis)
+        return self.magnitude[name][...].astype(delta.dtype) / jax.lax.stop_gradient(norm)
+
 
 class Adaptable(nnx.Module):
     """Base class of modules whose weights accept adapters; without adapters the weights apply alone."""
@@ -89,9 +116,14 @@ class Adaptable(nnx.Module):
         `part` is the suffix of the leaf names, e.g. `_zx` for `weight_zx` and `bias_zx`.
         """
         name, bias = f"weight{part}", getattr(self, f"bias{part}")
-        y = linear(x, getattr(self, name)[...], None if bias is None else bias[...], dtype=self.dtype)
+        weight = getattr(self, name)[...]
+        y = linear(x, weight, None if bias is None else bias[...], dtype=self.dtype)
         for adapter in self.adapters_in_use():
-            y += linear(adapter.shrink(x, dtype=self.dtype), adapter.B[name][...], dtype=self.dtype)
+            update = linear(adapter.shrink(x, dtype=self.dtype), adapter.B[name][...], dtype=self.dtype)
+            stretch = adapter.stretch(name, weight)
+            if stretch is not None:
+                update = (stretch - 1) * linear(x, weight, None, dtype=self.dtype) + stretch * update
+            y += update
         return y
 
     def taps(self, name: str = "weight") -> Float[Array, "k *c"]:
@@ -117,5 +149,9 @@ class Head(Adaptable):
         logits = vocabulary_logits(hidden, weight, dtype=dtype)
         for adapter in self.adapters_in_use():
             low = adapter.shrink(hidden, dtype=dtype)
-            logits += vocabulary_logits(low, adapter.B["weight"][...], dtype=dtype)
+            update = vocabulary_logits(low, adapter.B["weight"][...], dtype=dtype)
+            stretch = adapter.stretch("weight", weight, input_axis=1)
+            if stretch is not None:
+                update = (stretch - 1) * vocabulary_logits(hidden, weight, dtype=dtype) + stretch * update
+            logits += update
         return logits if self.multiplier == 1 else logits * self.multiplier

@@ -17,7 +17,13 @@ from flax import nnx
 from mamba2_jax.config import AttentionConfig, Mamba2Config
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.layers.parts import Projection, keep_rows, residual_gain, scaled, split_pair, uniform, zeros
-from mamba2_jax.layers.state import AttentionConvState, KeyValues, LayerState, Rows
+from mamba2_jax.layers.state import (
+    AttentionConvState,
+    KeyValues,
+    LayerState,
+    Rows,
+    windows_after_each,
+)
 from mamba2_jax.ops import (
     attention_step,
     causal_attention,
@@ -89,7 +95,7 @@ class QKVConv1d(Adaptable):
             if one_token:
                 y, after = causal_conv1d_step(x[:, 0], weight, bias[...], before, activation=None)
                 return y[:, None], keep_rows(rows.mask, after, before)
-            return causal_conv1d(
+            y, after = causal_conv1d(
                 x,
                 weight,
                 bias[...],
@@ -97,6 +103,7 @@ class QKVConv1d(Adaptable):
                 segment_ids=rows.marks,
                 activation=None,
             )
+            return y, after if rows.every_state is None else windows_after_each(before, x)
 
         q, state_q = convolve(q, "q", self.bias_q, state.q)
         k, state_k = convolve(k, "k", self.bias_k, state.k)

@@ -7,6 +7,7 @@ from flax import nnx
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.config.layers import NORMS, Layer, layer_of
+from mamba2_jax.layers.experts import Experts
 from mamba2_jax.layers.kinds import MIXERS, MODULES
 from mamba2_jax.layers.mamba2 import Mamba2Mixer
 from mamba2_jax.layers.mamba2_on_mesh import left_to_compiler, mix_on_mesh
@@ -55,6 +56,19 @@ class Mamba2Block(nnx.Module):
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
         """Add the updates to the residual stream `(b, l, d)`; return the stream and the layer's new state."""
+        hidden, state, _ = self._run(hidden, state, rows, with_load=False)
+        return hidden, state
+
+    def with_load(
+        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
+    ) -> tuple[Float[Array, "b l d"], LayerState, Float[Array, "2 e"] | None]:
+        """Run `__call__`; also return the load of the layer's experts, None without experts."""
+        return self._run(hidden, state, rows, with_load=True)
+
+    def _run(
+        self, hidden: Array, state: LayerState, rows: Rows, with_load: bool
+    ) -> tuple[Array, LayerState, Array | None]:
+        load = None
         stream = jnp.promote_types(self.dtype, jnp.float32) if self.residual_in_fp32 else self.dtype
         for norm, branch in zip(NORMS, self.branches, strict=False):
             normed = getattr(self, norm)(hidden).astype(self.dtype)
@@ -64,12 +78,14 @@ class Mamba2Block(nnx.Module):
                 if slot.kind in MIXERS:
                     update, after = _mix(module, normed, state, rows)
                     state = state.updated(after)
+                elif with_load and isinstance(module, Experts):
+                    update, load = module.with_load(normed, rows.mask)
                 else:
                     update = module(normed)
                 updates.append(update)
             update = scaled(sum(updates[1:], start=updates[0]), self.multiplier)
             hidden = hidden.astype(stream) + update.astype(stream)
-        return hidden, state
+        return hidden, state, load
 
 
 def _mix(mixer, normed: Array, state: LayerState, rows: Rows) -> tuple[Array, LayerState]:

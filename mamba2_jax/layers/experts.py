@@ -11,7 +11,7 @@ from mamba2_jax.layers.parts import Projection, uniform, zeros
 from mamba2_jax.ops.experts import experts, experts_sharded
 from mamba2_jax.ops.routing import (
     Routing,
-    load_balancing_loss,
+    expert_load,
     route_by_sigmoid,
     route_by_softmax,
     router_logits,
@@ -94,7 +94,17 @@ class Experts(nnx.Module):
 
     def __call__(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         """Compute the float32 update of the residual stream. No token's update depends on another token."""
+        return self.update(hidden, self.router(hidden))
+
+    def with_load(
+        self, hidden: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "2 e"]]:
+        """Return the update of `__call__`, and the `expert_load` of the tokens in the mask."""
         routing = self.router(hidden)
+        return self.update(hidden, routing), expert_load(routing, mask)
+
+    def update(self, hidden: Float[Array, "b l d"], routing: Routing) -> Float[Array, "b l d"]:
+        """Compute the update of tokens that are routed already."""
         x = hidden if self.fc1_latent is None else self.fc1_latent(hidden).astype(hidden.dtype)
         options = {
             "activation": self.config.activation,
@@ -107,9 +117,3 @@ class Experts(nnx.Module):
         else:
             update = experts_sharded(*arrays, mesh=self.mesh, **options)
         return update if self.fc2_latent is None else self.fc2_latent(update.astype(hidden.dtype))
-
-    def balance_loss(
-        self, hidden: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
-    ) -> Float[Array, ""]:
-        """Compute the auxiliary loss of an uneven load of the experts, from the arguments of `__call__`."""
-        return load_balancing_loss(self.router(hidden), mask)

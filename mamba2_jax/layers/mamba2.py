@@ -201,6 +201,7 @@ class Mamba2Mixer(nnx.Module):
         if rows.mask is not None:
             dt = jnp.where(rows.mask[..., None], dt, 0.0)  # a masked token leaves the state unchanged
         scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
+        scan = scan if rows.every_state is None else self._each_token
         y, conv, ssm = scan(x, BC, dt, conv, ssm, rows, part)
         y = self._gate(y, z, part)
         beside = self.in_proj.mlp(hidden)
@@ -249,6 +250,21 @@ class Mamba2Mixer(nnx.Module):
         heads = x.reshape(x.shape[0], -1, self.head_dim)
         y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, ssm, D=self.D[...])
         return y.reshape(x.shape[0], 1, -1), conv, ssm
+
+    def _each_token(
+        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
+    ) -> tuple[Array, ConvState, Array]:
+        """Run `_one_token` over a few tokens, and return the states after each of them, `(b, l, ...)`."""
+
+        def step(state, token):
+            conv, ssm = state
+            x, BC, dt = (a[:, None] for a in token)
+            y, conv, ssm = self._one_token(x, BC, dt, conv, ssm, Rows(), part)
+            return (conv, ssm), (y[:, 0], conv, ssm)
+
+        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, BC, dt))
+        _, after = jax.lax.scan(step, (conv, ssm), tokens)
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), after)
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
         """Split BC into B and C, with only the groups of this device's heads."""

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from mamba2_jax.ops.pieces import mean_over_group
 from mamba2_jax.typing import Array, Bool, Float, Int
@@ -44,6 +45,15 @@ class KeyValues:
     values: Float[Array, "b s kv p"]
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class EveryState:
+    """Mark in `Rows`: return the states after each token, `(b, l, ...)`, to go back to any of them.
+
+    Keys and values stay as they are: slots from a row's position on are unused.
+    """
+
+
 class Rows(NamedTuple):
     """Mask and segment ids of a batch's tokens; None: no padding, and one document per row."""
 
@@ -51,6 +61,7 @@ class Rows(NamedTuple):
     segment_ids: Int[Array, "b l"] | None = None  # 0 wherever the mask is false
     past: Int[Array, " b"] | None = None  # for attention: cached tokens of each row's first document,
     positions: Int[Array, "b l"] | None = None  # and each token's position in its document
+    every_state: EveryState | None = None  # needs tokens without padding
 
     @property
     def marks(self) -> Array | None:
@@ -68,6 +79,15 @@ class LayerState(NamedTuple):
     def updated(self, by: "LayerState") -> "LayerState":
         """Return the state with the fields that a mixer has; a layer may have two mixers."""
         return self._replace(**{name: value for name, value in by._asdict().items() if value is not None})
+
+
+def windows_after_each(
+    state: Float[Array, "b reach c"], x: Float[Array, "b l c"]
+) -> Float[Array, "b l reach c"]:
+    """Return the convolution state after each token `(b, l, k - 1, c)` of the inputs `x`."""
+    reach, length = state.shape[1], x.shape[1]
+    extended = jnp.concatenate([state, x.astype(state.dtype)], axis=1)
+    return jnp.stack([extended[:, tap + 1 : tap + 1 + length] for tap in range(reach)], axis=2)
 
 
 class Part(NamedTuple):

@@ -1,15 +1,25 @@
-"""Functions that add, select, train, merge and remove a model's adapters, in place."""
+"""Functions that add, select, train and remove a model's adapters, in place."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import reduce
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mamba2_jax.layers.adaptable import Adaptable, Adapter, BaseWeight, DropoutKey
+from mamba2_jax.layers.adaptable import Adaptable, Adapter, DropoutKey
+from mamba2_jax.lora.full import (
+    FullWeights,
+    attach_full,
+    detach_full,
+    full_weights,
+    match_full,
+    new_full_weights,
+    parameter_at,
+    set_in_use,
+)
+from mamba2_jax.lora.initial import initial_factors, initial_magnitude
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target, adapter_targets, match_targets
 from mamba2_jax.typing import Array, DTypeLike
@@ -46,19 +56,31 @@ def add_lora(
         ValueError: a target that the model lacks (the message lists its targets), or a name in use.
     """
     config = LoraConfig() if config is None else config
-    targets = {path: site.target for path, site in sites_of(model).items()}
+    sites = sites_of(model)
+    targets = {path: site.target for path, site in sites.items()}
     adapters = {}
     for target in match_targets("add_lora", targets, config.targets):
         rank = config.rank_of(target.name)
-        A, B = _initial_factors(target, rank, rngs, param_dtype)
+        A, B = initial_factors(target, rank, rngs, param_dtype)
         alpha = config.alpha_of(target.name)
+        magnitude = _magnitude(model, sites[target.name], param_dtype) if config.use_dora else None
         adapters[target.name] = Adapter(
-            A, B, alpha=alpha, use_rslora=config.use_rslora, dropout=config.dropout
+            A, B, alpha=alpha, use_rslora=config.use_rslora, dropout=config.dropout, magnitude=magnitude
         )
-    attach(model, name, adapters, "add_lora")
+    full = None
+    if config.modules_to_save:
+        tensors = match_full("add_lora", model, config.modules_to_save)
+        full = new_full_weights(model, config.modules_to_save, tensors)
+    attach(model, name, adapters, "add_lora", full)
 
 
-def attach(model: nnx.Module, name: str, adapters: Mapping[str, Adapter], op: str) -> None:
+def attach(
+    model: nnx.Module,
+    name: str,
+    adapters: Mapping[str, Adapter],
+    op: str,
+    full: FullWeights | None = None,
+) -> None:
     """Attach adapters, given by module path, under one name and make them the only ones in use."""
     sites = sites_of(model)
     if not name.isidentifier():
@@ -67,7 +89,14 @@ def attach(model: nnx.Module, name: str, adapters: Mapping[str, Adapter], op: st
         raise ValueError(
             f"{op}: the model has an adapter {name!r} already; remove_lora it, or choose another name"
         )
-    _refuse_merged(op, sites)
+    refuse_merged(op, sites)
+    if full is not None:
+        both = sorted({tensor.removesuffix(".weight") for tensor in full.tensors} & adapters.keys())
+        if both:
+            raise ValueError(f"{op}: {both[0]} is in targets and in modules_to_save; name it in one of them")
+    use_lora(model, None)  # so that the weights in the model are its own
+    if full is not None:
+        attach_full(model, name, full)
     for path, adapter in adapters.items():
         module = sites[path].module
         if module.lora is None:
@@ -93,10 +122,29 @@ def use_lora(model: nnx.Module, names: str | Iterable[str] | Mapping[str, float]
     _check_names("use_lora", model, shares)
     if not all(map(math.isfinite, shares.values())):
         raise ValueError(f"use_lora: shares must be finite, got {shares}")
-    _refuse_merged("use_lora", sites)
+    refuse_merged("use_lora", sites)
+    _check_combination(model, sites, shares)
     for _, module in sites.values():
         for name, adapter in (module.lora or {}).items():
             adapter.share = shares.get(name, 0.0)
+    for used in (False, True):  # out first: two adapters may replace the same weight
+        for name, full in full_weights(model).items():
+            if bool(shares.get(name)) == used:
+                set_in_use(model, full, used)
+
+
+def _check_combination(model: nnx.Module, sites: Mapping[str, Site], shares: Mapping[str, float]) -> None:
+    """Refuse adapters that cannot be added up: DoRA and full weights replace weights, LoRA adds to them."""
+    chosen = {name for name, share in shares.items() if share}
+    alone = set(full_weights(model)) & chosen
+    for _, module in sites.values():
+        alone |= {name for name, one in (module.lora or {}).items() if one.magnitude is not None} & chosen
+    for name in sorted(alone):
+        if len(chosen) > 1 or shares[name] != 1:
+            raise ValueError(
+                f"use_lora: {name!r} has DoRA or modules_to_save, which no other adapter and no share but 1 "
+                "goes with; use it alone"
+            )
 
 
 def remove_lora(model: nnx.Module, names: str | Iterable[str] | None = None) -> None:
@@ -104,72 +152,14 @@ def remove_lora(model: nnx.Module, names: str | Iterable[str] | None = None) -> 
     names = set([names] if isinstance(names, str) else adapter_names(model) if names is None else names)
     sites = sites_of(model)
     _check_names("remove_lora", model, names)
-    _refuse_merged("remove_lora", sites)
+    refuse_merged("remove_lora", sites)
+    for name in names & full_weights(model).keys():
+        detach_full(model, name)
     for _, module in sites.values():
         for name in names & set(module.lora or ()):
             del module.lora[name]  # pyright: ignore[reportOptionalSubscript]
         if module.lora is not None and not module.lora:
             del module.lora
-
-
-def merge_lora(model: nnx.Module, *, keep_base: bool = True) -> None:
-    """Add the adapters in use to the weights, in float32, rounded once to each weight's dtype.
-
-    A head tied to the embedding is untied if an adapter updates either of the two.
-
-    Args:
-        model: a model with adapters.
-        keep_base: keep a copy of the changed weights (as much memory as they take), so that `unmerge_lora`
-            restores them bit for bit. False: drop the original weights and all adapters permanently.
-
-    Raises:
-        ValueError: no adapter is in use, or adapters are already merged.
-    """
-    sites = sites_of(model)
-    _refuse_merged("merge_lora", sites)
-    if not adapters_in_use(model):
-        raise ValueError("merge_lora: no adapter is in use; add_lora, load_lora or use_lora first")
-    if is_tied(model) and any(
-        site.module.adapters_in_use()
-        for site in sites.values()
-        if site.target.stored.name in (EMBEDDING, HEAD)
-    ):
-        _untie(model)
-    for site in sites.values():
-        if adapters := site.module.adapters_in_use():
-            site.module.unmerged = nnx.Dict(_merge(model, site, adapters))
-    if not keep_base:
-        for site in sites.values():
-            for name in {"lora", "unmerged", "untied_by_merge"} & vars(site.module).keys():
-                delattr(site.module, name)
-
-
-def _merge(model: nnx.Module, site: Site, adapters: list[Adapter]) -> dict[str, BaseWeight]:
-    """Add adapters to the weights of one module; return the original weights by leaf name."""
-    base = {}
-    for leaf, weight in weights_of(model, site):
-        base[leaf.name] = BaseWeight(weight[...])
-        full = jnp.promote_types(weight.dtype, jnp.float32)
-        delta = sum(adapter.delta(leaf.name, leaf.role.input_axis) for adapter in adapters)
-        weight[...] = (weight[...].astype(full) + delta).astype(weight.dtype)
-    return base
-
-
-def unmerge_lora(model: nnx.Module) -> None:
-    """Restore the weights from before `merge_lora` bit for bit, and apply the adapters separately again.
-
-    Raises:
-        ValueError: no adapter is merged.
-    """
-    sites = sites_of(model)
-    if not any(module.unmerged is not None for _, module in sites.values()):
-        raise ValueError("unmerge_lora: no adapter is merged (keep_base=False merges for good)")
-    for site in sites.values():
-        if site.module.unmerged is not None:
-            for leaf, weight in weights_of(model, site):
-                weight[...] = site.module.unmerged[leaf.name][...]
-            del site.module.unmerged
-    _tie_again(model)
 
 
 def lora_filter(names: str | Iterable[str] | None = None) -> Callable[[tuple, object], bool]:
@@ -186,6 +176,14 @@ def lora_filter(names: str | Iterable[str] | None = None) -> Callable[[tuple, ob
         return issubclass(kind, nnx.LoRAParam) and (wanted is None or _adapter_of(path) in wanted)
 
     return is_trained
+
+
+def trained_paths(model: nnx.Module) -> set[str]:
+    """Return the paths of all that is trained with the adapters: theirs, and full weights in use."""
+    paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(lora_parameters(model))}
+    inner = "" if hasattr(model, "backbone") else "backbone."
+    used = [path for full in full_weights(model).values() if full.in_use for path in full.kept]
+    return paths | {path.removeprefix(inner) for path in used}
 
 
 def lora_parameters(model: nnx.Module, names: str | Iterable[str] | None = None) -> nnx.State:
@@ -209,6 +207,24 @@ def adapter_names(model: nnx.Module) -> list[str]:
     return sorted({name for _, module in sites_of(model).values() for name in module.lora or ()})
 
 
+def settings_of(model: nnx.Module, name: str) -> LoraConfig:
+    """Return settings with which `add_lora` makes an adapter of the same shapes and scales."""
+    of_sites = {path: (site.module.lora or {}).get(name) for path, site in sites_of(model).items()}
+    adapters = {path: one for path, one in of_sites.items() if one is not None}
+    first, full = next(iter(adapters.values())), full_weights(model).get(name)
+    return LoraConfig(
+        rank=first.rank,
+        alpha=first.alpha,
+        targets=tuple(adapters),
+        dropout=first.dropout,
+        use_rslora=first.use_rslora,
+        rank_pattern={path: one.rank for path, one in adapters.items() if one.rank != first.rank},
+        alpha_pattern={path: one.alpha for path, one in adapters.items() if one.alpha != first.alpha},
+        use_dora=first.magnitude is not None,
+        modules_to_save=() if full is None else full.names,
+    )
+
+
 def adapters_in_use(model: nnx.Module) -> bool:
     """Return whether any unmerged adapter contributes to the model's output."""
     return any(site.module.adapters_in_use() for site in sites_of(model).values())
@@ -222,37 +238,21 @@ def sites_of(model: nnx.Module) -> dict[str, Site]:
 def _sites(model) -> Iterator[tuple[str, Site]]:
     whole = hasattr(model, "backbone")
     for path, target in adapter_targets(model.config, head=whole).items():
-        inner = path if whole else path.removeprefix("backbone.")
-        module = model.head if path == _HEAD_MODULE else _module_at(model, inner)
+        module = model.head if path == _HEAD_MODULE else parameter_at(model, path)
         if isinstance(module, Adaptable):
             yield path, Site(target, module)
-
-
-def _module_at(model, path: str):
-    return reduce(
-        lambda at, part: at[int(part)] if part.isdecimal() else getattr(at, part), path.split("."), model
-    )
 
 
 def weights_of(model, site: Site) -> Iterator[tuple[Leaf, nnx.Param]]:
     """Yield each leaf of a site with its parameter; for a tied head, the embedding's parameter."""
     for leaf in site.target.stored.leaves:
         path = EMBEDDING if leaf.path == HEAD and is_tied(model) else leaf.path
-        yield leaf, _module_at(model, path if hasattr(model, "backbone") else path.removeprefix("backbone."))
+        yield leaf, parameter_at(model, path)
 
 
-def _initial_factors(
-    target: Target, rank: int, rngs: nnx.Rngs, dtype: DTypeLike
-) -> tuple[Array, dict[str, Array]]:
-    """Initialize A and B as PEFT does: A uniform and B zero; for the embedding A zero and B normal."""
-    shape_of_A = (target.in_size, rank)
-    shapes = {leaf.name: target.shape_of_B(leaf, rank) for leaf in target.stored.leaves}
-    if target.is_embedding:  # were A random, training B would change every token's row, trained or not
-        A = jnp.zeros(shape_of_A, dtype)
-        return A, {name: jax.random.normal(rngs.params(), shape, dtype) for name, shape in shapes.items()}
-    bound = 1 / math.sqrt(target.in_size)
-    A = jax.random.uniform(rngs.params(), shape_of_A, jnp.float32, -bound, bound).astype(dtype)
-    return A, {name: jnp.zeros(shape, dtype) for name, shape in shapes.items()}
+def _magnitude(model: nnx.Module, site: Site, dtype: DTypeLike) -> dict[str, Array]:
+    weights = {leaf: weight[...] for leaf, weight in weights_of(model, site)}
+    return initial_magnitude(site.target, weights, dtype)
 
 
 def _adapter_of(path: tuple) -> str | None:
@@ -266,23 +266,6 @@ def is_tied(model) -> bool:
     return hasattr(model, "backbone") and model.lm_head is None
 
 
-def _untie(model) -> None:
-    """Untie the head: give it a copy of the embedding as its own weight."""
-    model.lm_head = nnx.data(nnx.clone(model.backbone.embeddings))
-    if model.lm_head.lora is not None:
-        del model.lm_head.lora
-    model.config = model.backbone.config = model.config.replace(tie_word_embeddings=False)
-    model.head.untied_by_merge = True
-
-
-def _tie_again(model) -> None:
-    """Tie the head to the embedding again if `_untie` untied it."""
-    if hasattr(model, "head") and model.head.untied_by_merge:
-        model.lm_head = None
-        model.config = model.backbone.config = model.config.replace(tie_word_embeddings=True)
-        model.head.untied_by_merge = False
-
-
 def _check_names(op: str, model: nnx.Module, names: Iterable[str]) -> None:
     present = adapter_names(model)
     for name in names:
@@ -290,6 +273,7 @@ def _check_names(op: str, model: nnx.Module, names: Iterable[str]) -> None:
             raise ValueError(f"{op}: no adapter {name!r}; the model has {', '.join(present) or 'none'}")
 
 
-def _refuse_merged(op: str, sites: Mapping[str, Site]) -> None:
+def refuse_merged(op: str, sites: Mapping[str, Site]) -> None:
+    """Raise ValueError if adapters are merged into the weights."""
     if any(module.unmerged is not None for _, module in sites.values()):
         raise ValueError(f"{op}: adapters are merged into the weights; unmerge_lora first")

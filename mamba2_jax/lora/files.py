@@ -1,97 +1,76 @@
-"""Adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
+"""Read adapter files in PEFT's format: `adapter_config.json` and `adapter_model.safetensors`."""
 
-import json
 import os
 import pathlib
-import tempfile
-import warnings
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.layers.adaptable import Adapter
-from mamba2_jax.lora.attach import Site, adapter_names, attach, sites_of, weights_of
+from mamba2_jax.lora.attach import Site, attach, sites_of, weights_of
+from mamba2_jax.lora.full import leaves_of, match_full, new_full_weights
 from mamba2_jax.lora.peft import (
+    MAGNITUDE,
     PREFIX,
-    REFUSED_BY_PEFT,
-    REFUSING_FAMILIES,
     factor_shapes,
     from_peft,
     is_targeted,
-    peft_config,
+    magnitude_from_peft,
     read_peft_config,
-    to_peft,
 )
 from mamba2_jax.lora.settings import LoraConfig
 from mamba2_jax.lora.targets import Target
-from mamba2_jax.processes import is_first, meet
-from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weights.files import CheckpointError, show
-from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.typing import Array, DTypeLike
+from mamba2_jax.weights.files import CheckpointError, read_json_inside, show
+from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.reader import Checkpoint, open_file
+from mamba2_jax.weights.table import StoredTensor, stored_names
 
 CONFIG_NAME = "adapter_config.json"
 TENSORS_NAME = "adapter_model.safetensors"
 PICKLE_NAME = "adapter_model.bin"  # from older versions of PEFT; never written, read as plain tensors only
+ADAPTER_FILES = (CONFIG_NAME, "adapter_model.*")
+"""Patterns of the files to download of an adapter on the hub."""
 _BASE_KEYS = ("base_layer.weight", "weight")
-_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", *_BASE_KEYS)
+_KEYS = ("lora_A.weight", "lora_B.weight", "lora_embedding_A", "lora_embedding_B", MAGNITUDE, *_BASE_KEYS)
 
 
-def save_lora(
-    model: nnx.Module, folder: str | os.PathLike[str], *, name: str = "default", base_model: str | None = None
-) -> None:
-    """Write one adapter without the base weights, in files that `load_lora` and PEFT read.
+def is_adapter(path: str | os.PathLike[str] | None) -> bool:
+    """Return whether `path` is a folder that holds an adapter and no model."""
+    folder = None if path is None else pathlib.Path(path).expanduser()
+    return folder is not None and (folder / CONFIG_NAME).is_file() and not (folder / "config.json").exists()
 
-    Warns if the adapter targets `out_proj` or `conv1d`: PEFT refuses adapters of Mamba-2 there.
 
-    Args:
-        model: a model with adapters.
-        folder: created if it does not exist; an adapter in it is replaced.
-        name: name of the adapter.
-        base_model: folder or hub id of the base model, recorded in the config for PEFT.
+def base_of(path: str | os.PathLike[str]) -> str | None:
+    """Return the base model that an adapter's config names, if any.
 
     Raises:
-        ValueError: the model has no adapter of this name, or `folder` is a file.
+        CheckpointError: the config cannot be read.
     """
-    folder = pathlib.Path(folder)
-    if name not in adapter_names(model):
-        raise ValueError(f"save_lora: no adapter {name!r}; the model has {adapter_names(model)}")
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"save_lora: {folder} is a file; want a folder")
-    whole = hasattr(model, "backbone")
-    sites = {site.target.file_name(whole): site for site in sites_of(model).values()}
-    adapters = {
-        path: adapters[name] for path, site in sites.items() if name in (adapters := site.module.lora or {})
-    }
-    tensors = {
-        f"{PREFIX}{path}.{key}": array
-        for path, adapter in adapters.items()
-        for key, array in to_peft(sites[path].target, adapter).items()
-    }
-    config = peft_config(adapters, sites, base_model, "CAUSAL_LM" if whole else "FEATURE_EXTRACTION")
-    if is_first():
-        _write(folder, tensors, config)
-    meet("mamba2_jax: an adapter is written")
-    refused = sorted({path.rpartition(".")[2] for path in adapters} & REFUSED_BY_PEFT)
-    if refused and getattr(model, "config").family in REFUSING_FAMILIES:  # noqa: B009
-        warnings.warn(
-            f"save_lora: PEFT takes no adapter on {' and '.join(refused)} of this model, so only load_lora"
-            f" reads {folder}; for transformers, merge_lora and save the model",
-            stacklevel=2,
-        )
+    folder = resolve_folder(path if isinstance(path, str) else pathlib.Path(path), None, [CONFIG_NAME])
+    base = read_json_inside(folder, CONFIG_NAME, "the config", 1 << 20)
+    name = base.get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
 
 
-def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
-        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
-        pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        for file in (TENSORS_NAME, CONFIG_NAME):
-            os.replace(f"{part}/{file}", folder / file)
+def describe_adapter(folder: pathlib.Path) -> tuple[LoraConfig, list[TensorInfo]]:
+    """Return the settings of the adapter in a folder and the headers of its tensors.
+
+    Raises:
+        CheckpointError: unreadable or unsupported files.
+    """
+    settings, _ = read_peft_config(folder, CONFIG_NAME)
+    with open_file(folder, _tensors_file(folder)) as checkpoint:
+        return settings, list(checkpoint.tensors.values())
+
+
+def _tensors_file(folder: pathlib.Path) -> str:
+    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
+    return PICKLE_NAME if older else TENSORS_NAME
 
 
 def load_lora(
@@ -120,20 +99,26 @@ def load_lora(
         ValueError: a name in use.
     """
     path = path if isinstance(path, str) else pathlib.Path(path)
-    folder = resolve_folder(path, revision, [CONFIG_NAME, "adapter_model.*"])
+    folder = resolve_folder(path, revision, ADAPTER_FILES)
     settings, pattern = read_peft_config(folder, CONFIG_NAME)
-    older = not (folder / TENSORS_NAME).exists() and (folder / PICKLE_NAME).exists()
-    file = PICKLE_NAME if older else TENSORS_NAME
+    file = _tensors_file(folder)
     sites = sites_of(model)
     with open_file(folder, file) as checkpoint:
-        found, problems = _group(checkpoint, sites)
+        saved, problems = _find_full(checkpoint, model, settings.modules_to_save)
+        others = [name for name in checkpoint.tensors if name not in saved.values()]
+        found, more = _group(others, sites)
+        problems += more
         for module, site in sites.items():
             theirs = site.target.file_name()
-            if is_targeted(theirs, settings, pattern) and not _factors(found.get(module, {})):
+            targeted = is_targeted(site.target.file_names(), settings, pattern)
+            if targeted and not _factors(found.get(module, {})):
                 problems.append(f"target_modules names {theirs}, but the file has no tensor of it")
         for module, tensors in found.items():
             target = sites[module].target
-            problems += _check_shapes(checkpoint, target, tensors, settings.rank_of(target.file_name()))
+            rank = settings.rank_of(target.file_name())
+            if _factors(tensors) and not is_targeted(target.file_names(), settings, pattern):
+                problems.append(f"target_modules does not name {target.file_name()}, which has tensors here")
+            problems += _check_shapes(checkpoint, target, tensors, rank, settings.use_dora)
         if problems:
             raise CheckpointError(folder / file, problems)
         adapters = {}
@@ -144,17 +129,58 @@ def load_lora(
                     checkpoint, sites[module].target, tensors, settings, param_dtype
                 )
                 problems += more
+        values, more = _read_full(checkpoint, saved, param_dtype)
+        problems += more
     if problems:
         raise CheckpointError(folder / file, problems)
-    attach(model, name, adapters, "load_lora")
+    full = new_full_weights(model, settings.modules_to_save, list(saved), values) if saved else None
+    attach(model, name, adapters, "load_lora", full)
 
 
-def _group(checkpoint: Checkpoint, sites: dict[str, Site]) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _find_full(
+    checkpoint: Checkpoint, model: nnx.Module, names: Sequence[str]
+) -> tuple[dict[StoredTensor, str], list[str]]:
+    """Find the stored name of each tensor of `modules_to_save`; also return problems."""
+    saved, problems = {}, []
+    try:
+        wanted = match_full("load_lora", model, names)
+    except ValueError as error:
+        return {}, [str(error)]
+    for stored in wanted:
+        possible = [f"{PREFIX}{name}" for name in stored_names(stored)]
+        name = next((name for name in possible if name in checkpoint.tensors), None)
+        if name is None:
+            problems.append(f"modules_to_save names {stored.name}, but the file has no tensor of it")
+            continue
+        saved[stored] = name
+        info = checkpoint.tensors[name]
+        if info.shape != stored.shape:
+            problems.append(f"tensor {show(name)} has shape {info.shape}, the model wants {stored.shape}")
+        if info.dtype not in FLOAT_DTYPES:
+            problems.append(f"tensor {show(name)} is {info.dtype}, want {', '.join(FLOAT_DTYPES)}")
+    return saved, problems
+
+
+def _read_full(
+    checkpoint: Checkpoint, saved: dict[StoredTensor, str], param_dtype: DTypeLike | None
+) -> tuple[dict[str, Array], list[str]]:
+    """Read the tensors of `modules_to_save`, by parameter path; also return problems."""
+    values, problems = {}, []
+    for stored, name in saved.items():
+        tensor = checkpoint.read(name)
+        if not np.isfinite(tensor.astype(np.float64)).all():
+            problems.append(f"tensor {show(name)} has NaN or infinite values")
+        dtype = jax.dtypes.canonicalize_dtype(tensor.dtype if param_dtype is None else param_dtype)
+        values |= leaves_of(stored, tensor.astype(dtype))
+    return values, problems
+
+
+def _group(names: list[str], sites: dict[str, Site]) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Group stored tensor names as module -> key below the module -> stored name; also return problems."""
     found: dict[str, dict[str, str]] = {}
     problems = []
-    paths = {site.target.file_name(head): path for path, site in sites.items() for head in (False, True)}
-    for stored in checkpoint.tensors:
+    paths = {name: path for path, site in sites.items() for name in site.target.file_names()}
+    for stored in names:
         ending = next((key for key in _KEYS if stored.endswith(f".{key}")), "")
         inner = stored.removeprefix(PREFIX).removesuffix(f".{ending}")
         module = paths.get(inner)
@@ -171,12 +197,16 @@ def _factors(tensors: dict[str, str]) -> set[str]:
     return tensors.keys() - set(_BASE_KEYS)
 
 
-def _check_shapes(checkpoint: Checkpoint, target: Target, tensors: dict[str, str], rank: int) -> list[str]:
-    """Check that both factors exist, with the config's rank and the model's shapes; return problems."""
+def _check_shapes(
+    checkpoint: Checkpoint, target: Target, tensors: dict[str, str], rank: int, dora: bool
+) -> list[str]:
+    """Check that all factors exist, with the config's rank and the model's shapes; return problems."""
     if not _factors(tensors):
         return []
     problems = []
-    wanted = factor_shapes(target, rank)
+    wanted = factor_shapes(target, rank, dora)
+    if dora and MAGNITUDE not in wanted:
+        problems.append(f"use_dora is not supported on {target.name}")
     for key in wanted.keys() | _factors(tensors):
         if key not in tensors:
             problems.append(f"{target.name} has no {key}")
@@ -219,12 +249,11 @@ def _read(
     param_dtype: DTypeLike | None,
 ) -> tuple[Adapter, list[str]]:
     """Read one module's adapter; also return problems such as non-finite values."""
-    A, B = (
-        checkpoint.read(tensors[key]) for key in factor_shapes(target, settings.rank_of(target.file_name()))
-    )
+    shapes = factor_shapes(target, settings.rank_of(target.file_name()), settings.use_dora)
+    A, B, *magnitude = (checkpoint.read(tensors[key]) for key in shapes)
     problems = [
         f"{target.name} has NaN or infinite values in its adapter"
-        for factor in (A, B)
+        for factor in (A, B, *magnitude)
         if not np.isfinite(factor.astype(np.float64)).all()
     ][:1]
     dtype = jax.dtypes.canonicalize_dtype(A.dtype if param_dtype is None else param_dtype)
@@ -235,5 +264,11 @@ def _read(
         alpha=settings.alpha_of(target.file_name()),
         use_rslora=settings.use_rslora,
         dropout=settings.dropout,
+        magnitude={
+            leaf: jnp.asarray(part.astype(dtype))
+            for vector in magnitude
+            for leaf, part in magnitude_from_peft(target, vector).items()
+        }
+        or None,
     )
     return adapter, problems

@@ -28,7 +28,10 @@ PREFIX = "base_model.model."
 REFUSED_BY_PEFT = {"out_proj", "conv1d"}
 REFUSING_FAMILIES = {"mamba2", "falcon_h1", "nemotron_h"}
 _MAX_BYTES = 1 << 20
-_READ = {"r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+_READ = {
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "modules_to_save"),
+}
 _MEANINGLESS_HERE = {
     *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
     *("inference_mode", "megatron_core", "qalora_group_size", "runtime_config"),
@@ -36,17 +39,21 @@ _MEANINGLESS_HERE = {
 _HARMLESS_INIT = (True, False, None, "gaussian", "orthogonal", "eva")  # base weights stay unchanged
 
 
-def factor_shapes(target: Target, rank: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a target's two tensors in PEFT's layout, by key below the module name."""
+MAGNITUDE = "lora_magnitude_vector"
+
+
+def factor_shapes(target: Target, rank: int, dora: bool = False) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a target's tensors in PEFT's layout, by key below the module name."""
     middle = (1,) * (len(target.stored.shape) - 2)  # a convolution has an axis of size 1
     A, B = (rank, *middle, target.in_size), (target.out_size, rank, *middle)
     if target.is_embedding:
         return {"lora_embedding_A": A, "lora_embedding_B": B}
-    return {"lora_A.weight": A, "lora_B.weight": B}
+    shapes = {"lora_A.weight": A, "lora_B.weight": B}
+    return shapes | {MAGNITUDE: (target.out_size,)} if dora else shapes
 
 
 def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
-    """Convert an adapter to its two tensors in PEFT's layout, by key below the module name."""
+    """Convert an adapter to its tensors in PEFT's layout, by key below the module name."""
     A = fetch(adapter.A[...]).T
     B = {name: np.ascontiguousarray(fetch(value[...])) for name, value in adapter.B.items()}
     if target.is_embedding:
@@ -55,7 +62,19 @@ def to_peft(target: Target, adapter: Adapter) -> dict[str, np.ndarray]:
         rows = [as_rows(leaf, B[leaf.name]) for leaf in target.stored.leaves]
     shapes = factor_shapes(target, adapter.rank)
     pair = zip(shapes.items(), (A, np.concatenate(rows)), strict=True)
-    return {key: np.ascontiguousarray(array).reshape(shape) for (key, shape), array in pair}
+    tensors = {key: np.ascontiguousarray(array).reshape(shape) for (key, shape), array in pair}
+    if adapter.magnitude is not None:
+        rows = [fetch(adapter.magnitude[leaf.name][...]).reshape(-1) for leaf in target.stored.leaves]
+        tensors[MAGNITUDE] = np.concatenate(rows)
+    return tensors
+
+
+def magnitude_from_peft(target: Target, vector: np.ndarray) -> dict[str, np.ndarray]:
+    """Convert DoRA's magnitudes from PEFT's layout to a dict by leaf name."""
+    return {
+        leaf.name: vector[slice(*leaf.rows)].reshape(np.delete(leaf.shape, leaf.role.input_axis))
+        for leaf in target.stored.leaves
+    }
 
 
 def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -73,7 +92,11 @@ def from_peft(target: Target, A: np.ndarray, B: np.ndarray) -> tuple[np.ndarray,
 
 
 def peft_config(
-    adapters: Mapping[str, Adapter], modules: Iterable[str], base_model: str | None, task: str
+    adapters: Mapping[str, Adapter],
+    modules: Iterable[str],
+    base_model: str | None,
+    task: str,
+    modules_to_save: Iterable[str] = (),
 ) -> dict:
     """Build `adapter_config.json` for adapters by module path; `modules` are all possible targets."""
     ranks = {path: adapter.rank for path, adapter in adapters.items()}
@@ -97,8 +120,8 @@ def peft_config(
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
+        "modules_to_save": list(modules_to_save) or None,
+        "use_dora": first.magnitude is not None,
     }
 
 
@@ -126,8 +149,12 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(fields.get(key) or {}, dict):
             problems.append(f"{key}={show(str(fields[key]))}; want an object")
-    if not isinstance(fields.get("use_rslora", False), bool):
-        problems.append(f"use_rslora={show(str(fields['use_rslora']))}; want true or false")
+    for key in ("use_rslora", "use_dora"):
+        if not isinstance(fields.get(key, False), bool):
+            problems.append(f"{key}={show(str(fields[key]))}; want true or false")
+    saved = fields.get("modules_to_save") or []
+    if not (isinstance(saved, list) and _all(saved, str)):
+        problems.append(f"modules_to_save={show(str(saved))}; want a list of names")
     if problems:
         raise CheckpointError(path, problems)
     pattern = targets if isinstance(targets, str) else None
@@ -142,15 +169,16 @@ def read_peft_config(folder: Path, name: str) -> tuple[LoraConfig, str | None]:
             use_rslora=fields.get("use_rslora", False),
             rank_pattern=fields.get("rank_pattern") or {},
             alpha_pattern=fields.get("alpha_pattern") or {},
+            use_dora=fields.get("use_dora", False),
+            modules_to_save=tuple(saved),
         )
     except ValueError as error:
         raise CheckpointError(path, [str(error)]) from None
     return settings, pattern
 
 
-def is_targeted(path: str, settings: LoraConfig, pattern: str | None) -> bool:
-    """Return whether the config targets a module, by its path with or without the prefix of the backbone."""
-    names = (path, path.removeprefix("backbone.").removeprefix("model."))
+def is_targeted(names: Iterable[str], settings: LoraConfig, pattern: str | None) -> bool:
+    """Return whether the config targets a module, by any of the paths that it may have in files."""
     if pattern is not None:
         return any(re.fullmatch(pattern, name) for name in names)
     return any(ends_in(name, end) for name in names for end in settings.targets)

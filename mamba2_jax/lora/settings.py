@@ -19,6 +19,10 @@ class LoraConfig:
         use_rslora: scale by `alpha / sqrt(rank)` instead.
         rank_pattern: ranks for modules by a regular expression that matches the end of their path.
         alpha_pattern: alphas for modules, likewise.
+        use_dora: learn the norm of each output channel's weights apart from their direction (DoRA); for
+            projections and `lm_head`.
+        modules_to_save: modules and parameters trained in full beside the adapter and stored with it:
+            `embeddings`, `lm_head`, `A_log`, `D`, `dt_bias`, `norm_f`, or another end of a path.
 
     Raises:
         ValueError: a value out of range; the message names it.
@@ -31,13 +35,14 @@ class LoraConfig:
     use_rslora: bool = False
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_dora: bool = False
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if isinstance(self.targets, str):
-            raise ValueError(
-                f"LoraConfig: targets={self.targets!r} is a string; want names, e.g. ('in_proj',)"
-            )
-        object.__setattr__(self, "targets", tuple(self.targets))
+        for name in ("targets", "modules_to_save"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"LoraConfig: {name}={value!r} is a string; want names, e.g. ('in_proj',)")
+            object.__setattr__(self, name, tuple(value))
         if not self.targets:
             raise ValueError("LoraConfig: targets is empty; name at least one module, e.g. ('in_proj',)")
         for where, rank in {"rank": self.rank, **_items("rank_pattern", self.rank_pattern)}.items():

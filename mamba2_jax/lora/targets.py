@@ -4,7 +4,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.weights.table import EMBEDDING, Leaf, StoredTensor, checkpoint_table, written_name
+from mamba2_jax.weights.table import (
+    EMBEDDING,
+    Leaf,
+    StoredTensor,
+    checkpoint_table,
+    stored_names,
+    written_name,
+)
 
 
 @dataclass(frozen=True)
@@ -22,6 +29,10 @@ class Target:
     def file_name(self, head: bool = True) -> str:
         """Return the path of the module in the family's class in transformers; without a head, bare."""
         return written_name(self.stored, "transformers", head).removesuffix(".weight")
+
+    def file_names(self) -> tuple[str, ...]:
+        """Return every path that the module has in some version of transformers."""
+        return tuple(name.removesuffix(".weight") for name in stored_names(self.stored))
 
     @property
     def is_embedding(self) -> bool:

@@ -3,15 +3,23 @@
 Attention layers of a hybrid store keys and values of every token of the document, up to a fixed capacity.
 """
 
+import contextlib
+import operator
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.kinds import MIXERS
 from mamba2_jax.layers.state import AttentionConvState, ConvState, KeyValues, LayerState
-from mamba2_jax.typing import Array, DTypeLike, Float, Int
+from mamba2_jax.models.cache_file import load_states, save_states
+from mamba2_jax.ops.checks import is_concrete
+from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 @jax.tree_util.register_dataclass
@@ -45,7 +53,7 @@ class Mamba2Cache:
         batch: int,
         dtype: DTypeLike = jnp.float32,
         *,
-        ssm_dtype: DTypeLike = jnp.float32,
+        ssm_dtype: DTypeLike | None = None,
         capacity: int = 0,
     ) -> "Mamba2Cache":
         """Build the cache of `batch` rows before any token.
@@ -54,7 +62,7 @@ class Mamba2Cache:
             config: config of the model.
             batch: number of rows.
             dtype: dtype of convolution inputs, keys and values; the model's compute dtype.
-            ssm_dtype: dtype of the SSM state.
+            ssm_dtype: dtype of the SSM state; None: float32, or float64 when `dtype` is.
             capacity: tokens that the buffers of attention layers hold; ignored without such layers. Empty
                 buffers take the length of the first input.
 
@@ -66,6 +74,8 @@ class Mamba2Cache:
         if capacity < 0:
             raise ValueError(f"Mamba2Cache.zeros: capacity={capacity} must be at least 0")
 
+        if ssm_dtype is None:
+            ssm_dtype = jnp.promote_types(dtype, jnp.float32)
         states = []
         for layer in config.layers:
             state = LayerState()
@@ -80,13 +90,32 @@ class Mamba2Cache:
         return cls(conv, ssm, jnp.zeros((batch,), jnp.int32), attention)
 
     def __getitem__(self, rows) -> "Mamba2Cache":
-        """Select rows by a slice, a list or an index array; a single integer keeps the batch axis."""
-        if isinstance(rows, int):
-            if not -self.batch <= rows < self.batch:
-                raise IndexError(f"Mamba2Cache: row {rows} of a batch of {self.batch}")
-            rows = [rows]
-        rows = jnp.asarray(rows) if isinstance(rows, list) else rows
+        """Select rows by an integer, a slice, a list or an array; a single integer keeps the batch axis.
+
+        Raises:
+            IndexError: a row outside the batch; not checked for tracers.
+        """
+        if not isinstance(rows, slice):
+            rows = _row_indices(rows, self.batch)
         return jax.tree.map(lambda a: a[rows], self)
+
+    def repeat(self, count: int) -> "Mamba2Cache":
+        """Fork each row `count` times: rows 0, 0, 1, 1, ... for a count of 2."""
+        return jax.tree.map(lambda a: jnp.repeat(a, count, axis=0), self)
+
+    def after_token(self, index: Int[Array, " b"]) -> "Mamba2Cache":
+        """Take each row's state after token `index`, of those that `forward(every_state=True)` kept."""
+        rows = jnp.arange(index.shape[0])
+        kept = replace(self, attention=())
+        return replace(jax.tree.map(lambda a: a[rows, index], kept), attention=self.attention)
+
+    def where(self, rows: Bool[Array, " b"], other: "Mamba2Cache") -> "Mamba2Cache":
+        """Take the rows where `rows` is true from this cache, the others from `other`."""
+
+        def choose(mine, others):
+            return jnp.where(rows.reshape(-1, *(1,) * (mine.ndim - 1)), mine, others)
+
+        return jax.tree.map(choose, self, other)
 
     @classmethod
     def concatenate(cls, caches: "list[Mamba2Cache]") -> "Mamba2Cache":
@@ -106,6 +135,39 @@ class Mamba2Cache:
         larger = jax.tree.map(lambda buffer: jnp.pad(buffer, missing), self.attention)
         return replace(self, attention=larger)
 
+    def save(
+        self, file: str | os.PathLike[str], model: Any, *, notes: Mapping[str, str] | None = None
+    ) -> None:
+        """Write the states as one safetensors file, with the model's fingerprint; the write is atomic.
+
+        Args:
+            file: destination, replaced if it exists.
+            model: the model that read the tokens; only a model with these weights loads the file.
+            notes: texts to store in the file's metadata; `models.cache_file.read_notes` returns them.
+
+        >>> import tempfile
+        >>> from mamba2_jax import Mamba2ForCausalLM
+        >>> model = Mamba2ForCausalLM.from_pretrained()
+        >>> cache = model(jnp.array([[1, 2, 3]])).cache
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     cache.save(f"{folder}/state.safetensors", model)
+        ...     Mamba2Cache.load(f"{folder}/state.safetensors", model).position.tolist()
+        [3]
+        """
+        save_states(file, _by_name(self), model, notes or {})
+
+    @classmethod
+    def load(cls, file: str | os.PathLike[str], model: Any) -> "Mamba2Cache":
+        """Read a file that `save` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not such a file, or a state of another model.
+        """
+        empty = jax.eval_shape(lambda: cls.zeros(model.config, 1))
+        states = load_states(file, _by_name(empty), model)
+        return jax.tree.unflatten(jax.tree.structure(empty), states.values())
+
     @property
     def capacity(self) -> int | None:
         """Return the tokens per row that the attention buffers hold; None without attention layers."""
@@ -123,11 +185,36 @@ class Mamba2Cache:
 
 
 def bucket(length: int) -> int:
-    """Round a length up to a bucket: 1, 16, 24, 32, 48, 64, 96, 128, ..., which keeps compilations few.
+    """Round a length up to a bucket: 1, 16, then eight per octave (18, 20, ..., 32, 36, ...).
 
-    Above 16, a bucket is at most half as long again as the length.
+    Above 16, a bucket is less than an eighth longer than the length. Up to 16, padding costs nothing that
+    shows: a pass is then as long as reading the weights takes, and each length of its own would compile.
     """
-    if length == 1:
+    length = operator.index(length)
+    if length <= 1:
         return 1
-    power = max(16, 1 << (length - 1).bit_length())
-    return power * 3 // 4 if 16 < length <= power * 3 // 4 else power
+    step = max(1 << (length - 1).bit_length(), 32) // 16
+    return max(16, -(-length // step) * step)
+
+
+def _row_indices(rows, batch: int) -> np.ndarray | Array:
+    """Return row indices as an array, checked against the batch if concrete."""
+    if isinstance(rows, jax.Array) and not is_concrete(rows):
+        return rows.reshape(-1)
+    with contextlib.suppress(TypeError):
+        rows = [operator.index(rows)]  # of Python, of numpy, or an array without axes
+    rows = np.asarray(rows)
+    if rows.dtype == bool and rows.shape == (batch,):
+        rows = np.flatnonzero(rows)
+    if rows.ndim != 1 or not (rows.size == 0 or np.issubdtype(rows.dtype, np.integer)):
+        raise IndexError(f"Mamba2Cache: rows want integers on one axis, got {rows.dtype}{list(rows.shape)}")
+    outside = rows[(rows < -batch) | (rows >= batch)]
+    if outside.size:
+        raise IndexError(f"Mamba2Cache: row {outside[0]} of a batch of {batch}")
+    return rows.astype(np.int32)
+
+
+def _by_name(cache: Mamba2Cache) -> dict[str, Any]:
+    """Return the leaves by names such as `conv.0.x`, in the order of the pytree."""
+    leaves = jax.tree.leaves_with_path(cache)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

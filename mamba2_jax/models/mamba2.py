@@ -14,7 +14,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Head
 from mamba2_jax.layers.block import Mamba2Block
 from mamba2_jax.layers.parts import Embedding, RMSNorm, scaled
-from mamba2_jax.layers.state import LayerState, Rows
+from mamba2_jax.layers.state import EveryState, LayerState, Rows
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import (
     batch_and_length,
@@ -44,6 +44,8 @@ class Mamba2Output:
     """State after each row's last token that is not padding."""
     hidden_states: tuple[Float[Array, "b l d"], ...] | None = None
     """With `output_hidden_states`: the output of each block, then of the final norm."""
+    expert_load: Float[Array, "n 2 e"] | None = None
+    """Of `forward` with `output_expert_load`: that of each layer with experts."""
 
 
 @jax.tree_util.register_dataclass
@@ -146,12 +148,16 @@ class Mamba2Model(PretrainedModel):
         inputs_embeds,
         output_hidden_states=False,
         wrap_block: Callable[[Callable], Callable] | None = None,
+        every_state: bool = False,
+        output_expert_load: bool = False,
     ) -> Mamba2Output:
         """Run `__call__` without argument checks and without `jit`, for callers that are jitted themselves.
 
-        `wrap_block` transforms the function that runs one block; training passes remat policies.
+        `wrap_block` transforms the function that runs one block; training passes remat policies. With
+        `every_state` the cache holds the states after each token, for `Mamba2Cache.after_token`.
         """
-        run_block = _run_block if wrap_block is None else wrap_block(_run_block)
+        run_block = _run_block_with_load if output_expert_load else _run_block
+        run_block = run_block if wrap_block is None else wrap_block(run_block)
         rows = join_rows(attention_mask, segment_ids)
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
@@ -165,18 +171,26 @@ class Mamba2Model(PretrainedModel):
         if self.config.attends:
             rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
 
-        states, hidden_states = [], []
+        if every_state:
+            rows = rows._replace(every_state=EveryState())
+
+        states, hidden_states, loads = [], [], []
         for block, *before in zip(self.layers, cache.conv, cache.ssm, cache.attention, strict=True):
-            hidden, state = run_block(block, hidden, LayerState._make(before), rows)
+            hidden, state, *load = run_block(block, hidden, LayerState._make(before), rows)
+            loads += [one for one in load if one is not None]
             states.append(state)
             hidden_states.append(hidden)
         hidden = self.norm_f(hidden).astype(self.dtype)
         conv, ssm, attention = zip(*states, strict=True)
-        cache = Mamba2Cache(conv, ssm, _advance(cache.position, rows, length), attention)
+        after = _advance(cache.position, rows, length)
+        if every_state:
+            after = cache.position[:, None] + 1 + jnp.arange(length)
+        cache = Mamba2Cache(conv, ssm, after, attention)
         return Mamba2Output(
             last_hidden_state=hidden,
             cache=cache,
             hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
+            expert_load=jnp.stack(loads) if loads else None,
         )
 
 
@@ -286,6 +300,7 @@ def _run_causal_lm(
 
 # Layers of one kind have equal shapes: under `jit` this is traced once and called per layer.
 _run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, rows))
+_run_block_with_load = jax.jit(lambda block, hidden, state, rows: block.with_load(hidden, state, rows))
 
 
 def _next_token_loss(logits: Array, labels: Array, rows: Rows) -> Float[Array, ""]:

@@ -1,8 +1,9 @@
 """Base class of the models: `from_pretrained`, `save_pretrained`, `push_to_hub` and `to_mesh`."""
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -13,10 +14,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.files import TOKENIZER_FILES
+from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json, refuse_remote
 from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
+from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
+from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary
 from mamba2_jax.sharding import parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
@@ -43,6 +46,8 @@ class PretrainedModel(nnx.Module):
 
     config: Mamba2Config
     origin: Origin | None = None
+    generation_end_ids: tuple[int, ...] = ()
+    """Ids that end a text by the checkpoint's `generation_config.json`."""
     _checkpoint_prefix = ""
     _has_head = True
 
@@ -78,14 +83,26 @@ class PretrainedModel(nnx.Module):
             ValueError: a checkpoint that does not match its config; the message lists every problem.
         """
         folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
+        if is_adapter(folder):
+            raise ValueError(
+                f"{path}: this is an adapter, not a model; load its base {base_of(folder) or ''}, and the "
+                "adapter with load_lora (on the command line: --adapter)"
+            )
         config = Mamba2Config.from_pretrained(folder)
-        place, mesh = sharding, None
-        if isinstance(sharding, Mesh):
-            mesh = sharding
+        place, mesh = sharding, sharding if isinstance(sharding, Mesh) else None
+        if mesh is not None:
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
-            table = checkpoint_table(config, cls._has_head)
-            paths = [leaf.path for stored in table for leaf in stored.leaves]
-            place = parameter_shardings(paths, config, mesh).__getitem__
+
+            @cache  # not before the config has been checked against the files
+            def shardings(mesh: Mesh) -> Mapping[str, jax.sharding.Sharding]:
+                table = checkpoint_table(config, cls._has_head)
+                paths = [leaf.path for stored in table for leaf in stored.leaves]
+                return parameter_shardings(paths, config, mesh)
+
+            def by_rule(path: str, mesh: Mesh = mesh) -> jax.sharding.Sharding:
+                return shardings(mesh)[path]
+
+            place = by_rule
         arrays, load_report = load_weights(
             folder,
             config,
@@ -100,10 +117,16 @@ class PretrainedModel(nnx.Module):
         model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
         if mesh is not None:
             model._set_mesh(mesh)
+        model.generation_end_ids = read_end_ids(folder)
         model.origin = Origin(folder.resolve(), tuple(sorted(load_report.stored_dtypes.items())))
         if report is not None:
             report(load_report)
         return model
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Return the ids that end a text: those of `generation_config.json`, else the config's."""
+        return self.generation_end_ids or self.config.eos_token_ids
 
     def to_mesh(self, mesh: Mesh) -> None:
         """Shard the parameters over a mesh in place, by the rules of `mamba2_jax.sharding`.
@@ -130,6 +153,23 @@ class PretrainedModel(nnx.Module):
         for _, module in nnx.iter_modules(self):
             if hasattr(module, "mesh"):
                 setattr(module, "mesh", mesh)  # noqa: B010
+
+    def resize_vocabulary(self, size: int, *, multiple: int = 1, new_rows: NewRows = "mean") -> None:
+        """Change the number of token ids in place: rows of the embedding and of a head of its own.
+
+        Rows that exist are kept, those of the padding too; the config follows, and so do the files that are
+        saved. Compiled functions compile again.
+
+        Args:
+            size: the number of token ids; the largest id of the tokenizer plus 1.
+            multiple: pad the rows to a multiple of it; the padding is never sampled.
+            new_rows: new rows are the "mean" of those in use, so that a new token is as likely as others are
+                on average, or "zeros".
+
+        Raises:
+            ValueError: a special token id would be outside, or the embedding or head has adapters.
+        """
+        resize_vocabulary(self, size, multiple, new_rows)
 
     def save_pretrained(
         self,
@@ -172,6 +212,7 @@ class PretrainedModel(nnx.Module):
         >>> bool((again.backbone.norm_f.weight[...] == model.backbone.norm_f.weight[...]).all())
         True
         """
+        refuse_remote(folder)
         if format not in FORMATS:
             raise ValueError(f"save_pretrained: format={format!r}, want one of {', '.join(FORMATS)}")
         if adapters_in_use(self):
@@ -252,3 +293,24 @@ class PretrainedModel(nnx.Module):
     @classmethod
     def _path(cls, path: tuple) -> str:
         return cls._checkpoint_prefix + ".".join(map(str, path))
+
+
+def read_end_ids(folder: Path) -> tuple[int, ...]:
+    """Read the end ids of a folder's `generation_config.json`; empty if it only repeats the config's.
+
+    Raises:
+        ValueError: not JSON, or no token ids; the message names the file.
+    """
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
+        return ()
+    content = read_json(file)
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: wants a JSON object")
+    eos = content.get("eos_token_id")
+    if eos is None or content.get("_from_model_config"):
+        return ()
+    ids = eos if isinstance(eos, list) else [eos]
+    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
+        raise ValueError(f"{file}: eos_token_id={eos!r} is not a token id or a list of them; correct it")
+    return tuple(ids)

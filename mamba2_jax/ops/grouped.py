@@ -87,7 +87,9 @@ def _by_block(a: Array, b: Array, groups: Groups, result: str, narrow: DTypeLike
         shape = (len(groups.sizes), a.shape[2], b.shape[2])
     else:
         shape = (*a.shape[:2], b.shape[1 if result == "sm" else 2])
-    y = jax.lax.fori_loop(0, groups.blocks, step, jnp.zeros(shape, full))
+    # 0, but XLA cannot know: else it makes the zeros of all layers at once, at the start of a training step.
+    zero = jnp.where((groups.blocks < 0) | (jnp.abs(a[0, 0, 0]) < 0), 1, 0).astype(full)
+    y = jax.lax.fori_loop(0, groups.blocks, step, jnp.full(shape, zero))
     return y if result == "emd" else y.reshape(-1, shape[2])
 
 
@@ -132,7 +134,7 @@ def _transposed(dy: Any, a: Any, b: Any, *groups: Array, result: str, dtype: Any
         gradient = _grouped.bind(
             left, right, *groups, result=terms[which], dtype=operand.aval.dtype, **options
         )
-    gradients = [None] * (2 + len(groups))
+    gradients: list[Any] = [None] * (2 + len(groups))
     gradients[which] = gradient
     return tuple(gradients)
 

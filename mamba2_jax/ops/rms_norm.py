@@ -96,7 +96,7 @@ def _normalize(
     combine: Callable[[Array], Array] = lambda mean_square: mean_square,
 ) -> Array:
     # XLA on CPU computes the gradient's sums five times slower next to an axis of size 1.
-    grouped = x.reshape(*(size for size in (*x.shape[:-1], num_groups) if size > 1), -1)
+    grouped = x.reshape(*(size for size in (*x.shape[:-1], num_groups) if size != 1), -1)
     mean_square = combine(jnp.mean(jnp.square(grouped), axis=-1, keepdims=True))
     mean_square = checkpoint_name(mean_square, "mean_square")
     normal = (grouped * jax.lax.rsqrt(mean_square + eps)).reshape(x.shape)

@@ -13,7 +13,7 @@ class Routing(NamedTuple):
 
     expert_ids: Int[Array, "*b k"]
     gates: Float[Array, "*b k"]  # weight of each chosen expert's output
-    probabilities: Float[Array, "*b e"]  # of all experts, sum 1: what `load_balancing_loss` takes
+    probabilities: Float[Array, "*b e"]  # of all experts, sum 1: what `expert_load` takes
 
 
 def router_logits(hidden: Float[Array, "*b d"], weight: Float[Array, "d e"]) -> Float[Array, "*b e"]:
@@ -74,21 +74,12 @@ def route_by_sigmoid(
     return Routing(ids, gates * scale, scores / scores.sum(-1, keepdims=True))
 
 
-def load_balancing_loss(routing: Routing, mask: Bool[Array, "*b"] | None = None) -> Float[Array, ""]:
-    r"""Compute the auxiliary loss of an uneven load, $e \sum_i f_i p_i$.
-
-    $f_i$ is the share of the tokens that go to expert $i$, without a gradient, and $p_i$ the mean of the
-    expert's probability. A perfectly even load gives `k`, the number of experts per token.
+def expert_load(routing: Routing, mask: Bool[Array, "*b"] | None = None) -> Float[Array, "2 e"]:
+    """Average over tokens: the share that goes to each expert, without a gradient, and its probability.
 
     Args:
-        routing: of any number of tokens; layers stacked along a leading axis are averaged as more tokens.
+        routing: of any number of tokens.
         mask: `(...)` true at the tokens that count; None: all.
-
-    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6.
-
-    >>> even = Routing(jnp.array([[0], [1]]), jnp.ones((2, 1)), jnp.full((2, 2), 0.5))
-    >>> float(load_balancing_loss(even))
-    1.0
     """
     num_experts = routing.probabilities.shape[-1]
     weights = jnp.ones(routing.expert_ids.shape[:-1]) if mask is None else mask
@@ -97,5 +88,24 @@ def load_balancing_loss(routing: Routing, mask: Bool[Array, "*b"] | None = None)
     tokens = tuple(range(weights.ndim - 1))
     count = jnp.maximum(weights.sum(), 1)
     share = (chosen * weights).sum(tokens) / count
-    mean = (routing.probabilities * weights).sum(tokens) / count
-    return num_experts * (share * mean).sum()
+    return jnp.stack([share, (routing.probabilities * weights).sum(tokens) / count])
+
+
+def load_balancing_loss(load: Float[Array, "*n 2 e"]) -> Float[Array, ""]:
+    r"""Compute the auxiliary loss of an uneven load, $e \sum_i f_i p_i$.
+
+    $f_i$ is the share of the tokens that go to expert $i$, and $p_i$ the mean of the expert's probability,
+    both averaged over all leading axes, such as layers. A perfectly even load gives `k`, the number of
+    experts per token.
+
+    Args:
+        load: `(..., 2, e)` from `expert_load`, of equally many tokens each.
+
+    Source: Fedus et al. 2021, arXiv:2101.03961, equations 4 to 6.
+
+    >>> even = Routing(jnp.array([[0], [1]]), jnp.ones((2, 1)), jnp.full((2, 2), 0.5))
+    >>> float(load_balancing_loss(expert_load(even)))
+    1.0
+    """
+    share, probability = load.reshape(-1, *load.shape[-2:]).mean(0)
+    return load.shape[-1] * (share * probability).sum()

@@ -12,14 +12,17 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mamba2_jax.training.carry import initial_cache, new_initial_state
     from mamba2_jax.training.checkpoint import CheckpointConfig, Checkpoints, SaveError
     from mamba2_jax.training.config import LoraOptions, MeshOptions, TrainConfig
     from mamba2_jax.training.data import DataConfig, Documents, load_documents, make_pipeline
-    from mamba2_jax.training.loss import loss_fn
+    from mamba2_jax.training.evaluate import Evaluation
+    from mamba2_jax.training.export import initial_state_of
+    from mamba2_jax.training.loss import loss_and_cache, loss_fn
     from mamba2_jax.training.on_cpu import keep_freed_memory
     from mamba2_jax.training.optim import OptimConfig, make_optimizer
     from mamba2_jax.training.step import TrainState, eval_step, split_model, train_step
-    from mamba2_jax.training.trainer import Evaluation, Trainer, TrainResult
+    from mamba2_jax.training.trainer import Trainer, TrainResult
 
 __all__ = [
     "CheckpointConfig",
@@ -36,11 +39,15 @@ __all__ = [
     "TrainState",
     "Trainer",
     "eval_step",
+    "initial_cache",
+    "initial_state_of",
     "keep_freed_memory",
     "load_documents",
+    "loss_and_cache",
     "loss_fn",
     "make_optimizer",
     "make_pipeline",
+    "new_initial_state",
     "split_model",
     "train_step",
 ]
@@ -50,10 +57,13 @@ _MODULES = {
     "config": ("LoraOptions", "MeshOptions", "TrainConfig"),
     "data": ("DataConfig", "Documents", "load_documents", "make_pipeline"),
     "on_cpu": ("keep_freed_memory",),
-    "loss": ("loss_fn",),
+    "loss": ("loss_and_cache", "loss_fn"),
     "optim": ("OptimConfig", "make_optimizer"),
     "step": ("TrainState", "eval_step", "split_model", "train_step"),
-    "trainer": ("Evaluation", "TrainResult", "Trainer"),
+    "evaluate": ("Evaluation",),
+    "carry": ("initial_cache", "new_initial_state"),
+    "export": ("initial_state_of",),
+    "trainer": ("TrainResult", "Trainer"),
 }
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,19 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 from orbax.checkpoint import checkpoint_managers
 
 from mamba2_jax.files import first_line
 from mamba2_jax.processes import is_first, meet
+from mamba2_jax.training.checksums import check_sums, checked_content, checksums
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
 
 
 class SaveError(OSError):
     """A checkpoint could not be written; earlier checkpoints are intact."""
+
+
+class OtherRunError(Exception):
+    """A checkpoint belongs to a run with other data, another model or other options."""
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,18 @@ class CheckpointConfig:
         ValueError: an invalid value; the message names it.
     """
 
-    every: int = 500
-    """Steps between checkpoints; one more is written at the end."""
+    every: int | None = None
+    """Steps between checkpoints (None: a fifth of the run, at most 500); one more is written at the end."""
     keep: int = 2
     """Number of newest checkpoints to keep."""
     keep_best: bool = True
-    """With evaluation data, also keep the checkpoint of the lowest evaluation loss."""
+    """With evaluation data, also keep the checkpoint of the lowest evaluation loss, of those whose step was
+    evaluated."""
 
     def __post_init__(self):
         for name in ("every", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"CheckpointConfig: {name}={getattr(self, name)} must be at least 1")
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"CheckpointConfig: {name}={value} must be at least 1")
 
 
 class Checkpoints:
@@ -67,17 +72,13 @@ class Checkpoints:
         policies = checkpoint_managers.preservation_policy
         preserved: list[Any] = [policies.LatestN(config.keep)]
         if config.keep_best:
-            preserved.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: -metrics["eval_loss"],
-                    n=1,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+            best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
+            preserved.append(best)
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(preserved),
+                best_fn=_rank if config.keep_best else None,  # without it, metrics are not stored
                 cleanup_tmp_directories=True,
             ),
         )
@@ -101,8 +102,9 @@ class Checkpoints:
         content = {
             "step": step,
             "arrays": {name: [str(a.dtype), list(a.shape)] for name, a in arrays.items()},
-            "checksums": {name: int(value) for name, value in jax.device_get(_checksums(arrays)).items()},
+            "checksums": {name: int(value) for name, value in jax.device_get(checksums(arrays)).items()},
             "extra": extra,
+            "eval_loss": eval_loss,
         }
         text = json.dumps(content, sort_keys=True)
         meta = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -148,11 +150,14 @@ class Checkpoints:
             "Free disk space, then continue from there with resume"
         )
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(
+        self, like: TrainState, check: Callable[[dict[str, Any]], None] = lambda extra: None
+    ) -> tuple[TrainState, dict[str, Any]] | None:
         """Read the newest intact checkpoint; newer, damaged ones are moved to the folder `<name>-damaged`.
 
         Args:
             like: a state of the same run; the restored arrays get its dtypes, shapes and shardings.
+            check: called with `extra` before the arrays are read; raises `OtherRunError` to refuse them.
 
         Returns:
             The state and `extra`, or None if there is no checkpoint.
@@ -164,9 +169,10 @@ class Checkpoints:
         for step in reversed(self.steps()):
             try:
                 content = self._read_meta(step)
+                check(content["extra"])
                 _check_same_run(self._folder / str(step), content["arrays"], _flatten(like))
                 arrays = self._read_arrays(step, content, like)
-            except _OtherRunError as error:
+            except OtherRunError as error:
                 raise ValueError(str(error)) from None
             except Exception as error:  # damaged files can raise anything
                 damaged.append(step)
@@ -184,22 +190,14 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-        if hashlib.sha256(meta["content"].encode()).hexdigest() != meta["sha256"]:
-            raise ValueError("its metadata does not match its checksum")
-        content = json.loads(meta["content"])
-        if content["step"] != step:
-            raise ValueError(f"its metadata is of step {content['step']}")
-        return content
+        return checked_content(meta, step)
 
     def _read_arrays(self, step: int, content: dict[str, Any], like: TrainState) -> dict[str, Array]:
         target = jax.tree.map(ocp.tree.to_shape_dtype_struct, _flatten(like))
         restored = self._manager.restore(
             step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target))
         )
-        found = jax.device_get(_checksums(restored["arrays"]))
-        wrong = [name for name, value in content["checksums"].items() if int(found[name]) != value]
-        if wrong:
-            raise ValueError(f"{len(wrong)} arrays do not match their checksums, the first is {wrong[0]}")
+        check_sums(restored["arrays"], content)
         return restored["arrays"]
 
     def _put_aside(self, step: int) -> None:
@@ -212,21 +210,53 @@ class Checkpoints:
         self._manager.reload()
 
 
-class _OtherRunError(Exception):
-    pass
+def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Read the parameters of one checkpoint, without optimizer moments, whatever devices wrote it.
+
+    Args:
+        path: folder of the checkpoint, `checkpoints/<step>`.
+
+    Returns:
+        content: what was stored beside the arrays: `step`, `eval_loss` and `extra`.
+        params: the trained parameters by path.
+
+    Raises:
+        ValueError: the checkpoint is damaged.
+    """
+    path = path.absolute()
+    try:
+        content = checked_content(json.loads((path / "meta" / "metadata").read_text()), int(path.name))
+        target = {
+            name: jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=SingleDeviceSharding(jax.devices()[0]))
+            for name, (dtype, shape) in content["arrays"].items()
+            if name.startswith(_PARAMS)
+        }
+        args = ocp.checkpoint_utils.construct_restore_args(target)
+        arrays = ocp.PyTreeCheckpointer().restore(
+            path / "arrays", args=ocp.args.PyTreeRestore(target, args, partial_restore=True)
+        )
+        check_sums(arrays, content)
+    except Exception as error:  # damaged files can raise anything
+        raise ValueError(f"{path}: damaged ({first_line(error)}); take another checkpoint") from error
+    return content, {name.removeprefix(_PARAMS): array for name, array in arrays.items()}
+
+
+def _rank(metrics: dict[str, float]) -> float:
+    return -metrics["eval_loss"]
 
 
 def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:
     here = {name: [str(a.dtype), list(a.shape)] for name, a in wanted.items()}
     for name in sorted(stored.keys() | here.keys()):
         if stored.get(name) != here.get(name):
-            raise _OtherRunError(
+            raise OtherRunError(
                 f"{path}: {name} is {stored.get(name, 'absent')} there and {here.get(name, 'absent')} here; "
                 "a run goes on only with the model and the options it began with"
             )
 
 
-_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row")
+_PARAMS = "params."  # of a parameter's name in a flattened state
+_PARTS = ("step", "params", "opt_state", "skipped", "skipped_in_a_row", "cache")
 
 
 def _flatten(state: TrainState) -> dict[str, Array]:
@@ -243,22 +273,3 @@ def _unflatten(arrays: dict[str, Array], like: TrainState) -> TrainState:
 
 def _plain(state: TrainState) -> dict[str, Any]:
     return {name: getattr(state, name) for name in _PARTS} | {"key": jax.random.key_data(state.key)}
-
-
-@jax.jit
-def _checksums(arrays: dict[str, Array]) -> dict[str, Array]:
-    """Compute a uint32 checksum per array, independent of sharding: the sum of words times odd weights.
-
-    A change of a single word always changes the sum, because odd numbers are invertible modulo 2^32.
-    """
-
-    def one(array: Array) -> Array:
-        unsigned = np.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
-        words = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-        place, stride = jnp.zeros(words.shape, jnp.uint32), 1
-        for axis in reversed(range(words.ndim)):
-            place += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * np.uint32(stride % 2**32)
-            stride *= words.shape[axis]
-        return jnp.sum(words * (place * np.uint32(0x9E3779B2) + np.uint32(1)), dtype=jnp.uint32)
-
-    return {name: one(array) for name, array in arrays.items()}

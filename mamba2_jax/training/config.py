@@ -1,15 +1,14 @@
-"""Options of a training run as frozen dataclasses, and reading them from a JSON or YAML file."""
+"""Options of a training run as frozen dataclasses."""
 
 import dataclasses
+import math
 import pathlib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Literal
 
 from jax.sharding import Mesh
 
+from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora import LoraConfig
 from mamba2_jax.mesh import make_mesh
 from mamba2_jax.ops.checks import check_choice
@@ -17,8 +16,6 @@ from mamba2_jax.training.checkpoint import CheckpointConfig
 from mamba2_jax.training.data import DataConfig
 from mamba2_jax.training.loss import REMAT, TOKENS_PER_SLICE
 from mamba2_jax.training.optim import OptimConfig
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -38,17 +35,49 @@ class LoraOptions:
     dropout: float = 0.0
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) instead."""
+    use_dora: bool = False
+    """Train the norm of each output channel's weights apart from their direction (DoRA)."""
+    modules_to_save: tuple[str, ...] = ()
+    """Modules and parameters to train in full beside the adapters: embeddings, lm_head, A_log, D, dt_bias."""
     merge: bool = False
     """Also save the model with the adapter merged into its weights."""
+    merge_dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
+    """Dtype of the merged model; what rounding takes away of the training is told."""
+    init: str | None = None
+    """Folder or hub id of an adapter to begin from, with its own rank, targets, alpha and dropout."""
 
     def __post_init__(self):
+        given = {
+            f.name: value for f in dataclasses.fields(self) if (value := getattr(self, f.name)) != f.default
+        }
+        no_adapter = [name for name in given if name != "init"] if self.init is None else []
+        if self.rank is None and no_adapter:
+            raise ValueError(
+                f"LoraOptions: {no_adapter[0]}={given[no_adapter[0]]!r} needs a rank; without lora.rank no "
+                "adapter is made and all weights are trained"
+            )
+        own = [name for name in given if name not in ("init", "merge", "merge_dtype")]
+        if self.init is not None and own:
+            raise ValueError(
+                f"LoraOptions: {own[0]}={given[own[0]]} is set beside init, whose adapter has its own"
+            )
+        if self.merge_dtype != "stored" and not self.merge:
+            raise ValueError(f"LoraOptions: merge_dtype={self.merge_dtype!r} needs merge")
         self.config()
 
     def config(self) -> LoraConfig | None:
         """Return the settings for `add_lora`, or None without a rank."""
         if self.rank is None:
             return None
-        return LoraConfig(self.rank, self.alpha, self.targets, self.dropout, self.use_rslora)
+        return LoraConfig(
+            self.rank,
+            self.alpha,
+            self.targets,
+            self.dropout,
+            self.use_rslora,
+            use_dora=self.use_dora,
+            modules_to_save=self.modules_to_save,
+        )
 
 
 @dataclass(frozen=True)
@@ -85,11 +114,14 @@ class TrainConfig:
     output: str | pathlib.Path
     """Folder for checkpoints, metrics and the trained model."""
     resume: bool = False
-    """Resume from the newest checkpoint in `output`, or start if there is none."""
+    """Resume from the newest checkpoint in `output`, or start if there is none. More steps or epochs than the
+    run had are added to it."""
+    new_learning_rate: bool = False
+    """With `resume`: go on with this `optim.learning_rate`, whatever that of the run was."""
     steps: int | None = None
     """Number of optimizer steps (None: derived from `epochs`)."""
-    epochs: int = 1
-    """Passes over the data, if `steps` is not given."""
+    epochs: int | None = None
+    """Passes over the data (None: 1, or as many as `steps` take)."""
     batch_size: int = 8
     """Rows per batch."""
     accumulate: int = 1
@@ -98,15 +130,27 @@ class TrainConfig:
     """Remat policy, what each block stores for the backward pass: all, products with weights, its input."""
     tokens_per_slice: int = TOKENS_PER_SLICE
     """Tokens whose logits are in memory at the same time."""
+    balance_loss: float = 0.0
+    """Factor of the auxiliary loss of an uneven load of the experts (0: none); transformers'
+    router_aux_loss_coef."""
     tokens_per_turn: int | None = None
     """Most tokens of a batch, in whole rows, that one device runs at the same time; dropout is drawn for each
     turn (None: on a CPU as many as its cache holds, elsewhere all; 0: all)."""
+    carry_state: bool = False
+    """Rows go on in the next batch from the state that they ended in (truncated backpropagation through
+    time), so that documents may be of any length; with `accumulate`, a step takes that many pieces of each
+    row."""
+    pass_gradient: bool = False
+    """With `carry_state` and `accumulate`: let the gradient flow from piece to piece of one step."""
+    train_initial_state: bool = False
+    """Also train the state that a document begins with; needs `data.rows` pad."""
     seed: int = 0
     """Seed of the data order, new adapters and dropout."""
     max_skipped: int = 5
     """Abort after this many consecutive steps with a non-finite loss or gradient."""
-    eval_every: int = 500
-    """Steps between evaluations, if there is evaluation data; one more runs at the end."""
+    eval_every: int | None = None
+    """Steps between evaluations, if there is evaluation data (None: a fifth of the run, at most 500). The
+    first is before step 1, the last at the end."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
     wandb: str | None = None
@@ -123,94 +167,56 @@ class TrainConfig:
         check_choice("TrainConfig", "remat", self.remat, REMAT)
         if not str(self.output):
             raise ValueError("TrainConfig: output is empty; name a folder")
-        counts = ("epochs", "batch_size", "accumulate", "tokens_per_slice", "max_skipped", "eval_every")
-        for name in (*counts, *(["steps"] if self.steps is not None else [])):
+        refuse_remote(self.output)
+        counts = ("batch_size", "accumulate", "tokens_per_slice", "max_skipped")
+        optional = [name for name in ("steps", "epochs", "eval_every") if getattr(self, name) is not None]
+        for name in (*counts, *optional):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"TrainConfig: {name}={value!r} must be an integer of at least 1")
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"TrainConfig: steps={self.steps} and epochs={self.epochs} both say how long the run is; "
+                "give one of them"
+            )
+        if self.new_learning_rate and not self.resume:
+            raise ValueError("TrainConfig: new_learning_rate needs resume; a new run has no other rate")
+        self._check_states()
+        if self.wandb == "":
+            raise ValueError("TrainConfig: wandb is empty; name a project of Weights & Biases")
         turn = self.tokens_per_turn
         if turn is not None and (isinstance(turn, bool) or not isinstance(turn, int) or turn < 0):
             raise ValueError(
                 f"TrainConfig: tokens_per_turn={turn!r} must be an integer of at least 0, where 0 is all"
             )
+        if not 0 <= self.balance_loss < math.inf:
+            raise ValueError(f"TrainConfig: balance_loss={self.balance_loss} must be finite and at least 0")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed={self.seed} must lie in 0..{2**32 - 1}")
 
+    def _check_states(self) -> None:
+        if self.pass_gradient and not (self.carry_state and self.accumulate > 1):
+            raise ValueError("TrainConfig: pass_gradient needs carry_state and accumulate above 1")
+        if self.train_initial_state and self.data.rows != "pad":
+            raise ValueError(
+                f"TrainConfig: train_initial_state needs data.rows='pad', not {self.data.rows!r}: packed "
+                "documents begin inside a row, with zeros"
+            )
+        if self.carry_state and self.tokens_per_turn:
+            raise ValueError(
+                f"TrainConfig: tokens_per_turn={self.tokens_per_turn} splits the rows that carry_state keeps "
+                "together; leave one out"
+            )
+        if (self.carry_state or self.train_initial_state) and self.mesh != MeshOptions():
+            raise ValueError(
+                "TrainConfig: carry_state and train_initial_state are for one device; leave mesh.* at 1"
+            )
 
-def read_fields(path: str | pathlib.Path) -> dict[str, Any]:
-    """Read options from a JSON or YAML file into a dict.
 
-    Raises:
-        ValueError: not JSON or YAML, or not a mapping.
+def spacing(steps: int) -> int:
+    """Return the steps between evaluations, and between checkpoints, of a run that does not say it.
+
+    >>> spacing(3), spacing(60), spacing(100_000)
+    (1, 12, 500)
     """
-    path = pathlib.Path(path)
-    import yaml  # YAML includes JSON
-
-    try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON or YAML ({error})") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path}: wants names and values of options, got a {type(fields).__name__}")
-    return fields
-
-
-def build(kind: type[_T], fields: Mapping[str, Any], where: str) -> _T:
-    """Build a dataclass from plain values, recursively; converts integers to floats and lists to tuples.
-
-    Args:
-        kind: the dataclass.
-        fields: values by field name; missing fields keep their defaults.
-        where: source of the values, for error messages.
-
-    Raises:
-        ValueError: an unknown name, a value of the wrong type, or a missing field without a default.
-    """
-    hints = typing.get_type_hints(kind)
-    known = {f.name: f for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    unknown = [name for name in fields if name not in known]
-    if unknown:
-        raise ValueError(f"{where}: there is no option {unknown[0]!r}; there are {', '.join(known)}")
-    values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in fields.items()}
-    for name, option in known.items():
-        if name not in values and option.default is option.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{where}: {name} is missing")
-    return kind(**values)
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is typing.Annotated:
-        return _value(arguments[0], value, where)
-    if origin in (typing.Union, types.UnionType):
-        for choice in sorted(arguments, key=lambda choice: choice is not type(value)):
-            try:
-                return _value(choice, value, where)
-            except ValueError:
-                continue
-        raise ValueError(f"{where}={value!r} is none of {', '.join(map(_written, arguments))}")
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(typing.cast(type, hint), value, where)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_value(arguments[0], item, where) for item in value)
-    if origin is Literal and value in arguments:
-        return value
-    if hint is float and isinstance(value, str):  # YAML parses 1e-4 as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    fits = (
-        isinstance(value, int | float)
-        if hint is float
-        else isinstance(hint, type) and isinstance(value, hint)
-    )
-    if not fits or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{where}={value!r} is not {_written(hint)}")
-    return hint(value) if hint is float else value
-
-
-def _written(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    return "nothing" if hint is type(None) else getattr(hint, "__name__", str(hint))
+    return max(1, min(500, round(steps / 5)))

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
+from mamba2_jax.ops.routing import load_balancing_loss
 from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
 
@@ -32,15 +34,17 @@ REMAT: dict[str, Callable[[Callable], Callable] | None] = {
 }
 """Remat policy by name: per block, save all residuals, only the matmuls with weights, or only the input."""
 
-_READ = ("input_ids", "labels", "attention_mask", "segment_ids")  # of a batch, by the loss
+_READ = ("input_ids", "labels", "targets", "attention_mask", "segment_ids")  # of a batch, by the loss
 
 
 def loss_fn(
     model: Mamba2ForCausalLM,
     batch: Mapping[str, ArrayLike],
     *,
+    cache: Mamba2Cache | None = None,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     r"""Sum the next-token cross entropy over a batch, and count the scored tokens.
 
@@ -52,13 +56,20 @@ def loss_fn(
         model: the model to score; differentiate with respect to its parameters.
         batch: `input_ids (b, l)`; optionally `segment_ids (b, l)`, where 0 is padding and any change starts a
             document, or `attention_mask (b, l)`; optionally `labels (b, l)`, -100 for unscored tokens,
-            `input_ids` when absent.
+            `input_ids` when absent. Or, for pieces of longer rows, `targets (b, l)`: the label of the token
+            after each, which for the last position is in the next piece.
+        cache: the state that each row's first document goes on from; differentiable.
         remat: remat policy: `"none"`, `"dots"` or `"block"`, from most to least memory.
         tokens_per_slice: tokens of the batch whose logits are in memory at a time.
+        balance: factor of `load_balancing_loss`, which is added for each scored label; 0 computes none. It
+            is transformers' `router_aux_loss_coef`, with the loads of the layers averaged as there.
 
     Returns:
         nats: the sum, float32.
         tokens: the number of scored labels.
+
+    Raises:
+        ValueError: an unknown remat policy, or `balance` for a model without experts.
 
     >>> from mamba2_jax import Mamba2ForCausalLM
     >>> model = Mamba2ForCausalLM.from_pretrained()
@@ -66,13 +77,42 @@ def loss_fn(
     >>> int(tokens)
     3
     """
+    options = {"remat": remat, "tokens_per_slice": tokens_per_slice, "balance": balance}
+    nats, (tokens, _) = loss_and_cache(model, batch, cache, **options)
+    return nats, tokens
+
+
+def loss_and_cache(
+    model: Mamba2ForCausalLM,
+    batch: Mapping[str, ArrayLike],
+    cache: Mamba2Cache | None,
+    *,
+    remat: str = "none",
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+    balance: float = 0.0,
+) -> tuple[Float[Array, ""], tuple[Int[Array, ""], Mamba2Cache]]:
+    """Compute `loss_fn`, and the state after the batch, from which a next piece of the same rows goes on.
+
+    The losses of the pieces of a row add up to that of the row. The gradient flows through the cache; cut it
+    with `jax.lax.stop_gradient` (truncated backpropagation through time). The cache of a hybrid's attention
+    layers must have room for all tokens: `cache.reserve(capacity)`.
+
+    Returns:
+        nats: as for `loss_fn`.
+        tokens: as for `loss_fn`.
+        cache: the state after each row's last token.
+    """
     check_choice("loss_fn", "remat", remat, REMAT)
     given = {name: jnp.asarray(batch[name]) for name in _READ if batch.get(name) is not None}
-    input_ids, labels = given["input_ids"], given.get("labels", given["input_ids"])
+    input_ids, targets = given["input_ids"], given.get("targets")
     attention_mask, segment_ids = given.get("attention_mask"), given.get("segment_ids")
-    targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
-    wrap = REMAT[remat]
-    out = model.backbone.forward(input_ids, attention_mask, segment_ids, None, None, wrap_block=wrap)
+    if targets is None:
+        labels = given.get("labels", input_ids)
+        targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
+    if balance and model.config.experts_cfg is None:
+        raise ValueError(f"loss_fn: balance={balance}, but the model has no experts; leave it at 0")
+    options = {"wrap_block": REMAT[remat], "output_expert_load": bool(balance)}
+    out = model.backbone.forward(input_ids, attention_mask, segment_ids, cache, None, **options)
     width = max(1, tokens_per_slice // input_ids.shape[0])
 
     def logits(weights, hidden):
@@ -81,7 +121,10 @@ def loss_fn(
 
     weights = (model.head, model.output_weight)
     nats = sliced_cross_entropy(logits, weights, out.last_hidden_state, targets, positions_per_slice=width)
-    return nats, (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    tokens = (targets != IGNORED_LABEL).sum(dtype=jnp.int32)
+    if out.expert_load is not None:
+        nats += balance * tokens * load_balancing_loss(out.expert_load)
+    return nats, (tokens, out.cache)
 
 
 def sliced_cross_entropy(

@@ -1,6 +1,7 @@
 """Build the Optax optimizer: AdamW or Muon, a learning-rate schedule, masked weight decay, and clipping."""
 
 import functools
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,8 +9,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 import optax
 
-from mamba2_jax.config.kinds import role_of
+from mamba2_jax.config.table import role_of
 from mamba2_jax.ops.checks import check_choice
+from mamba2_jax.training.carry import INITIAL_STATE
 from mamba2_jax.typing import Array
 
 Schedule = Literal["cosine", "linear", "wsd", "constant"]
@@ -37,7 +39,7 @@ class OptimConfig:
     decay: float = 0.2
     """wsd: fraction of all steps spent in the final linear decay."""
     final: float = 0.0
-    """Final learning rate as a fraction of the peak (cosine, linear, wsd)."""
+    """Learning rate of the last step as a fraction of the peak (cosine, linear, wsd)."""
     weight_decay: float = 0.01
     """Weight decay of matrices; A_log, D, dt_bias, norms and biases are never decayed."""
     beta1: float = 0.9
@@ -61,8 +63,12 @@ class OptimConfig:
             "clip": self.clip >= 0,
         }
         for name, fits in limits.items():
-            if not fits:
+            if not fits or not math.isfinite(getattr(self, name)):
                 raise ValueError(f"OptimConfig: {name}={getattr(self, name)} is out of range")
+        if self.schedule == "constant" and self.final:
+            raise ValueError(f"OptimConfig: final={self.final} needs a schedule that falls, not 'constant'")
+        if self.schedule != "wsd" and self.decay != type(self).decay:
+            raise ValueError(f"OptimConfig: decay={self.decay} needs schedule='wsd', not {self.schedule!r}")
 
 
 def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
@@ -77,7 +83,7 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
 
     >>> rate = learning_rate(OptimConfig(learning_rate=1.0, warmup=2, schedule="linear"), steps=4)
     >>> [float(rate(step)) for step in range(4)]
-    [0.5, 1.0, 1.0, 0.5]
+    [0.5, 1.0, 1.0, 0.0]
     """
     if config.warmup >= steps > 0 and config.warmup > 0:
         raise ValueError(
@@ -87,14 +93,14 @@ def learning_rate(config: OptimConfig, steps: int) -> Callable[[Any], Array]:
     def rate(count: Any) -> Array:
         after = jnp.asarray(count, jnp.float32) - config.warmup
         rise = jnp.minimum(1.0, (after + config.warmup + 1) / max(config.warmup, 1))
-        past = jnp.clip(after / max(steps - config.warmup, 1), 0.0, 1.0)  # share of the rest
+        past = jnp.clip(after / max(steps - config.warmup - 1, 1), 0.0, 1.0)  # 1 at the last update
         if config.schedule == "cosine":
             height = (1 + jnp.cos(jnp.pi * past)) / 2
         elif config.schedule == "linear":
             height = 1 - past
         elif config.schedule == "wsd":
-            left = steps - after - config.warmup  # updates left, this one included
-            height = jnp.minimum(1.0, left / max(config.decay * steps, 1.0))
+            left = steps - 1 - after - config.warmup  # updates left after this one
+            height = jnp.clip(left / max(config.decay * steps, 1.0), 0.0, 1.0)
         else:
             return config.learning_rate * rise
         return config.learning_rate * rise * (config.final + (1 - config.final) * height)
@@ -109,7 +115,9 @@ def decayed(name: str) -> bool:
     (True, False)
     """
     role = role_of(name)
-    return role is None or role.decays  # adapter matrices have no role
+    if role is None:
+        return not name.startswith(INITIAL_STATE)  # adapter matrices have no role
+    return role.decays
 
 
 def make_optimizer(config: OptimConfig, names: Iterable[str], steps: int) -> optax.GradientTransformation:
@@ -156,9 +164,12 @@ def _make_optimizer(config: OptimConfig, names: tuple[str, ...], steps: int) -> 
             adam_b1=config.beta1,
             adam_b2=config.beta2,
             eps=config.eps,
-            adam_weight_decay=config.weight_decay,
+            adam_weight_decay=0.0,  # which has no mask
             muon_weight_dimension_numbers=chosen,
         )
+        others = {name: wanted and dimensions[name] is None for name, wanted in is_decayed.items()}
+        shrink = optax.add_decayed_weights(lambda count: -config.weight_decay * rate(count), others)
+        update = optax.chain(update, shrink)
     else:
         update = optax.adamw(
             rate,

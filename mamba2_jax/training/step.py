@@ -24,9 +24,13 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import set_dropout_key
+from mamba2_jax.lora.attach import trained_paths
+from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
-from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_fn
+from mamba2_jax.training.carry import begin_or_go_on, initial_cache
+from mamba2_jax.training.gradients import gradients_through, summed_gradients
+from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_and_cache, loss_fn
 from mamba2_jax.training.on_cpu import choose_update, on_one_cpu
 from mamba2_jax.typing import Array, Bool, Float, Int
 
@@ -50,8 +54,8 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
 
     Args:
         model: not modified; the frozen arrays are shared with it.
-        trainable: an `nnx` filter that selects the trained parameters. None: the adapters (`nnx.LoRAParam`)
-            if the model has any, else every parameter.
+        trainable: an `nnx` filter that selects the trained parameters. None: the adapters, with what they
+            train in full, if the model has any, else every parameter.
 
     Returns:
         structure: rebuilds the model from both dicts with `merge`.
@@ -61,10 +65,10 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
     Raises:
         ValueError: the filter selects no parameter.
     """
-    if trainable is None:
-        adapters = jax.tree.leaves(nnx.state(model, nnx.LoRAParam))
-        trainable = nnx.LoRAParam if adapters else nnx.Param
-    chosen = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, trainable))}
+    chosen = trained_paths(model) if trainable is None else set()
+    if not chosen:
+        state = nnx.to_flat_state(nnx.state(model, nnx.Param if trainable is None else trainable))
+        chosen = {".".join(map(str, path)) for path, _ in state}
     if not chosen:
         raise ValueError(
             f"split_model: the model has no parameter that fits {trainable}; nothing would be trained"
@@ -99,12 +103,20 @@ class TrainState:
     skipped: Int[Array, ""]
     """Total steps skipped because the loss or a gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]
+    cache: Mamba2Cache | None = None
+    """The model's state after the last batch, from which rows go on in the next; None: every batch is new."""
 
     @classmethod
-    def start(cls, params: Params, optimizer: optax.GradientTransformation, key: Array) -> "TrainState":
+    def start(
+        cls,
+        params: Params,
+        optimizer: optax.GradientTransformation,
+        key: Array,
+        cache: Mamba2Cache | None = None,
+    ) -> "TrainState":
         """Create the state of a new run."""
         # One buffer per counter: the same buffer cannot be donated twice.
-        return cls(jnp.int32(0), params, optimizer.init(params), key, jnp.int32(0), jnp.int32(0))
+        return cls(jnp.int32(0), params, optimizer.init(params), key, jnp.int32(0), jnp.int32(0), cache)
 
     def to_mesh(self, mesh: Mesh) -> "TrainState":
         """Replicate the leaves that are not on the mesh yet (counters, key) over all of its devices."""
@@ -147,6 +159,8 @@ def _train_step(
     optimizer: optax.GradientTransformation,
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
+    pass_gradient: bool = False,
+    balance: float = 0.0,
 ) -> tuple[TrainState, StepMetrics]:
     """Update the parameters once. Donates `state`, which cannot be used afterwards.
 
@@ -158,11 +172,15 @@ def _train_step(
         frozen: from `split_model`.
         batch: as for `loss_fn`; with a leading axis `(a, b, l)`, the gradients of `a` microbatches are summed
             and divided by their total token count, which gives the gradient of the whole batch. Dropout is
-            drawn per microbatch.
+            drawn per microbatch. With `state.cache`, microbatches are consecutive pieces of the same rows,
+            and `continues (b,)` or `(a, b)` tells which rows' first documents go on from it (None: all).
         structure: from `split_model`.
         optimizer: from `make_optimizer`, or any Optax transformation.
         remat: passed to `loss_fn`.
         tokens_per_slice: passed to `loss_fn`.
+        pass_gradient: with `state.cache`, let the gradient flow from piece to piece of one step, with each
+            piece recomputed; otherwise it stops at each piece's beginning. It never leaves the step.
+        balance: passed to `loss_fn`; the metric `loss` then holds the auxiliary loss too.
 
     Returns:
         The new state, and the step's metrics. If the loss or a gradient is not finite, parameters and
@@ -170,12 +188,18 @@ def _train_step(
     """
     key = jax.random.fold_in(state.key, state.step)
 
-    def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int):
+    def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int, cache: Mamba2Cache | None):
         model = structure.merge(params, frozen)
         set_dropout_key(model, jax.random.fold_in(key, index))
-        return loss_fn(model, part, remat=remat, tokens_per_slice=tokens_per_slice)
+        start = initial_cache(params, model.config, part["input_ids"].shape[0], model.dtype)
+        begin = start if cache is None else begin_or_go_on(cache, start, part.get("continues"))
+        options = {"remat": remat, "tokens_per_slice": tokens_per_slice, "balance": balance}
+        nats, (tokens, after) = loss_and_cache(model, part, begin, **options)
+        return nats, (tokens, None if cache is None else after)
 
-    nats, tokens, grads = _summed_gradients(summed_loss, state.params, batch)
+    passes = pass_gradient and state.cache is not None and batch["input_ids"].ndim == 3
+    summed = gradients_through if passes else summed_gradients
+    nats, tokens, grads, cache = summed(summed_loss, state.params, batch, state.cache)
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     loss, norm = nats / count, optax.tree.norm(grads) / count
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -189,6 +213,7 @@ def _train_step(
     params, opt_state = choose_update(finite, update, old, in_place=in_place)
     skipped = state.skipped + ~finite
     in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+    cache = jax.tree.map(partial(jnp.where, finite), cache, state.cache)
     new = TrainState(
         step=state.step + 1,
         params=params,
@@ -196,13 +221,14 @@ def _train_step(
         key=state.key,
         skipped=skipped,
         skipped_in_a_row=in_a_row,
+        cache=cache,
     )
     return new, StepMetrics(loss, tokens, norm, finite, skipped, in_a_row)
 
 
 _jit_step = partial(
     jax.jit,
-    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice"),
+    static_argnames=("structure", "optimizer", "remat", "tokens_per_slice", "pass_gradient", "balance"),
     donate_argnames="state",
 )
 train_step = _jit_step(_train_step)
@@ -213,24 +239,10 @@ def sharded_train_step(state: TrainState) -> Callable[..., tuple[TrainState, Ste
     return _jit_step(_train_step, out_shardings=(jax.tree.map(lambda array: array.sharding, state), None))
 
 
-def _summed_gradients(summed_loss, params: Params, batch: Mapping[str, Array]):
-    """Sum nats, tokens and gradients of a batch `(b, l)`, or over the microbatches of one `(a, b, l)`."""
-    gradient = jax.value_and_grad(summed_loss, has_aux=True)
-    if batch["input_ids"].ndim == 2:
-        (nats, tokens), grads = gradient(params, batch, 0)
-        return nats, tokens, grads
-
-    def add(total, numbered):
-        index, part = numbered
-        (nats, tokens), grads = gradient(params, part, index)
-        return jax.tree.map(jnp.add, total, (nats, tokens, grads)), None
-
-    zeros = (jnp.zeros((), jnp.float32), jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
-    numbers = jnp.arange(batch["input_ids"].shape[0])
-    return jax.lax.scan(add, zeros, (numbers, batch))[0]
+_jit_eval = partial(jax.jit, static_argnames=("structure", "tokens_per_slice"))
 
 
-@partial(jax.jit, static_argnames=("structure", "tokens_per_slice"))
+@_jit_eval
 def eval_step(
     params: Params,
     frozen: Params,
@@ -240,4 +252,24 @@ def eval_step(
     tokens_per_slice: int = TOKENS_PER_SLICE,
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """Return the summed nats and the token count of a batch `(b, l)`, as `loss_fn` does."""
-    return loss_fn(structure.merge(params, frozen), batch, tokens_per_slice=tokens_per_slice)
+    model = structure.merge(params, frozen)
+    start = initial_cache(params, model.config, batch["input_ids"].shape[0], model.dtype)
+    return loss_fn(model, batch, cache=start, tokens_per_slice=tokens_per_slice)
+
+
+@_jit_eval
+def eval_piece(
+    params: Params,
+    frozen: Params,
+    batch: Mapping[str, Array],
+    cache: Mamba2Cache,
+    *,
+    structure: Structure,
+    tokens_per_slice: int = TOKENS_PER_SLICE,
+) -> tuple[Float[Array, ""], Int[Array, ""], Mamba2Cache]:
+    """Compute `eval_step` for a piece of rows that go on from a cache; also return the cache after it."""
+    model = structure.merge(params, frozen)
+    start = initial_cache(params, model.config, batch["input_ids"].shape[0], model.dtype)
+    begin = begin_or_go_on(cache, start, batch.get("continues"))
+    nats, (tokens, after) = loss_and_cache(model, batch, begin, tokens_per_slice=tokens_per_slice)
+    return nats, tokens, after

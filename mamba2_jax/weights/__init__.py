@@ -10,6 +10,7 @@ from mamba2_jax.weights.folder import new_folder
 from mamba2_jax.weights.header import TensorInfo
 from mamba2_jax.weights.load import load_weights
 from mamba2_jax.weights.outgoing import convertible_weights, outgoing_weights
+from mamba2_jax.weights.plan import check_sizes
 from mamba2_jax.weights.reader import Checkpoint, find_form, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.safetensors_file import (
@@ -30,6 +31,7 @@ __all__ = [
     "Outgoing",
     "StoredTensor",
     "TensorInfo",
+    "check_sizes",
     "checkpoint_table",
     "convertible_weights",
     "find_form",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.vocabulary import count_token_ids
 from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.weights import (
@@ -48,15 +49,17 @@ def write_checkpoint(
         max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces always has one file.
         head: False for a bare Mamba2Model.
         beside: folder of the source checkpoint, whose generation_config.json is copied; None: written anew.
-        tokenizer: folder whose tokenizer files are copied; None: none.
+        tokenizer: folder whose tokenizer files are copied; None: none. `unpadded_vocab_size` follows it.
         show_progress: draw a progress bar on stderr.
 
     Raises:
         ImportError: the form "state-spaces" without PyTorch.
         NotImplementedError: the form cannot express this model.
-        ValueError: the folder cannot be replaced, or a value overflows its stored dtype.
+        ValueError: the folder cannot be replaced, a value overflows its stored dtype, or the tokenizer has
+            ids beyond the vocabulary.
     """
     limit = parse_size(max_shard_size)
+    config = _with_vocabulary_of(tokenizer, config, may_differ=tokenizer == beside)
     if format == "transformers":
         content = _transformers_config(config, tensors, head)
     elif head:
@@ -83,6 +86,19 @@ def write_checkpoint(
     meet("mamba2_jax: a checkpoint is written")
 
 
+def _with_vocabulary_of(tokenizer: Path | None, config: Mamba2Config, may_differ: bool) -> Mamba2Config:
+    """Return the config with the number of token ids of a tokenizer, if its files tell."""
+    count = None if tokenizer is None else count_token_ids(tokenizer)
+    if count is None or count > config.vocab_size and may_differ:
+        return config
+    if count > config.vocab_size:
+        raise ValueError(
+            f"{tokenizer}: this tokenizer has ids up to {count - 1}, the model's vocab_size is"
+            f" {config.vocab_size}; give the model's own, or call resize_vocabulary({count}) before"
+        )
+    return config.replace(unpadded_vocab_size=count if count < config.vocab_size else None)
+
+
 def _help_to_write(tensors: Sequence[Outgoing], format: Format, limit: int) -> None:
     """Take part, in a process that does not write, in the all-gather of each tensor, in file order."""
     for tensor in file_order(tensors, limit) if format == "transformers" else tensors:
@@ -98,7 +114,8 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
     sizes: Counter[str] = Counter()
     for tensor in tensors:
         sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
-    content["dtype"] = sizes.most_common(1)[0][0]  # transformers loads all weights in this dtype
+    # transformers loads all weights in this dtype; mlx-lm and transformers before 4.56 know the older key
+    content["dtype"] = content["torch_dtype"] = sizes.most_common(1)[0][0]
     if not head:
         content["architectures"] = [name.replace("ForCausalLM", "Model") for name in content["architectures"]]
     return dict(sorted(content.items()))

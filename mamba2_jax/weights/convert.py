@@ -11,7 +11,7 @@ True
 from pathlib import Path
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.files import TOKENIZER_FILES
+from mamba2_jax.files import TOKENIZER_FILES, refuse_remote
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights import convertible_weights, open_checkpoint
@@ -52,12 +52,12 @@ def convert(
         NotImplementedError: the form cannot express this model.
         ValueError: the checkpoint is broken or does not match its config; every problem is listed.
     """
+    refuse_remote(target)
     target = Path(target).expanduser()
     folder = resolve_folder(source, revision)
     if target.exists() and target.resolve() == folder.resolve():
         raise FileExistsError(f"{target}: this is the source itself; name another folder")
-    if not overwrite and target.is_dir() and any(target.iterdir()):
-        raise FileExistsError(f"{target}: not empty; name another folder, or set overwrite")
+    check_target(target, overwrite)
     beside = folder if tokenizer is None else resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
     config = Mamba2Config.from_pretrained(folder)
     with open_checkpoint(folder) as checkpoint:
@@ -74,3 +74,9 @@ def convert(
             tokenizer=beside,
             show_progress=show_progress,
         )
+
+
+def check_target(target: Path, overwrite: bool) -> None:
+    """Raise FileExistsError if the folder to write is not empty and must not be replaced."""
+    if not overwrite and target.is_dir() and any(target.iterdir()):
+        raise FileExistsError(f"{target}: not empty; name another folder, or set overwrite")

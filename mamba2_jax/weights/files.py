@@ -16,10 +16,14 @@ from mamba2_jax.files import first_line
 MAX_JSON_BYTES = 16 << 20  # a 7B checkpoint's header has 60 kB; parsed, it takes several times the text
 
 
+_MAX_LINES, _MAX_LINE, _MAX_MESSAGE = 20, 400, 6000
+
+
 class CheckpointError(ValueError):
     """Error for a checkpoint that is malformed, unsafe, or does not match the config.
 
-    `where` is the folder or file, `problems` holds one line for each problem found.
+    `where` is the folder or file, `problems` holds one line for each problem found. The message has as many
+    of them as fit into some kilobytes.
     """
 
     def __init__(self, where: Path | str, problems: Sequence[str]):
@@ -28,8 +32,11 @@ class CheckpointError(ValueError):
         if len(self.problems) == 1:
             message = f"{where}: {self.problems[0]}"
         else:
-            message = "\n  - ".join([f"{where}: {len(self.problems)} problems", *self.problems])
-        super().__init__(message)
+            lines = [problem[:_MAX_LINE] for problem in self.problems[:_MAX_LINES]]
+            if len(self.problems) > _MAX_LINES:
+                lines.append(f"and {len(self.problems) - _MAX_LINES} more")
+            message = "\n  - ".join([f"{where}: {len(self.problems)} problems", *lines])
+        super().__init__(message[:_MAX_MESSAGE])
 
 
 def show(name: str) -> str:

@@ -15,11 +15,18 @@ import fnmatch
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 from mamba2_jax.files import CONFIG_FILES, GENERATION_CONFIG, TOKENIZER_FILES, WEIGHT_FILES
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_THREADS = threading.Lock()
 _CHECKPOINT_FILES = (
     *(*CONFIG_FILES, GENERATION_CONFIG),
     *(pattern for files in WEIGHT_FILES for pattern in (f"{files.stem}*{files.suffix}", files.index)),
@@ -31,7 +38,8 @@ _CHECKPOINT_FILES = (
 def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield an empty temporary folder that replaces `target` when the `with` block ends without an error.
 
-    An existing `target` is unchanged until then. Its checkpoint files, of every form, are dropped, so that no
+    Several threads and processes may write into one `target`: the last one that ends wins, whole. An existing
+    `target` is unchanged until then. Its checkpoint files, of every form, are dropped, so that no
     old shard is taken for a new one; its other files are kept. On an error the temporary folder is removed.
     A power cut between the two renames leaves no `target`, but the complete folders `.NAME.old-*` and
     `.NAME.new-*` beside it.
@@ -46,13 +54,36 @@ def new_folder(target: str | os.PathLike[str]) -> Iterator[Path]:
     new.mkdir()
     try:
         yield new
-        if target.exists():
-            _keep_other_files(target, new)
-        _sync_folder(new)
-        _move_into_place(new, target)
+        with locked(target.parent):
+            if target.exists():
+                _keep_other_files(target, new)
+            _sync_folder(new)
+            _move_into_place(new, target)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, which threads and processes of this machine respect; it leaves no file.
+
+    Without locks in the operating system or the file system, only the threads of this process exclude each
+    other.
+    """
+    with _THREADS:
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+        except OSError:  # Windows opens no folders
+            yield
+            return
+        try:
+            with contextlib.suppress(OSError):
+                if fcntl is not None:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)  # which gives the lock back
 
 
 def _check_target(target: Path) -> Path:

@@ -28,7 +28,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
-from mamba2_jax.weights.plan import label, plan_load
+from mamba2_jax.weights.plan import check_sizes, label, plan_load
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
@@ -76,8 +76,9 @@ def load_weights(
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
     place = sharding if callable(sharding) else lambda path: sharding
-    table = checkpoint_table(config, head)
     with open_checkpoint(folder) as checkpoint:
+        check_sizes(checkpoint, config)
+        table = checkpoint_table(config, head)
         plan, notes = plan_load(checkpoint, config, table, head)
         # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()

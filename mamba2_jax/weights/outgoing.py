@@ -12,7 +12,7 @@ from mamba2_jax.processes import fetch
 from mamba2_jax.typing import DTypeLike
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES
-from mamba2_jax.weights.plan import label, plan_load
+from mamba2_jax.weights.plan import check_sizes, label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.safetensors_file import Outgoing
 from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, pieces_of, written_name
@@ -85,6 +85,7 @@ def convertible_weights(
     Raises:
         CheckpointError: tensors that do not match the config; lists every problem.
     """
+    check_sizes(checkpoint, config)
     plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
     outgoing = []
     for stored, info in plan:

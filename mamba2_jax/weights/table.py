@@ -1,6 +1,6 @@
 """Map stored tensors of a checkpoint to the model's leaves and back: tensor names and stored rows.
 
-The stored rows of a tensor are divided among the model's leaves as `mamba2_jax.config.kinds` declares. Import
+The stored rows of a tensor are divided among the model's leaves as `mamba2_jax.config.table` says. Import
 and export both use `as_rows`.
 """
 
@@ -9,8 +9,8 @@ from collections.abc import Collection, Mapping
 import numpy as np
 
 from mamba2_jax.config.families.family import EACH
-from mamba2_jax.config.kinds import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 from mamba2_jax.config.leaves import Leaf, StoredTensor
+from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, checkpoint_table
 
 __all__ = [
     "EMBEDDING",
@@ -23,6 +23,7 @@ __all__ = [
     "match_names",
     "pieces_of",
     "stored_names",
+    "without_backbone",
     "written_name",
 ]
 
@@ -51,9 +52,9 @@ def stored_names(stored: StoredTensor) -> tuple[str, ...]:
     some families' `backbone.` `model.`, and a bare model without a head has no such prefix.
     """
     name = stored.file_name
-    bare = _without_prefix(name)
+    bare = without_backbone(name)
     names = [name, name.replace("backbone.embeddings.", "backbone.embedding.")]
-    names += [f"model.{other}" for other in (*names, bare)] + [_without_prefix(other) for other in names]
+    names += [f"model.{other}" for other in (*names, bare)] + [without_backbone(other) for other in names]
     return tuple(dict.fromkeys(names))
 
 
@@ -61,7 +62,7 @@ def written_name(stored: StoredTensor, form: str, head: bool) -> str:
     """Return the name of a tensor in a form; a bare model without a head has no prefix `backbone.`."""
     if form == "state-spaces":
         return stored.name.replace("backbone.embeddings.", "backbone.embedding.")
-    return stored.file_name if head else _without_prefix(stored.file_name)
+    return stored.file_name if head else without_backbone(stored.file_name)
 
 
 def pieces_of(name: str, stored: StoredTensor) -> list[str]:
@@ -69,7 +70,8 @@ def pieces_of(name: str, stored: StoredTensor) -> list[str]:
     return [name.replace(EACH, str(number)) for number in range(stored.matrices)] if EACH in name else [name]
 
 
-def _without_prefix(name: str) -> str:
+def without_backbone(name: str) -> str:
+    """Return a name as a bare model without a head has it."""
     return name.removeprefix(BACKBONE).removeprefix("model.")
 
 

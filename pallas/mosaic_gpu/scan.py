@@ -12,7 +12,7 @@ D, which batch rows share, is mapped, it loops over the axis instead.
 """
 
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +64,8 @@ def ssd(
     if missing:
         x, initial_state = _pad(x, 3, missing), _pad(initial_state, 2, missing)
         D = _pad(D, 1, missing) if D is not None and D.ndim == 2 else D
-    y, final_state = _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)
+    outputs = _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids)
+    y, final_state = cast("tuple[jax.Array, jax.Array]", outputs)  # custom_vjp has no types
     return (y[..., :head_dim], final_state[:, :, :head_dim]) if missing else (y, final_state)
 
 
@@ -73,7 +74,7 @@ def _pad(array: jax.Array, axis: int, count: int) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids):
+def _ssd(interpret, x, dt, A, B, C, D, initial_state, segment_ids) -> Any:
     run = functools.partial(forward, interpret=interpret)
     return fold_vmap(lambda *arrays: run(*arrays)[:2], SHARED)(x, dt, A, B, C, D, initial_state, segment_ids)
 

@@ -144,3 +144,17 @@ def test_pieces_of_a_row_send_the_same_whatever_its_length():
         short, long = (sent({"sequence": 8}, config, length, backward) for length in (64, 256))
         assert short == long
         assert short
+
+
+def test_a_resized_vocabulary_stays_sharded():
+    model = Mamba2ForCausalLM(small_config(2), rngs=nnx.Rngs(0))
+    want, rows = model(IDS[:1, :8]).logits, model.config.vocab_size
+    model.to_mesh(make_mesh(data=1, tensor=2, fsdp=4))
+    model.resize_vocabulary(rows + 9, multiple=16)
+    path = "backbone.embeddings.weight"
+    expected = parameter_shardings([path], model.config, model.backbone.mesh)[path]
+    table = model.backbone.embeddings.weight[...]
+    assert table.shape[0] % 16 == 0
+    assert table.sharding == expected
+    assert not table.sharding.is_fully_replicated
+    assert np.abs(model(IDS[:1, :8]).logits[..., :rows] - want).max() < TOLERANCE * np.abs(want).max()

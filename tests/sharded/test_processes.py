@@ -194,5 +194,5 @@ def test_processes_that_cannot_find_each_other(model, tmp_path):
         start_processes("localhost:1234")
     with pytest.raises(ValueError, match="timeout=0 must be at least 1 second"):
         start_processes("localhost:1234", 2, 0, timeout=0)
-    with pytest.raises(ValueError, match=r"need processes\.coordinator"):
+    with pytest.raises(ValueError, match=r"needs processes\.coordinator"):
         finetune(options(model, tmp_path / "run", **{"processes.count": 2}), "mamba2-jax finetune", print)

@@ -87,4 +87,6 @@ def family_dict(config: "Mamba2Config") -> dict[str, Any]:
             f"Mamba2Config.to_dict: {', '.join(sorted(changed))} differ from the file that the config was "
             f"read from, and are not written; change the file of {family.architecture} instead"
         )
+    if "time_step_limit" in content:  # as a number also where transformers 5 had written `__float__`
+        content["time_step_limit"] = list(config.time_step_limit)
     return content | {"architectures": [family.architecture], "model_type": config.family}

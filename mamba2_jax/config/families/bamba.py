@@ -49,7 +49,7 @@ def attention_fields(file: ConfigFile, hidden_size: int, key_heads: int | None) 
 
 
 def _read(file: ConfigFile) -> dict[str, Any]:
-    hidden_size, layers = file.integer("hidden_size", 4096), file.integer("num_hidden_layers", 32)
+    hidden_size, layers = file.integer("hidden_size", 4096), file.layers(32)
     pattern = file.layer_letters("layers_block_type", "layer_types")
     if pattern is None:
         attention = file.get("attn_layer_indices", None) or ()
@@ -71,6 +71,7 @@ def _read(file: ConfigFile) -> dict[str, Any]:
 
 
 BAMBA = Family(
+    title="Bamba",
     architecture="BambaForCausalLM",
     read=_read,
     outside={

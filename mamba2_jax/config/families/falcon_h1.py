@@ -17,7 +17,7 @@ from mamba2_jax.config.mlp import MLPConfig, Multipliers
 
 
 def _read(file: ConfigFile) -> dict[str, Any]:
-    hidden_size, layers = file.integer("hidden_size", 4096), file.integer("num_hidden_layers", 32)
+    hidden_size, layers = file.integer("hidden_size", 4096), file.layers(32)
     fields = mixer_fields(file, hidden_size, 1e-5) | file.special_tokens(0, 1, 2)
     d_ssm = file.get("mamba_d_ssm", 1024) or fields["expand"] * hidden_size
     if file.get("mamba_d_head", "auto") in ("auto", None):
@@ -59,6 +59,7 @@ def _read(file: ConfigFile) -> dict[str, Any]:
 
 
 FALCON_H1 = Family(
+    title="Falcon-H1",
     architecture="FalconH1ForCausalLM",
     read=_read,
     outside={

@@ -10,6 +10,7 @@ class Family(NamedTuple):
     """A family of published models.
 
     Args:
+        title: its name, for people.
         architecture: its class in transformers.
         read: converts its config file to keyword arguments of `Mamba2Config`.
         outside: our prefix of a tensor outside the layers -> theirs.
@@ -20,6 +21,7 @@ class Family(NamedTuple):
         ignored: prefixes of tensors that the model does not need.
     """
 
+    title: str
     architecture: str
     read: Callable[[ConfigFile], dict[str, Any]]
     outside: Mapping[str, str]

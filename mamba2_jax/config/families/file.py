@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from mamba2_jax.config.layers import MAX_LAYERS, MAX_SIZE
+
 # Keys of every model in transformers that change no result.
 _HARMLESS = {
     *("_attn_implementation", "_attn_implementation_autoset", "_name_or_path", "architectures", "auto_map"),
@@ -12,6 +14,9 @@ _HARMLESS = {
     *("max_position_embeddings", "num_logits_to_keep", "output_attentions", "output_hidden_states"),
     *("output_router_logits", "pretraining_tp", "return_dict", "tokenizer_class", "torch_dtype"),
     *("transformers_version", "use_cache", "unpadded_vocab_size", "use_mamba_kernels"),
+    # options of `generate`, and of other kinds of models, that transformers 4 writes with their defaults
+    *("diversity_penalty", "length_penalty", "max_length", "num_beam_groups", "num_beams"),
+    *("num_return_sequences", "repetition_penalty", "temperature", "top_k", "top_p", "typical_p"),
 }
 _LAYER_LETTERS = {
     **{"linear_attention": "M", "mamba": "M", "full_attention": "*", "attention": "*"},
@@ -25,15 +30,15 @@ class ConfigFile:
     >>> file = ConfigFile({"model_type": "bamba", "hidden_size": 64, "qk_norm": True})
     >>> file.get("hidden_size", 4096)
     64
-    >>> file.refuse_unread()
+    >>> file.refuse_unread()  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    NotImplementedError: config: 'bamba' with qk_norm=True is not supported
+    NotImplementedError: config: 'bamba' with qk_norm=True is not supported; remove what changes...
     """
 
     def __init__(self, content: Mapping[str, Any]):
         self.content = content
-        self.family = content["model_type"]
+        self.family = content.get("model_type", "mamba2")
         self._read: set[str] = set()
 
     def get(self, key: str, default: Any) -> Any:
@@ -55,13 +60,17 @@ class ConfigFile:
             raise ValueError(f"config: {key}={values!r}, wants {count} numbers")
         return tuple(_finite(key, value) for value in values)
 
-    def integer(self, key: str, default: int) -> int:
-        """Return a positive integer, of which null is the default."""
+    def integer(self, key: str, default: int, most: int = MAX_SIZE) -> int:
+        """Return a positive integer up to `most`, of which null is the default."""
         value = self.get(key, default)
         value = default if value is None else value
-        if type(value) is not int or value < 1:
-            raise ValueError(f"config: {key}={value!r}, wants a positive integer")
+        if type(value) is not int or not 1 <= value <= most:
+            raise ValueError(f"config: {key}={value!r}, wants a positive integer up to {most}")
         return value
+
+    def layers(self, default: int) -> int:
+        """Return the number of layers."""
+        return self.integer("num_hidden_layers", default, MAX_LAYERS)
 
     def want(self, key: str, *values: Any) -> None:
         """Refuse a key that has none of the values; an absent key has the first."""
@@ -70,17 +79,8 @@ class ConfigFile:
             self._refuse({key: value})
 
     def limits(self, key: str = "time_step_limit") -> Any:
-        """Return the limits of dt: null means none; JSON has infinity as `{"__float__": "Infinity"}`."""
-        values = self.get(key, None)
-        if values is None:
-            return 0.0, math.inf
-        if not isinstance(values, list | tuple):
-            return values  # the checks of `Mamba2Config` report it
-        named = {"Infinity": math.inf, "-Infinity": -math.inf}
-        return tuple(
-            named.get(str(value.get("__float__")), value) if isinstance(value, Mapping) else value
-            for value in values
-        )
+        """Return the limits of dt, as `time_limits` reads them."""
+        return time_limits(self.get(key, None))
 
     def layer_letters(self, *keys: str) -> str | None:
         """Return the layer pattern of the first of several lists of layer types; None if all are absent.
@@ -132,8 +132,32 @@ class ConfigFile:
             self._refuse(unknown)
 
     def _refuse(self, keys: Mapping[str, Any]) -> None:
-        shown = ", ".join(f"{key}={str(value)[:80]}" for key, value in keys.items())
-        raise NotImplementedError(f"config: {self.family!r} with {shown} is not supported")
+        first = [f"{str(key)[:80]}={str(value)[:80]}" for key, value in list(keys.items())[:8]]
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise NotImplementedError(
+            f"config: {self.family!r} with {', '.join(first)}{more} is not supported; remove what changes"
+            " no number from the file"
+        )
+
+
+def time_limits(values: Any) -> Any:
+    """Decode the limits of dt; null means none, and so does an upper limit that float32 cannot hold.
+
+    JSON has no infinity: it is `Infinity` or "Infinity", `{"__float__": "Infinity"}` in transformers 5, null
+    where JavaScript wrote it, or a large number.
+
+    >>> time_limits([0.0, {"__float__": "Infinity"}]), time_limits([0.001, 1e308])
+    ((0.0, inf), (0.001, inf))
+    """
+    if values is None:
+        return 0.0, math.inf
+    if not isinstance(values, list | tuple) or len(values) != 2:
+        return values  # the checks of `Mamba2Config` report it
+    low, high = (one.get("__float__", one) if isinstance(one, Mapping) else one for one in values)
+    largest = 3.4028234663852886e38
+    if high in (None, "Infinity") or isinstance(high, int | float) and high >= largest:
+        high = math.inf
+    return low, high
 
 
 def _finite(key: str, value: Any) -> float:

@@ -15,7 +15,7 @@ from mamba2_jax.config.mlp import MLPConfig, Multipliers
 
 
 def _read(file: ConfigFile) -> dict[str, Any]:
-    hidden_size, layers = file.integer("hidden_size", 4096), file.integer("num_hidden_layers", 32)
+    hidden_size, layers = file.integer("hidden_size", 4096), file.layers(32)
     heads = attention_fields(file, hidden_size, None)
     heads["softmax_scale"] = file.number("attention_multiplier", 1.0)
     rotary = file.rotary(heads["head_dim"])  # the keys are there also where the model does not rotate
@@ -52,6 +52,7 @@ def _read(file: ConfigFile) -> dict[str, Any]:
 
 
 GRANITE = Family(
+    title="Granite 4.0",
     architecture="GraniteMoeHybridForCausalLM",
     read=_read,
     outside={"backbone.embeddings.": "model.embed_tokens.", "backbone.norm_f.": "model.norm."},

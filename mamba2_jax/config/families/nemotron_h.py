@@ -127,6 +127,7 @@ def _pattern(file: ConfigFile) -> str:
 
 
 NEMOTRON_H = Family(
+    title="Nemotron-H",
     architecture="NemotronHForCausalLM",
     read=_read,
     outside={},

@@ -55,7 +55,7 @@ def at_least_two_rows(rows: Float[Array, "r d"], dtype: DTypeLike) -> Float[Arra
     the weights out of the decoding loop: twice the weights' bytes in temporaries. Two rows make a matrix
     product, which reads the half-precision weights directly.
     """
-    if len(rows) != 1 or jnp.dtype(dtype).itemsize != 2 or platform() != "cpu":
+    if rows.shape[0] != 1 or jnp.dtype(dtype).itemsize != 2 or platform() != "cpu":
         return rows
     return jnp.pad(rows, ((0, 1), (0, 0)))
 

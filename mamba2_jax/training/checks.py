@@ -1,0 +1,70 @@
+"""Checks of a run's options against its model, its devices and its output folder."""
+
+import pathlib
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from mamba2_jax.mesh import BATCH, axis_size
+from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
+from mamba2_jax.sharding import splits_batch
+from mamba2_jax.training.config import TrainConfig
+from mamba2_jax.training.folder import TOKENS
+
+
+def check_output(config: TrainConfig, output: pathlib.Path) -> None:
+    """Refuse an output folder that holds anything but tokens, unless the run resumes."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"{output}: is a file; name a folder")
+    used = {path.name for path in output.iterdir()} if output.is_dir() else set()
+    if not config.resume and used - {TOKENS}:
+        raise FileExistsError(
+            f"{output}: is not empty; go on from what is in it with resume, or name another folder"
+        )
+
+
+def check_states(config: TrainConfig, model: Mamba2ForCausalLM) -> None:
+    """Refuse to carry or train the states of a model with attention."""
+    if model.config.attends and (config.carry_state or config.train_initial_state):
+        raise ValueError(
+            "Trainer: carry_state and train_initial_state are for models without attention, whose keys "
+            "and values grow with the text"
+        )
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh | None) -> None:
+    """Refuse a mesh that the processes, the rows or other options do not fit."""
+    if mesh is None and jax.process_count() > 1:
+        raise ValueError(
+            f"Trainer: {jax.process_count()} processes, and no mesh of their devices; "
+            "set mesh.data or mesh.fsdp to -1, which is all of them"
+        )
+    if mesh is not None:
+        if config.lora.use_dora and axis_size(mesh, "tensor") > 1:
+            raise ValueError(
+                "Trainer: lora.use_dora needs whole weights for its norms; leave mesh.tensor at 1"
+            )
+        if not splits_batch(mesh, config.batch_size):
+            raise ValueError(
+                f"Trainer: batch_size={config.batch_size} is no multiple of mesh.data x mesh.fsdp = "
+                f"{axis_size(mesh, *BATCH)}"
+            )
+        if config.tokens_per_turn:
+            raise ValueError(
+                f"Trainer: tokens_per_turn={config.tokens_per_turn} is for one device; on a mesh, make "
+                "batch_size smaller and accumulate larger"
+            )
+
+
+def check_evaluation(config: TrainConfig, eval_data: Any) -> None:
+    """Refuse options of evaluation without evaluation data, or with two kinds of it."""
+    share = config.data.eval_share
+    if share and eval_data is not None:
+        raise ValueError(
+            f"Trainer: eval_data and data.eval_share={share} both say what is held out; give one of them"
+        )
+    if config.eval_every is not None and not share and eval_data is None:
+        raise ValueError(
+            f"Trainer: eval_every={config.eval_every} needs evaluation data: eval_data or data.eval_share"
+        )
