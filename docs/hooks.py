@@ -70,6 +70,8 @@ def on_page_markdown(markdown, page, config, files):
     """Fill in the diagram of the rooms, and the citation; give the tables of results the whole width."""
     if page.file.src_uri.startswith("performance/") and page.file.name != "index":
         page.meta["hide"] = ["toc"]
+    # links to source files, which the site does not have, lead somewhere in the repository only
+    markdown = re.sub(r"\[([^]]+)\]\((?:\.\./)+(?:mamba2_jax|pallas|tests)/[^)]*\)", r"\1", markdown)
     if "{{ rooms }}" in markdown:
         markdown = markdown.replace("{{ rooms }}", rooms_diagram())
     if "{{ citation }}" in markdown:
