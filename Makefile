@@ -4,6 +4,7 @@ SHELL := /bin/bash
 VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 KERNEL_VENVS ?= .venv-kernels
+DOCS_VENV ?= .venv-docs
 # Candidates; the first that runs and is new enough is used. Override: `make test PYTHON=/path/to/python`.
 PYTHONS := $(or $(PYTHON),python3.11 python3 python3.13 python3.12 python3.14 python)
 # The parity tests compare with PyTorch on the CPU. On Linux the plain name may install gigabytes of CUDA, so
@@ -20,6 +21,7 @@ help:
 	@echo "make test-kernels   run the tests of the GPU kernels, which need no GPU but Python >= 3.12"
 	@echo "make gpu            on a machine with an NVIDIA GPU: test the kernels there, then time them"
 	@echo "make lint           ruff and pyright"
+	@echo "make docs           build the pages into build/site; make docs-serve shows them while they are written"
 	@echo "make clean          remove the virtual environments and what tools left"
 
 demo: $(DEMO_VENV)/.installed
@@ -58,10 +60,21 @@ lint: $(VENV)/.installed
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-clean:
-	rm -rf $(VENV) $(DEMO_VENV) $(KERNEL_VENVS) build dist *.egg-info .pytest_cache .ruff_cache .coverage
+# The pages show docstrings that griffe reads without importing them: the environment has no JAX.
+docs: $(DOCS_VENV)/.installed
+	@echo "==> mkdocs build"
+	@$(MKDOCS) build --strict
 
-.PHONY: help demo install test test-kernels gpu lint clean
+docs-serve: $(DOCS_VENV)/.installed
+	@$(MKDOCS) serve
+
+MKDOCS = NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs
+DOCS_EXTRA = import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) $(KERNEL_VENVS) $(DOCS_VENV) build dist *.egg-info .pytest_cache .ruff_cache .coverage
+
+.PHONY: help demo install test test-kernels gpu lint docs docs-serve clean
 
 $(DEMO_VENV)/.installed: pyproject.toml
 	$(call make-venv,$(DEMO_VENV))
@@ -78,6 +91,13 @@ $(VENV)/.installed: pyproject.toml
 		&& $(VENV)/bin/pip install --no-compile --disable-pip-version-check 'peft>=0.17' || { \
 		echo "==> $(TORCH) or peft is not to be had here: the tests that compare with them will be skipped."; \
 		echo "    To run them, install a CPU build of PyTorch, then peft, into $(VENV) and repeat make test."; }
+	@touch $@
+
+$(DOCS_VENV)/.installed: pyproject.toml
+	$(call make-venv,$(DOCS_VENV))
+	@echo "==> installing mkdocs"
+	@$(DOCS_VENV)/bin/python -c '$(DOCS_EXTRA)' >$(DOCS_VENV)/requirements.txt
+	@$(call fetch,$(DOCS_VENV),-r $(DOCS_VENV)/requirements.txt)
 	@touch $@
 
 # $(call fetch,FOLDER,ARGUMENTS): `pip install` in FOLDER, by uv where available. PyTorch is installed by pip:

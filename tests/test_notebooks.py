@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, and is stored without outputs."""
+"""Every notebook runs from top to bottom, and is stored with the outputs of a run."""
 
 import pathlib
 
@@ -6,15 +6,31 @@ import nbclient
 import nbformat
 import pytest
 
-FILES = sorted((pathlib.Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def check_outputs(cells):
+    for cell in cells:
+        assert cell.outputs, f"this cell shows nothing:\n{cell.source}"
+        assert not [out for out in cell.outputs if out.output_type == "error" or out.get("name") == "stderr"]
+    assert any("image/png" in out.get("data", {}) for cell in cells for out in cell.outputs)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_stored_without_outputs(file):
-    for cell in nbformat.read(file, as_version=4).cells:
-        if cell.cell_type == "code":
-            assert cell.outputs == []
-            assert cell.execution_count is None
+def test_stored_with_the_outputs_of_one_run(file):
+    cells = code_cells(nbformat.read(file, as_version=4))
+    check_outputs(cells)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert str(ROOT) not in file.read_text()
+
+
+def test_outputs_are_small():
+    assert sum(file.stat().st_size for file in FILES) < 360_000
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -25,12 +41,8 @@ def test_runs(file, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     notebook = nbformat.read(file, as_version=4)
+    for cell in code_cells(notebook):
+        cell.outputs = []
     resources = {"metadata": {"path": str(tmp_path)}}
     nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    for cell in code:
-        assert cell.outputs, f"this cell shows nothing:\n{cell.source}"
-        errors = [out for out in cell.outputs if out.output_type == "error" or out.get("name") == "stderr"]
-        assert not errors
-    shown = [out.get("data", {}) for cell in code for out in cell.outputs]
-    assert any("image/png" in data for data in shown)
+    check_outputs(code_cells(notebook))
