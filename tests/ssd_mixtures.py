@@ -38,17 +38,17 @@ def prepare(case):
     with jax.enable_x64(True):
         exact = jax.tree.map(lambda a: a.astype(jnp.float64), arrays)
         want = jax.tree.map(np.asarray, results(exact, ids, weights, "recurrent"))
-    return (arrays, ids, weights), want, _errors(results(arrays, ids, weights, "recurrent"), want)
+    return (arrays, ids, weights), want, errors(results(arrays, ids, weights, "recurrent"), want)
 
 
 def assert_exact(case, *options, **mesh) -> None:
     """Check each token's error: below 1e-5 or, where a sum cancels, 3 times the float32 recurrence's."""
     inputs, want, of_recurrence = prepare(case)
-    got = _errors(results(*inputs, *options, **mesh), want)
+    got = errors(results(*inputs, *options, **mesh), want)
     for part, allowed in zip(got, of_recurrence, strict=True):
         for name, error in part.items():
             assert error < max(1e-5, 3 * allowed[name]), name
 
 
-def _errors(got, want):
+def errors(got, want):
     return [{name: own_error(name, got[i][name], want[i][name]) for name in want[i]} for i in (0, 1)]

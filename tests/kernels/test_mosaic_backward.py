@@ -278,7 +278,7 @@ SEEDED = kernel_case("seeded", l=200, h=5, n=64)  # five strips, three stages
     [
         ("barrier_wait", "strip"),  # a strip is used before it has arrived
         ("commit_smem", "release"),  # a slot is filled again while plain loads read it
-        ("wait_smem_to_gmem", "walk_step"),  # dx is overwritten on its way out
+        ("wait_smem_to_gmem", "step"),  # dx is overwritten on its way out
     ],
 )
 def test_a_missing_wait_or_commit_is_found(missing, caller):

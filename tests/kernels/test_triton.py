@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from mamba2_jax.pallas.triton_gpu import call as triton_call
 from mamba2_jax.pallas.triton_gpu import scan as triton_gpu
 from ssd_cases import MIXTURES, Case, degenerate, draw
-from test_ssd_mixtures import errors, prepare, results
+from ssd_mixtures import errors, prepare, results
 
 from mamba2_jax.ops import ssd as public_ssd
 from mamba2_jax.ops.scan import dispatch
