@@ -180,6 +180,7 @@ class Trainer:
             steps=self.steps,
             eval_every=config.eval_every or spacing(self.steps),
             save_every=config.checkpoint.every or spacing(self.steps),
+            keep_best=config.checkpoint.keep_best,
             max_skipped=config.max_skipped,
             structure=self._structure,
             frozen=self._frozen,

@@ -1,6 +1,5 @@
 """A model on a mesh: no number changes, and what is sent is what was meant to be."""
 
-import dataclasses
 import functools
 from collections import Counter
 
@@ -105,7 +104,7 @@ def sent(sizes: dict[str, int], config: Mamba2Config, length: int, backward: boo
     """What a block sends, by name and bytes a device: the difference of models of two and one layers."""
 
     def of_layers(count: int) -> Counter:
-        model = Mamba2ForCausalLM(dataclasses.replace(config, num_hidden_layers=count), rngs=nnx.Rngs(0))
+        model = Mamba2ForCausalLM(config.replace(num_hidden_layers=count), rngs=nnx.Rngs(0))
         model.to_mesh(make_mesh(**sizes))
         graph, parameters, rest = nnx.split(model, nnx.Param, ...)
         hidden = jnp.ones((8, length, config.hidden_size))
