@@ -149,8 +149,8 @@ class TrainConfig:
     max_skipped: int = 5
     """Abort after this many consecutive steps with a non-finite loss or gradient."""
     eval_every: int | None = None
-    """Steps between evaluations, if there is evaluation data (None: a fifth of the run, at most 500). The
-    first is before step 1, the last at the end."""
+    """Steps between evaluations, if there is evaluation data. None: as between checkpoints, if the best of
+    these is kept, else a fifth of the run, at most 500. The first is before step 1, the last at the end."""
     tensorboard: bool = True
     """Also write TensorBoard event files."""
     wandb: str | None = None

@@ -34,8 +34,6 @@ class Plan:
     """Steps of the whole run."""
     eval_every: int
     save_every: int
-    keep_best: bool
-    """Whether every checkpoint needs an evaluation, by which the best is chosen."""
     max_skipped: int
     structure: Structure
     frozen: Params
@@ -103,9 +101,7 @@ class Loop:
             self._settle(state)
             self._pending = _Pending(step, metrics, batch)
             saves = _is_due(step, plan.save_every, plan.steps)
-            evaluates = plan.evaluate is not None and (
-                _is_due(step, plan.eval_every, plan.steps) or (saves and plan.keep_best)
-            )
+            evaluates = plan.evaluate is not None and _is_due(step, plan.eval_every, plan.steps)
             if saves or evaluates or _is_ready(metrics.loss):  # at once where dispatch is synchronous
                 self._settle(state)
             if evaluates:

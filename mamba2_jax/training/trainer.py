@@ -174,13 +174,15 @@ class Trainer:
 
     def _plan(self) -> Plan:
         config = self.config
+        save_every = config.checkpoint.every or spacing(self.steps)
         device = next(iter(self.model.backbone.embeddings.weight[...].sharding.addressable_devices))
         peak = peak_operations(device, self.model.dtype)
         return Plan(
             steps=self.steps,
-            eval_every=config.eval_every or spacing(self.steps),
-            save_every=config.checkpoint.every or spacing(self.steps),
-            keep_best=config.checkpoint.keep_best,
+            # the best checkpoint is chosen by its evaluation
+            eval_every=config.eval_every
+            or (save_every if config.checkpoint.keep_best else spacing(self.steps)),
+            save_every=save_every,
             max_skipped=config.max_skipped,
             structure=self._structure,
             frozen=self._frozen,
