@@ -1,5 +1,6 @@
 """Configure pytest: platform, fast XLA compilation with a shared cache, and run-time shape checks."""
 
+import gc
 import os
 import pathlib
 import shutil
@@ -87,3 +88,17 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_ignore_collect(collection_path):
     return True if collection_path == SHARDED and jax.config.jax_num_cpu_devices != 8 else None
+
+
+# Every compiled program keeps memory mappings, of which Linux gives a process 65,530; XLA crashes beyond.
+_MANY_MAPPINGS = 20_000
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_compiled_programs():
+    """Drop compiled programs after a module if they are many; the cache on disk still has them."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
+        gc.collect()
