@@ -111,10 +111,9 @@ class Conversation:
             ValueError: nothing has been said.
         """
         self._settle()
-        if not self._states:
+        read = self._states[-1] if self._states else None
+        if read is None or read.cache is None:
             raise ValueError("Conversation.save: nothing has been said")
-        read = self._states[-1]
-        assert read.cache is not None
         note = {"messages": self._messages, "read": read.text}
         read.cache.save(file, self._model, notes={_NOTE: json.dumps(note)})
 

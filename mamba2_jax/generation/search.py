@@ -113,7 +113,8 @@ def _check_draft(name: str, model: Mamba2ForCausalLM, draft: Any, has_ids: bool)
 
 def take_best(state: DecodeState, search: Search) -> tuple[DecodeState, Float[Array, " n"]]:
     """Take each prompt's texts of the highest mean log-probability, best first; also return the means."""
-    assert state.logprobs is not None
+    if state.logprobs is None:
+        raise ValueError("take_best: the state has no log-probabilities; start it with with_logprobs=True")
     means = state.logprobs.sum(axis=1) / state.lengths
     means = means.reshape(-1, search.candidates)
     scores, best = jax.lax.top_k(means, search.num_return_sequences)

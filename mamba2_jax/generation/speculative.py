@@ -85,7 +85,8 @@ class ModelDraft(NamedTuple):
 
     def after(self, guesses: Guesses, index: Int[Array, " b"], active: Bool[Array, " b"]) -> "ModelDraft":
         """Go back to the state after guess `index`; rows that are not active keep theirs."""
-        assert guesses.caches is not None
+        if guesses.caches is None:
+            raise ValueError("ModelDraft.after: the guesses have no states; give those of this draft")
         return self._replace(cache=guesses.caches.after_token(index).where(active, self.cache))
 
 

@@ -85,7 +85,8 @@ class Encoder:
 
     def _encode_between(self, text: Text) -> tuple[np.ndarray, np.ndarray]:
         """Encode a template's text: its own special tokens as such, those that messages spell as text."""
-        assert self.specials is not None  # a spelled token was found by it
+        if self.specials is None:
+            raise ValueError("a text has spelled special tokens, but the tokenizer has none")
         ids, offsets, begin = [], [], 0
         own = [
             match
