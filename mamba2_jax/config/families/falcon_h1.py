@@ -10,8 +10,7 @@ Source: transformers' `modeling_falcon_h1.py`; tiiuae/Falcon-H1-0.5B-Base.
 import math
 from typing import Any
 
-from mamba2_jax.config.families.bamba import attention_fields, mixer_fields
-from mamba2_jax.config.families.family import COMMON_KEYS, Family
+from mamba2_jax.config.families.bamba import BAMBA, attention_fields, mixer_fields
 from mamba2_jax.config.families.file import ConfigFile
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
 
@@ -58,21 +57,5 @@ def _read(file: ConfigFile) -> dict[str, Any]:
     return fields
 
 
-FALCON_H1 = Family(
-    title="Falcon-H1",
-    architecture="FalconH1ForCausalLM",
-    read=_read,
-    outside={
-        "backbone.embeddings.": "model.embed_tokens.",
-        "backbone.norm_f.": "model.final_layernorm.",
-    },
-    layers="model.layers.",
-    inside={
-        "norm.": "input_layernorm.",
-        "norm2.": "pre_ff_layernorm.",
-        "mamba2.": "mamba.",
-        "attention.": "self_attn.",
-        "mlp.": "feed_forward.",
-    },
-    write=COMMON_KEYS,
-)
+# Its tensors have Bamba's names.
+FALCON_H1 = BAMBA._replace(title="Falcon-H1", architecture="FalconH1ForCausalLM", read=_read)
