@@ -23,6 +23,7 @@ import re
 import warnings
 from collections.abc import Iterable
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
@@ -100,6 +101,12 @@ def parameter_shardings(paths: Iterable[str], config: Mamba2Config, mesh: Mesh) 
         reasons = "; ".join(f"{why}: {', '.join(sorted(names))}" for why, names in whole.items())
         warnings.warn(f"kept whole on every device, because {reasons}", stacklevel=2)
     return {path: NamedSharding(mesh, parameter_spec(path, config, mesh)) for path in paths}
+
+
+def array_path(path: tuple) -> str:
+    """Return the dot-joined path of an array of a module from its JAX key path."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".value").replace(".value.", ".")  # of the variable that holds it
 
 
 _BY_DESIGN = "fewer groups than devices"

@@ -23,7 +23,7 @@ from mamba2_jax.layers.mamba2 import Mamba2Mixer
 from mamba2_jax.layers.state import LayerState, Part, Rows
 from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR
 from mamba2_jax.ops.pieces import pad_tokens
-from mamba2_jax.sharding import parameter_spec, splits_batch
+from mamba2_jax.sharding import array_path, parameter_spec, splits_batch
 from mamba2_jax.typing import Array, DTypeLike
 
 
@@ -110,8 +110,7 @@ def _pad_rows(rows: Rows, batch: int, length: int, padding: int) -> Rows:
 
 def _path(path: tuple) -> str:
     """Return a leaf's path in a block; the copy of a weight with merged adapters has the weight's path."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-    return f"mixer.{name}".replace(".unmerged.", ".")
+    return f"mixer.{array_path(path)}".replace(".unmerged.", ".")
 
 
 def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:

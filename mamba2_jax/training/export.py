@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,6 +13,7 @@ from mamba2_jax.lora.attach import adapter_names, settings_of
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.models.pretrained import Origin
+from mamba2_jax.sharding import array_path
 from mamba2_jax.training.carry import initial_cache
 from mamba2_jax.training.checkpoint import read_checkpoint
 from mamba2_jax.training.checksums import fingerprint
@@ -110,5 +112,5 @@ def _with_adapter(
 
 def base_arrays(model: Mamba2ForCausalLM) -> dict[str, Any]:
     """Return the model's parameters without adapters, by path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+    parameters = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    return {array_path(path): leaf for path, leaf in jax.tree.leaves_with_path(parameters)}

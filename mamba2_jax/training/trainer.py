@@ -175,7 +175,7 @@ class Trainer:
     def _plan(self) -> Plan:
         config = self.config
         save_every = config.checkpoint.every or spacing(self.steps)
-        device = next(iter(self.model.backbone.embeddings.weight[...].sharding.addressable_devices))
+        device = next(iter(self.model.backbone.norm_f.weight[...].sharding.addressable_devices))
         peak = peak_operations(device, self.model.dtype)
         return Plan(
             steps=self.steps,
