@@ -155,10 +155,11 @@ def _pieces(word: str, units: int, config: Mamba2Config) -> tuple[str, int]:
     """Return the unit in which an axis is sharded, for messages, and the largest number of shards."""
     heads = math.gcd(config.num_heads, config.parallel_mlp_width)  # gcd(n, 0) is n
     if word in ("heads", "parallel_MLP"):  # the parallel MLP is sharded like the heads
-        return "heads", heads
+        return "heads", math.gcd(heads, units)
     if word == "mixed":
         attention = config.attn_cfg
         # The channels of a parallel MLP come before those of the heads; equal shards would mix the two.
         beside = config.parallel_mlp_width or (attention and attention.mlp_width)
-        return word, 1 if beside else math.gcd(heads, attention.num_heads if attention else 0)
+        heads = math.gcd(heads, attention.num_heads if attention else 0)
+        return word, 1 if beside else math.gcd(heads, units)  # whole groups of quantized numbers too
     return word.replace("_", " "), units

@@ -95,14 +95,12 @@ class WeightType:
             codes = levels.astype(self.dtype)
         return codes.reshape(*levels.shape[:-2], -1)
 
-    def unpack(self, values: Any, groups: int) -> Any:
-        """Return the levels `(..., groups, size)` of values, as int8."""
+    def unpack(self, values: Any, groups: int) -> list[Any]:
+        """Return the levels of values: of each equal part of the groups, `(..., groups, size / per_value)`."""
         values = values.reshape(*values.shape[:-1], groups, -1)
         if self.per_value == 1:
-            return values
-        xp = values.__array_namespace__()
-        codes = xp.concatenate([values & 15, values >> 4], axis=-1)
-        return codes.astype("int8") + xp.asarray(self.levels[0], dtype="int8")
+            return [values]
+        return [codes.astype("int8") + self.levels[0] for codes in (values & 15, values >> 4)]
 
 
 _SMALLEST_GROUP = 16
@@ -122,5 +120,6 @@ def type_of(values: Any) -> WeightType:
 
 def dequantize(values: Any, scales: Any) -> Any:
     """Return the float32 numbers `(..., width)` of values and scales."""
-    levels = type_of(values).unpack(values, scales.shape[-1])
+    parts = type_of(values).unpack(values, scales.shape[-1])
+    levels = values.__array_namespace__().concatenate(parts, axis=-1)
     return (levels.astype("float32") * scales[..., None]).reshape(*values.shape[:-1], -1)

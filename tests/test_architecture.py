@@ -37,7 +37,7 @@ ARROWS = {
     "models": "config files hub layers lora mesh ops sharding typing weight_types weights",
     "generation": "config models ops tokenizer typing",
     "training": "config files lora mesh models ops processes sharding typing",
-    "cli": "config files generation hub lora models ops processes tokenizer training weights",
+    "cli": "config files generation hub lora models ops processes tokenizer training weight_types weights",
     "__init__": "config generation models tokenizer",
 }
 # What a room may import from outside, beside Python's own.

@@ -53,6 +53,8 @@ class _TextOptions:
     """Stop string: ends the text and is not printed; may be repeated."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Quantize the weights while loading them."""
     system: Annotated[str | None, arg(metavar="TEXT")] = None
     """System message of the chat."""
     chat_template: Annotated[str | None, arg(metavar="FILE")] = None
@@ -167,7 +169,9 @@ class Convert:
     to: Literal["transformers", "state-spaces"] = "transformers"
     """Form to write; state-spaces needs PyTorch."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Stored dtype; A_log, dt_bias and D are never narrowed."""
+    """Stored dtype; A_log, dt_bias and D are never narrowed. Quantized weights become floats."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Quantize the weights, for this package: transformers does not read them."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""
     tokenizer: _Path = None

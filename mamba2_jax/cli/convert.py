@@ -25,6 +25,8 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
     source = options.source
     from_run = _is_local(source) and find_run(source) is not None
     adapter = options.adapter or (source if _is_local(source) and _is_adapter(source) else None)
+    if options.quantize is not None and (options.to != "transformers" or dtype is not None):
+        raise ValueError(f"--quantize {options.quantize}: is for --to transformers without --dtype")
     if options.base is not None and not from_run and adapter != source:
         raise ValueError(f"--base {options.base}: {source} is no adapter and no run with one; leave it out")
     if not from_run and adapter is None:
@@ -32,6 +34,7 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
             source,
             options.target,
             dtype=dtype,
+            quantize=options.quantize,
             allow_non_finite=options.allow_non_finite,
             overwrite=options.overwrite,
             show_progress=True,
@@ -50,6 +53,8 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
     from mamba2_jax.training.result import tell_rounding
 
     tell_rounding(rounded, "--dtype", tell)
+    if options.quantize is not None:
+        model.quantize(options.quantize)
     model.save_pretrained(
         target,
         format=form["to"],
@@ -77,6 +82,9 @@ def _merged(options: Any, adapter: str, dtype: Any, tell: Callable[[str], None])
     from mamba2_jax.lora import merge_lora
 
     model = load_with_adapter(options.base if adapter == options.source else options.source, adapter, tell)
+    if model.config.quantization is not None:
+        tell(f"the {model.config.quantization} weights become floats, to which the adapter is added")
+        model.dequantize(model.backbone.norm_f.weight.dtype if dtype is None else dtype)
     return model, merge_lora(model, dtype=dtype)
 
 

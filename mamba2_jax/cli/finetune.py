@@ -65,6 +65,8 @@ class Finetune:
     """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16. Trained weights are float32."""
+    quantize: Literal["int8", "int4"] | None = None
+    """Quantize the weights while loading them, to train adapters on them (`--lora.rank`; QLoRA)."""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """Options file, in JSON or YAML."""
@@ -80,7 +82,11 @@ class Finetune:
         tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
         dtype = None if self.dtype == "auto" else self.dtype
         model = Mamba2ForCausalLM.from_pretrained(
-            folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
+            folder,
+            dtype=dtype,
+            sharding=self.train.mesh.make(),
+            quantize=self.quantize,
+            report=lambda report: tell(str(report)),
         )
         trainer = Trainer(
             model,

@@ -45,7 +45,7 @@ def load(options: Any, tell: Callable[[object], None]) -> Loaded:
     settings = chosen_settings(options, folder)
     tokenizer = load_tokenizer(options.tokenizer or folder)
     dtype = None if options.dtype == "auto" else options.dtype
-    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, quantize=options.quantize, report=tell)
     if options.adapter is not None:
         load_lora(model, options.adapter)
     for note in special_token_ids(tokenizer, model.config).notes:

@@ -15,15 +15,15 @@ import jax.numpy as jnp
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
+from jax.sharding import PartitionSpec
 
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.device import on_device_of, platform
 from mamba2_jax.typing import Array, DTypeLike, Float
 from mamba2_jax.weight_types import dequantize, type_of
 
-IMPLEMENTATIONS = ("dot", "blocks", "sum")
-_BLOCK = 1 << 18  # numbers of a dequantized block
-_FEW_ROWS = 4
+IMPLEMENTATIONS = ("dot", "blocks")
+_SMALL_BLOCK, _BLOCK = 1 << 15, 1 << 18
 
 
 @jax.tree_util.register_dataclass
@@ -80,6 +80,20 @@ class QuantizedWeight:
         return jnp.moveaxis(matrix, -1, 0) if self.rows_last else matrix
 
 
+def input_pieces(weight: Array | QuantizedWeight) -> int:
+    """Return into how many pieces the last axis of a matrix may be cut: numbers, or groups of them."""
+    groups = weight.scales.shape[-1] if isinstance(weight, QuantizedWeight) else 1
+    return weight.shape[-1] if groups == 1 else groups
+
+
+def spec_of(weight: Array | QuantizedWeight, spec: PartitionSpec) -> PartitionSpec | QuantizedWeight:
+    """Return the specs of a matrix with the contracted axis last: of values and scales, or of its array."""
+    if not isinstance(weight, QuantizedWeight):
+        return spec
+    of_scales = spec if weight.scales.shape[-1] > 1 else PartitionSpec(*spec[:-1], None)
+    return QuantizedWeight(spec, of_scales, weight.rows_last)  # pyright: ignore[reportArgumentType]
+
+
 def quantized_product(
     x: Float[Array, "*b d"],
     weight: QuantizedWeight,
@@ -93,10 +107,9 @@ def quantized_product(
         x: `(..., d)`.
         weight: a matrix with the contracted axis `d` and output axes `*out`.
         dtype: dtype that the operands are cast to, in the backward pass too.
-        implementation: `"sum"`, multiply and sum in one loop over the values, for few rows; `"blocks"`, a loop
-            of products with some rows of the matrix, dequantized; `"dot"`, one product, into which the
-            compiler fuses the dequantization if it can; None: `"sum"` for up to 4 rows, else `"blocks"` on a
-            CPU and `"dot"` elsewhere.
+        implementation: `"blocks"`, a loop of products with some rows of the matrix, dequantized; `"dot"`, one
+            product, into which the compiler fuses the dequantization if it can; None: `"blocks"` on a CPU,
+            where it cannot, else `"dot"`.
 
     Returns:
         `(..., *out)` in float32 (float64 when `dtype` is). Its gradient with respect to `x` is the gradient of
@@ -187,9 +200,11 @@ def multiply(
 ) -> Array:
     """Multiply `x (r, d)` by the transpose of a matrix `(o, d)`; transposed, `x (r, o)` by the matrix."""
     if implementation is None:
-        few = x.shape[0] <= _FEW_ROWS and not transposed
-        implementation = "sum" if few else "blocks" if platform() == "cpu" else "dot"
-    run = {"dot": _dot, "blocks": _blocks, "sum": _dot if transposed else _sum}[implementation]
+        implementation = "blocks" if platform() == "cpu" else "dot"
+    if platform() == "cpu":
+        # Without bfloat16 instructions a float32 product is faster, and a block of the matrix is small.
+        x, narrow = x.astype(narrow), jnp.promote_types(narrow, jnp.float32)
+    run = _blocks if implementation == "blocks" else _dot
     return run(x, values, scales, narrow, transposed).astype(dtype)
 
 
@@ -204,23 +219,35 @@ _product = linear_in_first(
 
 
 def _dot(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
+    """Multiply with a matrix, of which each part of the groups is an operand of a product of its own.
+
+    Put together to one operand the parts would be written to memory, and on a CPU by a slow loop.
+    """
     full = jnp.promote_types(narrow, jnp.float32)
     dims = (((1,), (0 if transposed else 1,)), ((), ()))
     product = partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=full)
-    if scales.shape[1] > 1:
-        return product(x.astype(narrow), dequantize(values, scales).astype(narrow))
-    # One scale per row of the matrix: the levels are exact in any float dtype, and the scale is not rounded.
-    levels, scale = type_of(values).unpack(values, 1)[:, 0].astype(narrow), scales[:, 0].astype(full)
+    (rows, groups), parts = scales.shape, type_of(values).unpack(values, scales.shape[1])
+    # A scale per row of the matrix is not rounded to the compute dtype, in which the levels are exact.
+    by_row = scales[:, 0].astype(full) if groups == 1 else 1
+    matrices = [
+        (part if groups == 1 else part.astype(scales.dtype) * scales[..., None])
+        .astype(narrow)
+        .reshape(rows, -1)
+        for part in parts
+    ]
     if transposed:
-        return product((x * scale).astype(narrow), levels)
-    return product(x.astype(narrow), levels) * scale
+        x = (x * by_row).astype(narrow)
+        pieces = [product(x, matrix).reshape(len(x), groups, -1) for matrix in matrices]
+        return jnp.stack(pieces, axis=2).reshape(len(x), -1)
+    pieces = jnp.split(x.astype(narrow).reshape(len(x), groups, len(parts), -1), len(parts), axis=2)
+    return sum(product(x.reshape(len(x), -1), m) for x, m in zip(pieces, matrices, strict=True)) * by_row
 
 
 def _blocks(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
     """Loop over blocks of rows of the matrix; only one block is dequantized at a time."""
     full = jnp.promote_types(narrow, jnp.float32)
     rows, width = values.shape[0], values.shape[1] * type_of(values).per_value
-    size = min(rows, max(1, _BLOCK // width))
+    size = min(rows, max(1, _block_size(x.shape[0]) // width))
 
     def add(at: Array | int, y: Array, size: int) -> Array:
         block = (jax.lax.dynamic_slice_in_dim(one, at, size) for one in (values, scales))
@@ -233,11 +260,6 @@ def _blocks(x: Array, values: Array, scales: Array, narrow: DTypeLike, transpose
     return add(rows - rows % size, y, rows % size) if rows % size else y
 
 
-def _sum(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
-    """Multiply and sum in one loop over the values, which are read once as they are stored."""
-    full = jnp.promote_types(narrow, jnp.float32)
-    # Without the barrier XLA hoists the conversion of constant values out of a decoding loop, and keeps it.
-    x, values = jax.lax.optimization_barrier((x.astype(full), values))
-    levels = type_of(values).unpack(values, scales.shape[1])  # (o, groups, size)
-    x = x.reshape(-1, 1, *levels.shape[1:])
-    return ((x * levels.astype(full)).sum(-1) * scales.astype(full)).sum(-1)
+def _block_size(rows: int) -> int:
+    """Return how many numbers of a matrix to dequantize at a time for a product with `rows` rows."""
+    return _SMALL_BLOCK if rows < 16 else _BLOCK

@@ -41,7 +41,7 @@ def describe_model(model: Mamba2ForCausalLM) -> dict[str, Any]:
 def model_of(
     path: pathlib.Path, base: str | pathlib.Path | None = None, dtype: DTypeLike | None = None
 ) -> tuple[Mamba2ForCausalLM, float]:
-    """Rebuild the model of a checkpoint; an adapter is merged into its base.
+    """Rebuild the model of a checkpoint; an adapter is merged into its base, dequantized if need be.
 
     Args:
         path: folder of one checkpoint.
@@ -98,7 +98,8 @@ def _with_adapter(
     base = extra["model"]["folder"] if base is None else base
     if base is None:
         raise ValueError(f"{path}: holds an adapter of a model that was in no folder; name its base")
-    model = Mamba2ForCausalLM.from_pretrained(base)
+    quantization = extra["model"]["config"].get("quantization")
+    model = Mamba2ForCausalLM.from_pretrained(base, quantize=quantization)
     if fingerprint(base_arrays(model)) != extra["run"]["base"]:
         raise ValueError(f"{base}: not the weights that the adapter in {path} was trained on")
     add_lora(model, LoraConfig(**extra["model"]["adapter"]), rngs=nnx.Rngs(0))
@@ -107,6 +108,8 @@ def _with_adapter(
         if (array := params.get(".".join(map(str, name)))) is not None:
             leaf.set_value(array)
     nnx.update(model, parameters)
+    if quantization is not None:
+        model.dequantize(model.backbone.norm_f.weight.dtype if dtype is None else dtype)
     return model, merge_lora(model, dtype=dtype)
 
 

@@ -101,6 +101,11 @@ class Trainer:
         check_states(config, model)
         self._mesh = config.mesh.make()
         check_mesh(config, self._mesh)
+        if config.lora.merge and model.config.quantization is not None:
+            raise ValueError(
+                f"Trainer: lora.merge, but the weights are {model.config.quantization}; leave it out, and let "
+                "mamba2-jax convert merge the adapter into floats"
+            )
         self._base = fingerprint(base_arrays(model))
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
