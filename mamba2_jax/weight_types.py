@@ -1,7 +1,7 @@
 """Types of quantized weights: how rows of numbers become narrow values and scales, and numbers again.
 
-A row holds the weights of one output channel. It is divided into groups, and each number is stored as a level,
-`number = level * scale of its group`. The functions work on NumPy and on JAX arrays, inside `jit` too.
+A row holds the weights of one output channel. It is divided into groups, and each number is stored as a
+level: `number = level * scale of its group`. The functions work on NumPy and on JAX arrays, inside `jit` too.
 
 >>> import numpy as np
 >>> rows = np.linspace(-1, 1, 128, dtype=np.float32).reshape(1, 128)
@@ -48,8 +48,8 @@ class WeightType:
         size = math.gcd(width, self.group) if self.group else width
         if self.group and size < _SMALLEST_GROUP:
             raise ValueError(
-                f"quantize: rows of {width} numbers are not a multiple of {_SMALLEST_GROUP}, the smallest group "
-                f"of {self.name}; use int8"
+                f"quantize: rows of {width} numbers are not a multiple of {_SMALLEST_GROUP}, the smallest "
+                f"group of {self.name}; use int8"
             )
         return width // size
 
@@ -67,7 +67,7 @@ class WeightType:
         return self.pack(self.nearest(groups, scales[..., None])), scales
 
     def scales(self, groups: Any) -> Any:
-        """Return the scale of each group `(..., size)` of numbers: its largest number is an outermost level."""
+        """Return the scale of each group `(..., size)`: its largest number gets an outermost level."""
         xp, (low, high) = groups.__array_namespace__(), self.levels
         if low == -high:
             return xp.abs(groups).max(-1) * (1 / high)  # as XLA divides by a constant
@@ -96,7 +96,7 @@ class WeightType:
         return codes.reshape(*levels.shape[:-2], -1)
 
     def unpack(self, values: Any, groups: int) -> list[Any]:
-        """Return the levels of values: of each equal part of the groups, `(..., groups, size / per_value)`."""
+        """Return the levels of each part of the groups, `(..., groups, size / per_value)`, as int8."""
         values = values.reshape(*values.shape[:-1], groups, -1)
         if self.per_value == 1:
             return [values]

@@ -1,7 +1,7 @@
 """The tensors and leaves of quantized weights: values and scales in place of a matrix.
 
-Both have the matrix's name with a suffix, `...out_proj.weight.values` and `...out_proj.weight.scales`, and the
-input axis last, in files and in the model, so that a row of one output channel is contiguous in memory.
+Both have the matrix's name with a suffix, `...out_proj.weight.values` and `...out_proj.weight.scales`, and
+the input axis last, in files and in the model, so that a row of one output channel is contiguous in memory.
 """
 
 import dataclasses
@@ -38,8 +38,8 @@ def check_quantize(op: str, quantize: str | None, config: "Mamba2Config") -> str
         raise ValueError(f"{op}: quantize={quantize!r} is not one of {', '.join(map(repr, WEIGHT_TYPES))}")
     if config.quantization is not None:
         raise ValueError(
-            f"{op}: quantize={quantize!r}, but the weights are {config.quantization} already; quantize the floats "
-            "that they were made from"
+            f"{op}: quantize={quantize!r}, but the weights are {config.quantization} already; quantize the "
+            "floats that they were made from"
         )
     return quantize
 

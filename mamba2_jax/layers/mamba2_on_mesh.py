@@ -43,8 +43,7 @@ def left_to_compiler(mixer: Mamba2Mixer, mesh: Mesh) -> str | None:
         return "out_proj's input holds the channels of a gated MLP beside those of the heads"
     out_proj = mixer.out_proj.weight[...]
     if isinstance(out_proj, QuantizedWeight) and input_pieces(out_proj) % tensor:
-        groups = input_pieces(out_proj)
-        return f"the {groups} groups of out_proj's quantized rows are not a multiple of the mesh's tensor={tensor}"
+        return f"tensor={tensor} of the mesh does not divide out_proj's {input_pieces(out_proj)} scales"
     adapters = [*mixer.in_proj.adapters_in_use(), *mixer.out_proj.adapters_in_use()]
     if any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters):
         return "the adapters' dropout is drawn for all rows of the batch at once"

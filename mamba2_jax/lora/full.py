@@ -94,8 +94,8 @@ def new_full_weights(
     for stored in tensors:
         if type_for(stored, model.config.quantization) is not None:
             raise ValueError(
-                f"modules_to_save: {stored.name} is quantized, and quantized weights cannot be trained; leave it"
-                " out, or dequantize() the model"
+                f"modules_to_save: {stored.name} is quantized, and quantized weights cannot be trained; leave"
+                " it out, or dequantize() the model"
             )
     if values is None:
         values = {leaf.path: _widened(model, leaf.path) for stored in tensors for leaf in stored.leaves}

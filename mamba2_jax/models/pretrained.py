@@ -265,8 +265,8 @@ class PretrainedModel(nnx.Module):
             )
         if dtype is not None and self.config.quantization is not None:
             raise ValueError(
-                f"save_pretrained: dtype={dtype!r}, but the weights are {self.config.quantization}; dequantize() the"
-                " model first, or leave dtype out"
+                f"save_pretrained: dtype={dtype!r}, but the weights are {self.config.quantization}; "
+                "dequantize() the model first, or leave dtype out"
             )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:

@@ -112,8 +112,8 @@ def quantized_product(
             where it cannot, else `"dot"`.
 
     Returns:
-        `(..., *out)` in float32 (float64 when `dtype` is). Its gradient with respect to `x` is the gradient of
-        the product with the dequantized matrix; the matrix has none.
+        `(..., *out)` in float32 (float64 when `dtype` is). Its gradient with respect to `x` is that of the
+        product with the dequantized matrix; the matrix has none.
 
     Raises:
         ValueError: an unknown implementation, or sizes that differ.
@@ -148,8 +148,8 @@ def linear_in_first(name: str, run: Callable[..., Array], shape: Callable[..., t
 
     Args:
         name: name of the primitive.
-        run: `run(x, *constants, dtype, transposed, **options)`, the result in `dtype`; `transposed` asks for the
-            transpose of the map.
+        run: `run(x, *constants, dtype, transposed, **options)`, the result in `dtype`; `transposed` asks for
+            the transpose of the map.
         shape: shape of the result, of the same arguments with abstract arrays.
     """
     primitive = Primitive(name)

@@ -78,8 +78,8 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
     arrays = {array_path(path): leaf for path, leaf in leaves}
     if chosen - arrays.keys():
         raise ValueError(
-            f"split_model: the weights are {model.config.quantization}, which cannot be trained; add_lora trains "
-            "adapters on them (mamba2-jax finetune: --lora.rank), dequantize() makes them floats"
+            f"split_model: the weights are {model.config.quantization}, which cannot be trained; add_lora "
+            "trains adapters on them (mamba2-jax finetune: --lora.rank), dequantize() makes them floats"
         )
     structure = Structure(treedef, tuple(arrays))
     trained = {

@@ -103,8 +103,8 @@ class Trainer:
         check_mesh(config, self._mesh)
         if config.lora.merge and model.config.quantization is not None:
             raise ValueError(
-                f"Trainer: lora.merge, but the weights are {model.config.quantization}; leave it out, and let "
-                "mamba2-jax convert merge the adapter into floats"
+                f"Trainer: lora.merge, but the weights are {model.config.quantization}; leave it out, and let"
+                " mamba2-jax convert merge the adapter into floats"
             )
         self._base = fingerprint(base_arrays(model))
         settings = config.lora.config()

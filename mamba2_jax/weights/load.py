@@ -39,6 +39,7 @@ from mamba2_jax.weights.uncached import available_memory
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 2 << 20
+_QUANTIZED_AT_A_TIME = 1 << 17  # numbers; a thread needs some 20 bytes for each
 _THREADS = 2  # one reads while one converts; more compete for the CPU cache and take half as long again
 _UNCACHED_THREADS = 4  # O_DIRECT has no read-ahead, so several reads must be in flight
 
@@ -213,7 +214,7 @@ class _Loader:
                         copy_rows(columns, shard.rows_view[at], self.scratch)
             return 0
 
-        rows = max(1, _BLOCK_BYTES // (4 * width))
+        rows = max(1, _QUANTIZED_AT_A_TIME // width)
         return sum(self.pool.map(quantize_block, blocks_of(targets[0], rows)))
 
     def _problem(self, message: str) -> None:
