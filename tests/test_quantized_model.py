@@ -26,7 +26,13 @@ TYPES = sorted(WEIGHT_TYPES)
 FILE = {
     **{"model_type": "granitemoehybrid", "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2},
     **{"layer_types": ["mamba", "attention"], "num_attention_heads": 4, "num_key_value_heads": 2},
-    **{"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_n_groups": 2, "mamba_chunk_size": 8},
+    **{
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 16,
+        "mamba_n_groups": 2,
+        "mamba_chunk_size": 8,
+    },
     **{"intermediate_size": 32, "shared_intermediate_size": 48, "num_local_experts": 4},
     **{"num_experts_per_tok": 2, "tie_word_embeddings": False, "eos_token_id": 1, "pad_token_id": 0},
 }
@@ -62,14 +68,16 @@ def same_arrays(one, other) -> bool:
 def test_loading_quantizes_what_quantize_does(folder, loaded, kind):
     model = loaded(kind)
     assert model.config.quantization == kind
-    floats = sorted(path for path, array in model._arrays().items() if not path.endswith((".values", ".scales")))
+    floats = sorted(
+        path for path, array in model._arrays().items() if not path.endswith((".values", ".scales"))
+    )
     kept = ("norm", "conv1d", "A_log", "dt_bias", ".D", "router.weight", "norm_f.weight")
     assert all(any(name in path for name in kept) for path in floats)
     assert {type(model.output_weight), type(model.backbone.layers[0].experts.up[...])} == {QuantizedWeight}
     again = Mamba2ForCausalLM.from_pretrained(folder)
     again.quantize(kind)
     assert same_arrays(again, model)
-    assert again.num_parameters if False else again.config == model.config
+    assert again.config == model.config
 
 
 @pytest.mark.parametrize("kind", TYPES)
@@ -129,8 +137,9 @@ def test_adapters_are_trained_on_quantized_weights(loaded, tmp_path):
     floats.dequantize()
     for one in (model, floats):
         add_lora(one, config, rngs=nnx.Rngs(0))
+        rng = np.random.default_rng(0)
         for _, leaf in nnx.to_flat_state(state := nnx.state(one, lora_filter())):
-            leaf.set_value(leaf[...] + 0.05)
+            leaf.set_value(jnp.asarray(0.1 * rng.standard_normal(leaf.shape), jnp.float32))
         nnx.update(one, state)
 
     def gradients(model):
@@ -173,7 +182,7 @@ def test_what_quantized_weights_cannot_do_says_so(loaded, folder, tmp_path):
         Mamba2ForCausalLM.from_pretrained(folder, quantize="int5")
     with pytest.raises(ValueError, match="modules_to_save: lm_head.weight is quantized"):
         add_lora(fresh(model), LoraConfig(modules_to_save=("lm_head",)), rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="quantization={'bits': 4}, wants 'int8' or 'int4'|quantization="):
+    with pytest.raises(ValueError, match="quantization={'bits': 4}, wants None or 'int8' or 'int4'"):
         Mamba2Config.from_dict(FILE | {"quantization": {"bits": 4}})
     broken = random_jax_model(Mamba2Config.from_dict(FILE))
     broken.backbone.layers[0].mixer.out_proj.weight.set_value(jnp.full((64, 32), jnp.nan))
@@ -189,7 +198,8 @@ def test_the_command_line(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "quantized, int4" in out
     assert "weights in int4" in out
-    add_lora(model := Mamba2ForCausalLM.from_pretrained(target), rngs=nnx.Rngs(0))
+    model = Mamba2ForCausalLM.from_pretrained(target)
+    add_lora(model, LoraConfig(targets=("in_proj",)), rngs=nnx.Rngs(0))
     save_lora(model, tmp_path / "adapter", base_model=target)
     texts = []
     for options in (["--model", target], ["--quantize", "int4"], ["--adapter", str(tmp_path / "adapter")]):
@@ -200,5 +210,5 @@ def test_the_command_line(tmp_path, capsys):
     assert cli.main(["convert", str(tmp_path / "adapter"), merged]) == 0
     assert "int4 weights become floats" in capsys.readouterr().err
     assert Mamba2Config.from_pretrained(merged).quantization is None
-    with pytest.raises(SystemExit, match="2") if False else pytest.raises(cli.CommandError, match="--quantize"):
+    with pytest.raises(cli.CommandError, match="--quantize int8: is for"):
         cli.Convert(target, merged, quantize="int8", dtype="float32").run()

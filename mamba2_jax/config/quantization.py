@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import TYPE_CHECKING
 
-from mamba2_jax.config.leaves import QUANTIZED, Leaf, StoredTensor
+from mamba2_jax.config.leaves import OUTPUT_HEAD, QUANTIZED, Leaf, StoredTensor
 from mamba2_jax.weight_types import WEIGHT_TYPES, WeightType
 
 if TYPE_CHECKING:
@@ -19,11 +19,11 @@ VALUES, SCALES = ".values", ".scales"
 
 def type_for(stored: StoredTensor, quantization: str | None) -> WeightType | None:
     """Return the type that a tensor has in a model of the given type; None: it holds floats."""
-    kinds = {leaf.role.quantized for leaf in stored.leaves} - {""}
-    if quantization is None or not kinds:
+    role = stored.leaves[0].role if stored.leaves else OUTPUT_HEAD  # a head in the files only
+    if quantization is None or not role.quantized:
         return None
     own = WEIGHT_TYPES[quantization]
-    return WEIGHT_TYPES[own.of_tables] if kinds == {"table"} else own
+    return WEIGHT_TYPES[own.of_tables] if role.quantized == "table" else own
 
 
 def check_quantize(op: str, quantize: str | None, config: "Mamba2Config") -> str | None:
