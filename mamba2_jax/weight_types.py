@@ -14,7 +14,9 @@ True
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
+
+TypeName: TypeAlias = Literal["int8", "int4"]
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,13 @@ class WeightType:
         of_tables: name of the type that embedding and head get beside it.
     """
 
-    name: str
+    name: TypeName
     dtype: str
     stored: str
     levels: tuple[int, int]
     group: int = 0
     per_value: int = 1
-    of_tables: str = "int8"
+    of_tables: TypeName = "int8"
 
     def groups(self, width: int) -> int:
         """Return the number of groups of a row of `width` numbers.
@@ -106,7 +108,7 @@ class WeightType:
 _SMALLEST_GROUP = 16
 _NEXT_TO_0 = 1e-30
 
-WEIGHT_TYPES = {
+WEIGHT_TYPES: dict[TypeName, WeightType] = {
     "int8": WeightType("int8", "int8", "I8", (-127, 127)),
     "int4": WeightType("int4", "uint8", "U8", (-8, 7), group=64, per_value=2),
 }

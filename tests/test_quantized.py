@@ -67,7 +67,7 @@ def test_a_product_is_that_of_the_dequantized_matrix(kind, dtype, implementation
     for count in (1, 5):
         x = jnp.asarray(RNG.standard_normal((count, 192)), dtype)
         dy = jnp.asarray(RNG.standard_normal((count, 40)), jnp.float32)
-        y, pullback = jax.vjp(lambda x: run(x, weight), x)  # noqa: B023
+        y, pullback = jax.vjp(lambda x: run(x, weight), x)
         assert y.dtype == jnp.float32
         assert relative(y, np.asarray(x, np.float64) @ exact.T) < ROUNDING[dtype]
         (dx,) = pullback(dy)

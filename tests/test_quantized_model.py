@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_ids, random_jax_model, relative
+from safetensors.numpy import load_file
+from training_runs import model_folder, texts_file
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, generate
 from mamba2_jax.cli import commands as cli
@@ -212,3 +214,25 @@ def test_the_command_line(tmp_path, capsys):
     assert Mamba2Config.from_pretrained(merged).quantization is None
     with pytest.raises(cli.CommandError, match="--quantize int8: is for"):
         cli.Convert(target, merged, quantize="int8", dtype="float32").run()
+
+
+def test_finetune_trains_adapters_on_quantized_weights(tmp_path, capsys):
+    run = tmp_path / "run"
+    options = (
+        f"finetune --model {model_folder()} --data {texts_file()} --output {run} --steps 4 --batch-size 2 "
+        "--data.max-length 48 --no-progress --no-tensorboard --remat block --optim.learning-rate 0.01"
+    ).split()
+    assert cli.main([*options, "--quantize", "int4"]) == 2
+    assert "the weights are int4, which cannot be trained" in capsys.readouterr().err
+    assert cli.main([*options, "--quantize", "int4", "--lora.rank", "2", "--lora.targets", "in_proj"]) == 0
+    saved = load_file(run / "adapter" / "adapter_model.safetensors")
+    assert {name.rpartition("in_proj.")[2] for name in saved} == {"lora_A.weight", "lora_B.weight"}
+    assert all(np.abs(array).max() > 0 for array in saved.values())  # B begins at 0
+    model = Mamba2ForCausalLM.from_pretrained(model_folder(), quantize="int4")
+    load_lora(model, run / "adapter")
+    model.dequantize()
+    merge_lora(model)
+    # The checkpoint of the run becomes a model of floats: the dequantized base with the adapter merged.
+    assert cli.main(["convert", str(run), str(tmp_path / "merged")]) == 0
+    merged = Mamba2ForCausalLM.from_pretrained(tmp_path / "merged")
+    assert same_arrays(merged, model)

@@ -14,6 +14,8 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
+from mamba2_jax.weight_types import TypeName
+
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
     "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
@@ -53,7 +55,7 @@ class _TextOptions:
     """Stop string: ends the text and is not printed; may be repeated."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: TypeName | None = None
     """Quantize the weights while loading them."""
     system: Annotated[str | None, arg(metavar="TEXT")] = None
     """System message of the chat."""
@@ -170,7 +172,7 @@ class Convert:
     """Form to write; state-spaces needs PyTorch."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
     """Stored dtype; A_log, dt_bias and D are never narrowed. Quantized weights become floats."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: TypeName | None = None
     """Quantize the weights, for this package: transformers does not read them."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""

@@ -17,6 +17,7 @@ from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
 from mamba2_jax.training.config import MeshOptions
 from mamba2_jax.training.options import build, plain, read_fields
+from mamba2_jax.weight_types import TypeName
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Finetune:
     """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16. Trained weights are float32."""
-    quantize: Literal["int8", "int4"] | None = None
+    quantize: TypeName | None = None
     """Quantize the weights while loading them, to train adapters on them (`--lora.rank`; QLoRA)."""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     config: Annotated[str | None, arg(metavar="FILE")] = None

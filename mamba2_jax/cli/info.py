@@ -17,7 +17,7 @@ from mamba2_jax.hub import resolve_folder
 from mamba2_jax.lora import base_of, is_adapter
 from mamba2_jax.lora.files import ADAPTER_FILES, describe_adapter
 from mamba2_jax.models.cache import Mamba2Cache
-from mamba2_jax.weight_types import WEIGHT_TYPES
+from mamba2_jax.weight_types import WEIGHT_TYPES, TypeName
 from mamba2_jax.weights import TensorInfo, check_sizes, find_form, open_checkpoint
 from mamba2_jax.weights.header import DTYPES
 from mamba2_jax.weights.table import stored_table
@@ -159,7 +159,7 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
     return rows
 
 
-def _bytes(config: Mamba2Config, quantization: str) -> int:
+def _bytes(config: Mamba2Config, quantization: TypeName) -> int:
     """Return the bytes of the weights in a quantized type, beside bfloat16."""
     try:
         tensors = stored_table(config.replace(quantization=quantization))

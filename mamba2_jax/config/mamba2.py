@@ -25,6 +25,7 @@ from mamba2_jax.config.mlp import MLPConfig, Multipliers
 from mamba2_jax.config.options import OPTIONS
 from mamba2_jax.config.vocabulary import count_token_ids
 from mamba2_jax.files import CONFIG_FILES, read_json
+from mamba2_jax.weight_types import TypeName
 
 __all__ = ["Mamba2Config"]
 
@@ -124,7 +125,7 @@ class Mamba2Config:
     d_intermediate: int = 0
     attn_layer_idx: tuple[int, ...] = ()
     attn_cfg: AttentionConfig | None = None
-    quantization: str | None = None
+    quantization: TypeName | None = None
     family: str = "mamba2"
     layer_pattern: str = None  # pyright: ignore[reportAssignmentType]
     feed_forward: tuple[str, ...] = None  # pyright: ignore[reportAssignmentType]

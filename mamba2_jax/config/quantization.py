@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from mamba2_jax.config.leaves import OUTPUT_HEAD, QUANTIZED, Leaf, StoredTensor
-from mamba2_jax.weight_types import WEIGHT_TYPES, WeightType
+from mamba2_jax.weight_types import WEIGHT_TYPES, TypeName, WeightType
 
 if TYPE_CHECKING:
     from mamba2_jax.config.mamba2 import Mamba2Config
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 VALUES, SCALES = ".values", ".scales"
 
 
-def type_for(stored: StoredTensor, quantization: str | None) -> WeightType | None:
+def type_for(stored: StoredTensor, quantization: TypeName | None) -> WeightType | None:
     """Return the type that a tensor has in a model of the given type; None: it holds floats."""
     role = stored.leaves[0].role if stored.leaves else OUTPUT_HEAD  # a head in the files only
     if quantization is None or not role.quantized:
@@ -26,7 +26,7 @@ def type_for(stored: StoredTensor, quantization: str | None) -> WeightType | Non
     return WEIGHT_TYPES[own.of_tables] if role.quantized == "table" else own
 
 
-def check_quantize(op: str, quantize: str | None, config: "Mamba2Config") -> str | None:
+def check_quantize(op: str, quantize: TypeName | None, config: "Mamba2Config") -> TypeName | None:
     """Return the type to quantize the weights of a model to; None if they are to stay as they are.
 
     Raises:
@@ -44,7 +44,7 @@ def check_quantize(op: str, quantize: str | None, config: "Mamba2Config") -> str
     return quantize
 
 
-def quantized_tensors(stored: StoredTensor, quantization: str | None) -> tuple[StoredTensor, ...]:
+def quantized_tensors(stored: StoredTensor, quantization: TypeName | None) -> tuple[StoredTensor, ...]:
     """Return what a tensor is stored as in a model of the given type: itself, or its values and scales.
 
     Raises:

@@ -23,6 +23,7 @@ from mamba2_jax.models.quantize import dequantize_model, quantize_model, quantiz
 from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary, set_config
 from mamba2_jax.sharding import array_path, parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
+from mamba2_jax.weight_types import TypeName
 from mamba2_jax.weights import LoadReport, load_weights, outgoing_weights
 from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 from mamba2_jax.weights.table import stored_table
@@ -64,7 +65,7 @@ class PretrainedModel(nnx.Module):
         sharding: "Mesh | jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
         revision: str | None = None,
         allow_non_finite: bool = False,
-        quantize: str | None = None,
+        quantize: TypeName | None = None,
         report: Callable[[LoadReport], None] | None = None,
     ) -> _M:
         """Load a checkpoint in any published form: transformers, state-spaces or mistral.
@@ -165,7 +166,7 @@ class PretrainedModel(nnx.Module):
             if hasattr(module, "mesh"):
                 setattr(module, "mesh", mesh)  # noqa: B010
 
-    def quantize(self, kind: str) -> None:
+    def quantize(self, kind: TypeName) -> None:
         """Quantize the weights in place: projections and experts, embedding and head.
 
         Each number becomes the nearest level of its group: 8 bits with a scale per output channel, or 4 bits

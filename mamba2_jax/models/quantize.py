@@ -16,14 +16,14 @@ from mamba2_jax.lora.full import full_weights, parameter_at
 from mamba2_jax.models.vocabulary import set_config
 from mamba2_jax.ops.quantized import QuantizedWeight
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weight_types import WeightType
+from mamba2_jax.weight_types import TypeName, WeightType
 from mamba2_jax.weights import checkpoint_table
 
 if TYPE_CHECKING:
     from mamba2_jax.models.pretrained import PretrainedModel
 
 
-def quantize_model(model: "PretrainedModel", kind: str) -> None:
+def quantize_model(model: "PretrainedModel", kind: TypeName) -> None:
     """Quantize a model in place, matrix by matrix; `PretrainedModel.quantize` describes the arguments."""
     op = f"{type(model).__name__}.quantize"
     if check_quantize(op, kind, model.config) is None:
@@ -51,7 +51,7 @@ def quantized_weight(path: str, arrays: Mapping[str, Array]) -> QuantizedWeight:
     return QuantizedWeight(arrays[path + VALUES], arrays[path + SCALES], role is not None and role.rows_last)
 
 
-def _matrices(model: Any, quantization: str) -> Iterator[tuple[Leaf, nnx.Param, WeightType]]:
+def _matrices(model: Any, quantization: TypeName) -> Iterator[tuple[Leaf, nnx.Param, WeightType]]:
     """Yield the matrices that a model of a type has quantized, with their parameters and types."""
     for stored in checkpoint_table(model.config.replace(quantization=None), hasattr(model, "backbone")):
         own = type_for(stored, quantization)
@@ -60,7 +60,7 @@ def _matrices(model: Any, quantization: str) -> Iterator[tuple[Leaf, nnx.Param, 
                 yield leaf, parameter_at(model, leaf.path), own
 
 
-def _finish(model: "PretrainedModel", quantization: str | None) -> None:
+def _finish(model: "PretrainedModel", quantization: TypeName | None) -> None:
     set_config(model, model.config.replace(quantization=quantization))
     mesh = getattr(model, "backbone", model).mesh  # pyright: ignore[reportAttributeAccessIssue]
     if mesh is not None:

@@ -14,6 +14,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.files import TOKENIZER_FILES, refuse_remote
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weight_types import TypeName
 from mamba2_jax.weights import convertible_weights, open_checkpoint
 from mamba2_jax.weights.checkpoint_folder import MAX_SHARD_SIZE, Format, write_checkpoint
 
@@ -24,7 +25,7 @@ def convert(
     *,
     to: Format = "transformers",
     dtype: DTypeLike | None = None,
-    quantize: str | None = None,
+    quantize: TypeName | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     tokenizer: str | Path | None = None,
     revision: str | None = None,

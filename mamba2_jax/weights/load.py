@@ -27,7 +27,7 @@ from jax.sharding import Sharding
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.config.quantization import check_quantize, quantized_tensors, type_for
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weight_types import WeightType
+from mamba2_jax.weight_types import TypeName, WeightType
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.plan import check_sizes, label, plan_load
@@ -53,7 +53,7 @@ def load_weights(
     allow_non_finite: bool = False,
     show_progress: bool = False,
     head: bool = True,
-    quantize: str | None = None,
+    quantize: TypeName | None = None,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint's weights as arrays by parameter path.
 
@@ -131,7 +131,7 @@ class _Loader:
         place: Callable[[str], Placement],
         allow_non_finite: bool,
         threads: int,
-        quantization: str | None,
+        quantization: TypeName | None,
     ):
         self.checkpoint = checkpoint
         self.quantization = quantization

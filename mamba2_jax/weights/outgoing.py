@@ -11,7 +11,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.config.quantization import check_quantize, quantized_tensors, type_for
 from mamba2_jax.processes import fetch
 from mamba2_jax.typing import DTypeLike
-from mamba2_jax.weight_types import WeightType, dequantize
+from mamba2_jax.weight_types import TypeName, WeightType, dequantize
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import DTYPES, FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.plan import check_sizes, label, plan_load
@@ -78,7 +78,7 @@ def convertible_weights(
     *,
     format: str,
     dtype: DTypeLike | None = None,
-    quantize: str | None = None,
+    quantize: TypeName | None = None,
     allow_non_finite: bool = False,
 ) -> list[Outgoing]:
     """List the tensors of an open checkpoint for writing in another form; each is read while it is written.

@@ -79,9 +79,9 @@ def target_dtype(leaves: Iterable[Leaf], own: np.dtype, wanted: np.dtype | None)
     """Return the dtype that leaves of dtype `own` get: `wanted`; None keeps theirs.
 
     A_log, dt_bias, D and scales get the smallest dtype that holds both: float32 for float16 with bfloat16.
-    Integers stay as they are.
+    Values of one byte, which are quantized, stay as they are.
     """
-    if wanted is None or own.kind in "iu":
+    if wanted is None or own.itemsize == 1:
         return own
     precise = any(leaf.role.keep_precision for leaf in leaves)
     return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
