@@ -104,7 +104,7 @@ def _indices(value: Any) -> tuple[int, ...]:
 
 
 def _one_of(*values: str | None) -> Check:
-    def convert(value: Any) -> str:
+    def convert(value: Any) -> Any:
         if value not in values:
             raise ValueError
         return value

@@ -23,6 +23,9 @@ from mamba2_jax.typing import Array, DTypeLike, Float
 from mamba2_jax.weight_types import dequantize, type_of
 
 IMPLEMENTATIONS = ("dot", "blocks")
+QUANTIZED_PRODUCTS: list[Primitive] = []
+"""The primitives of products with quantized matrices, for remat policies."""
+
 _SMALL_BLOCK, _BLOCK = 1 << 15, 1 << 18
 
 
@@ -185,6 +188,7 @@ def linear_in_first(name: str, run: Callable[..., Array], shape: Callable[..., t
     )
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batched
+    QUANTIZED_PRODUCTS.append(primitive)
     return primitive
 
 
@@ -240,7 +244,8 @@ def _dot(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: 
         pieces = [product(x, matrix).reshape(len(x), groups, -1) for matrix in matrices]
         return jnp.stack(pieces, axis=2).reshape(len(x), -1)
     pieces = jnp.split(x.astype(narrow).reshape(len(x), groups, len(parts), -1), len(parts), axis=2)
-    return sum(product(x.reshape(len(x), -1), m) for x, m in zip(pieces, matrices, strict=True)) * by_row
+    terms = [product(x.reshape(len(x), -1), m) for x, m in zip(pieces, matrices, strict=True)]
+    return sum(terms[1:], start=terms[0]) * by_row
 
 
 def _blocks(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
@@ -250,10 +255,10 @@ def _blocks(x: Array, values: Array, scales: Array, narrow: DTypeLike, transpose
     size = min(rows, max(1, _block_size(x.shape[0]) // width))
 
     def add(at: Array | int, y: Array, size: int) -> Array:
-        block = (jax.lax.dynamic_slice_in_dim(one, at, size) for one in (values, scales))
+        v, s = (jax.lax.dynamic_slice_in_dim(one, at, size) for one in (values, scales))
         if transposed:
-            return y + _dot(jax.lax.dynamic_slice_in_dim(x, at, size, 1), *block, narrow, True)
-        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x, *block, narrow, False), at, 1)
+            return y + _dot(jax.lax.dynamic_slice_in_dim(x, at, size, 1), v, s, narrow, True)
+        return jax.lax.dynamic_update_slice_in_dim(y, _dot(x, v, s, narrow, False), at, 1)
 
     y = jnp.zeros((x.shape[0], width if transposed else rows), full)
     y = jax.lax.fori_loop(0, rows // size, lambda index, y: add(index * size, y, size), y)

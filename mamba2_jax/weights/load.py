@@ -81,7 +81,7 @@ def load_weights(
         ValueError: `param_dtype` is no float dtype that JAX can hold, a sharding does not fit a shape, or the
             files are quantized in another type.
     """
-    quantization = check_quantize("load_weights", quantize, config)
+    quantize = check_quantize("load_weights", quantize, config)
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
     place = sharding if callable(sharding) else lambda path: sharding
@@ -92,7 +92,7 @@ def load_weights(
         # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
         threads = _UNCACHED_THREADS if uncached else _THREADS
-        run = _Loader(checkpoint, wanted, place, allow_non_finite, threads, quantization)
+        run = _Loader(checkpoint, wanted, place, allow_non_finite, threads, quantize)
         total = sum(info.nbytes for _, info in plan)
         with run.pool, progress_bar("loading weights", total, show_progress) as advance:
             # in file order: the disk reads sequentially
@@ -134,7 +134,7 @@ class _Loader:
         quantization: TypeName | None,
     ):
         self.checkpoint = checkpoint
-        self.quantization = quantization
+        self.quantization: TypeName | None = quantization
         self.param_dtype = param_dtype
         self.place = place
         self.allow_non_finite = allow_non_finite

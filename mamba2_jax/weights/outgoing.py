@@ -106,19 +106,14 @@ def convertible_weights(
         if not stored.leaves:
             continue
         sources = [located[one.name] for one in quantized_tensors(stored, config.quantization)]
-        targets = quantized_tensors(stored, written)
+        targets, kind = quantized_tensors(stored, written), type_for(stored, written)
         for index, target in enumerate(targets):
+            read, change, floats = sources, dequantize, np.dtype(np.float32)
             if len(sources) == len(targets):
-                read, change = [sources[index]], _unchanged
-                own = target_dtype(target.leaves, sources[index].array_dtype, wanted)
-            elif len(sources) > 1:
-                read, change, own = sources, dequantize, wanted
-            else:
-                read, change, own = (
-                    sources,
-                    partial(_quantized, type_for(stored, written), index),
-                    DTYPES[target.dtype],
-                )
+                read, change, floats = [sources[index]], _unchanged, sources[index].array_dtype
+            elif kind is not None:
+                change = partial(_quantized, kind, index)
+            own = DTYPES[target.dtype] if target.dtype else target_dtype(target.leaves, floats, wanted)
             outgoing += _converted(checkpoint, target, read, change, own, format, allow_non_finite)
     return outgoing
 
