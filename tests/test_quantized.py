@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from models import relative
 
+from mamba2_jax.models.calibrate import quantize_by_gram
 from mamba2_jax.ops import experts, quantized
 from mamba2_jax.ops.linear import linear, vocabulary_logits, vocabulary_lookup
 from mamba2_jax.ops.quantized import QuantizedWeight, quantized_product
@@ -126,3 +127,22 @@ def test_wrong_arguments_are_named():
         quantized_product(jnp.ones((1, 64)), weight, dtype=jnp.float32)
     with pytest.raises(ValueError, match="implementation='fast'"):
         quantized_product(jnp.ones((1, 192)), weight, dtype=jnp.float32, implementation="fast")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_rounding_by_the_inputs_of_a_text_keeps_the_outputs(kind):
+    own = WEIGHT_TYPES[kind]
+    inputs = RNG.standard_normal((400, 24)) @ RNG.standard_normal((24, 192)) + 0.1 * RNG.standard_normal(
+        (400, 192)
+    )
+    rows = jnp.asarray(RNG.standard_normal((40, 192)), jnp.float32)
+
+    def error(values, scales):
+        return np.linalg.norm(inputs @ (np.asarray(dequantize(values, scales)) - np.asarray(rows)).T)
+
+    by_gram = quantize_by_gram(rows, jnp.asarray(inputs.T @ inputs, jnp.float32), own)
+    assert [one.shape for one in by_gram] == [one.shape for one in own.quantize(rows)]
+    assert error(*by_gram) < 0.6 * error(*own.quantize(rows))
+    # Inputs that are independent of one another cannot make up for an error.
+    for one, other in zip(quantize_by_gram(rows, jnp.eye(192), own), own.quantize(rows), strict=True):
+        assert np.array_equal(one, other)

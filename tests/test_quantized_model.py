@@ -132,6 +132,20 @@ def test_loading_needs_the_quantized_model_and_two_tensors(tmp_path):
     assert peak < held + 2 * largest
 
 
+def test_a_text_for_calibration_keeps_the_numbers_on_it(folder, loaded):
+    floats, model = Mamba2ForCausalLM.from_pretrained(folder), Mamba2ForCausalLM.from_pretrained(folder)
+    model.quantize("int4", calibration=IDS)
+    want = floats(IDS).logits
+    assert relative(model(IDS).logits, want) < 0.7 * relative(loaded("int4")(IDS).logits, want)
+    arrays = loaded("int4")._arrays()
+    assert list(model._arrays()) == list(arrays)
+    for path, array in model._arrays().items():
+        assert array.shape == arrays[path].shape
+        assert array.dtype == arrays[path].dtype
+        if "experts" in path or "embeddings" in path or "lm_head" in path:
+            assert np.array_equal(array, arrays[path])  # rounded to nearest
+
+
 def test_adapters_are_trained_on_quantized_weights(loaded, tmp_path):
     targets = ("in_proj", "out_proj", "q_proj", "lm_head", "embeddings")
     config = LoraConfig(rank=2, targets=targets)
@@ -209,6 +223,10 @@ def test_the_command_line(tmp_path, capsys):
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] == texts[2]
     merged = str(tmp_path / "merged")
+    (tmp_path / "text.py").write_text("import os\n\n\ndef main():\n    return os.getcwd()\n")
+    calibrated = ["--quantize", "int8", "--calibration", str(tmp_path / "text.py")]
+    assert cli.main(["convert", str(EMBEDDED_MODEL), str(tmp_path / "int8"), *calibrated]) == 0
+    assert Mamba2Config.from_pretrained(tmp_path / "int8").quantization == "int8"
     assert cli.main(["convert", str(tmp_path / "adapter"), merged]) == 0
     assert "int4 weights become floats" in capsys.readouterr().err
     assert Mamba2Config.from_pretrained(merged).quantization is None
