@@ -74,11 +74,21 @@ def quality(count: int):
     yield "| weights | bits per byte | more than float32 | bytes of weights |"
     yield "|---|---|---|---|"
     tokenizer, base = load_tokenizer(), None
-    for name, options in SETTINGS.items():
+    calibration = calibration_ids(tokenizer)
+    for name, options in {**SETTINGS, "int4, calibrated": SETTINGS["float32"]}.items():
         model = Mamba2ForCausalLM.from_pretrained(**options)
+        if name == "int4, calibrated":
+            model.quantize("int4", calibration=calibration)
         bits = bits_of(model, tokenizer, text) / len(text.encode())
         base = bits if base is None else base
         yield f"| {name} | {bits:.4f} | {bits - base:+.4f} | {size_of(model):,} |"
+
+
+def calibration_ids(tokenizer, rows: int = 4, length: int = 512) -> np.ndarray:
+    """The beginnings of some of the files that the embedded model was trained on."""
+    train, _ = read_library()
+    ids = [tokenizer.encode(train[name], add_special_tokens=False)[:length] for name in sorted(train)[::40]]
+    return np.array([one for one in ids if len(one) == length][:rows])
 
 
 def speed(layers: int | None, rounds: int):

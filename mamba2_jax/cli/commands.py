@@ -175,7 +175,7 @@ class Convert:
     quantize: TypeName | None = None
     """Quantize the weights, for this package: transformers does not read them."""
     calibration: Annotated[str | None, arg(metavar="FILE")] = None
-    """Text like that the model is for, of which 8,192 tokens guide the rounding (GPTQ); holds the model in memory."""
+    """Text for calibration: 8,192 tokens of it guide the rounding (GPTQ). This holds the model in memory."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""
     tokenizer: _Path = None
