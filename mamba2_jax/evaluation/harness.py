@@ -213,7 +213,10 @@ def run_tasks(
         ValueError: an unknown task; the message names similar ones.
         OSError: a data set that cannot be loaded.
     """
-    manager = TaskManager(include_path=list(include_path) or None)
+    folders = list(include_path)
+    manager = TaskManager(include_path=folders, include_defaults=False)
+    if not all(manager.match_tasks([task]) or pathlib.Path(task).is_file() for task in tasks):
+        manager = TaskManager(include_path=folders)  # reads the thousands of files of the harness
     chosen: list[str] = []
     for task in tasks:
         found = manager.match_tasks([task]) or ([task] if pathlib.Path(task).is_file() else [])
@@ -221,7 +224,7 @@ def run_tasks(
             similar = difflib.get_close_matches(task, manager.all_tasks, n=3)
             hint = f"; similar: {', '.join(similar)}" if similar else ""
             raise ValueError(
-                f"unknown task {task!r}{hint}; an own task is a YAML file, or lies in a folder of include_path"
+                f"unknown task {task!r}{hint}; an own task is a YAML file, or in a folder of include_path"
             )
         chosen += found
     try:

@@ -55,7 +55,7 @@ def plan_batches(contexts: Sequence[Sequence[int]], rows: int) -> list[Batch]:
 
 
 def padded_length(length: int) -> int:
-    """Round a length up to 16, 24, 32, 48, 64, 96, ...: few programs, and at most half of a row is padding."""
+    """Round a length up to 16, 24, 32, 48, 64, 96, ...: few programs; at most half is padding."""
     power = max(16, 1 << (length - 1).bit_length())
     return power * 3 // 4 if power > 16 and length <= power * 3 // 4 else power
 

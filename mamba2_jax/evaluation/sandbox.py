@@ -19,8 +19,8 @@ def run_program(program: str, *, timeout: float = 3.0, memory: int = MEMORY) -> 
     """Run a program in a new process and an empty folder, and return "passed", "timed out" or its error.
 
     The process has no environment, no installed packages and no output. It may write files into its folder
-    only, which is deleted, and start no process and open no socket; on Linux 5.13 and newer the kernel enforces
-    that for files. This guards against accidents. Run all of it in a container for hostile programs.
+    only, which is deleted, and start no process and open no socket; on Linux 5.13 and newer the kernel
+    enforces that for files. This guards against accidents. Run all of it in a container for hostile programs.
 
     Args:
         program: source code.
