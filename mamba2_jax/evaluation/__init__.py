@@ -39,8 +39,9 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     except ModuleNotFoundError as error:
-        if error.name not in _PACKAGES:
+        package = _PACKAGES.get((error.name or "").partition(".")[0])
+        if package is None:
             raise
         raise ImportError(
-            f"evaluation.{name} needs {_PACKAGES[error.name]}: pip install 'mamba2-jax-flax[eval]'"
+            f"evaluation.{name} needs {package}: pip install 'mamba2-jax-flax[eval]'"
         ) from error
