@@ -103,10 +103,9 @@ def parse_mesh(text: str | None) -> Any:
     """
     if text is None:
         return None
-    try:
+    sizes: dict[str, Any] = {}
+    with contextlib.suppress(ValueError):
         sizes = {name.strip(): int(size) for name, size in (item.split("=") for item in text.split(","))}
-    except ValueError:
-        sizes = {}
     if not sizes or not set(sizes) <= set(AXES):
         raise ValueError(f"--mesh {text} wants AXIS=SIZE with commas between, the axes of {', '.join(AXES)}")
     return make_mesh(**{"data": 1, **sizes})

@@ -10,7 +10,7 @@ True
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mamba2_jax.evaluation.perplexity import Perplexity, perplexity
+from mamba2_jax.evaluation.bits import Perplexity, perplexity
 from mamba2_jax.evaluation.scores import loglikelihoods
 from mamba2_jax.evaluation.texts import generate_texts
 

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 from flax import nnx
 from lm_eval import simple_evaluate, utils
-from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
-from mamba2_jax.evaluation.perplexity import prefix_token
+from mamba2_jax.evaluation.bits import prefix_token
 from mamba2_jax.evaluation.scores import loglikelihoods
 from mamba2_jax.evaluation.texts import generate_texts
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -116,7 +115,7 @@ class HarnessModel(TemplateLM):
             )
         return context[-(self.max_length + 1 - len(continuation)) :], continuation
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, token by token; of windows only with `max_length`."""
         windows, owners = [], []
         for index, request in enumerate(requests):
@@ -136,7 +135,7 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """Return the text that follows each context, up to a stop string of the task or the end id."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
@@ -152,7 +151,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def _generate(self, contexts: list[str], options: dict[str, Any], advance: Any) -> list[str]:
-        settings = dict(normalize_gen_kwargs(options, default_max_gen_toks=256))
+        settings: dict[str, Any] = dict(normalize_gen_kwargs(options, default_max_gen_toks=256))
         eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         stop = handle_stop_sequences(settings.pop("until"), eos=eos)
         new_tokens, sampled = settings.pop("max_gen_toks"), settings.pop("do_sample", False)
@@ -213,7 +212,7 @@ def run_tasks(
         ValueError: an unknown task; the message names similar ones.
         OSError: a data set that cannot be loaded.
     """
-    folders = list(include_path)
+    folders: list[Any] = list(include_path)
     manager = TaskManager(include_path=folders, include_defaults=False)
     if not all(manager.match_tasks([task]) or pathlib.Path(task).is_file() for task in tasks):
         manager = TaskManager(include_path=folders)  # reads the thousands of files of the harness
@@ -227,8 +226,9 @@ def run_tasks(
                 f"unknown task {task!r}{hint}; an own task is a YAML file, or in a folder of include_path"
             )
         chosen += found
+    evaluate: Any = simple_evaluate  # whose decorator hides the signature
     try:
-        results = simple_evaluate(model, tasks=chosen, task_manager=manager, **options)
+        results = evaluate(model, tasks=chosen, task_manager=manager, **options)
     except OSError as error:
         raise OSError(
             f"{', '.join(tasks)}: a data set cannot be loaded ({error}); without network, use tasks with "

