@@ -36,7 +36,7 @@ def run(model, folder, **options):
     return run_tasks(model, TASKS, include_path=[str(folder)], bootstrap_iters=0, log_samples=True, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"add_bos_token": False}, {"max_length": 40}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"add_bos_token": False, "max_length": 40}], ids=str)
 def test_answers_are_those_of_the_harness_own_backend(folder, options):
     theirs = HFLM(pretrained=models.torch_model(**VOCABULARY), tokenizer=tokenizer(), batch_size=1, **options)
     ours = HarnessModel(models.jax_model(**VOCABULARY), tokenizer(), batch_size=4, **options)
