@@ -10,7 +10,7 @@ import jax
 from jax import ShapeDtypeStruct
 
 # What the tests compile with, the first of each to be installed; "0.12" stands for each of its releases.
-# jax_triton uses private APIs of jax and triton, so that other releases may break. PyTorch 2.13 wants triton 3.7.1.
+# jax_triton uses private APIs of jax and triton, so that other releases may break. PyTorch 2.13 wants 3.7.1.
 TESTED = {"jax": ("0.11.2", "0.12"), "jax-triton": ("0.4.1",), "triton": ("3.7.1", "3.9.0")}
 
 
