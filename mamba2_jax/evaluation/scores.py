@@ -58,8 +58,9 @@ def loglikelihoods(
         ValueError: an empty context or continuation.
 
     >>> model = Mamba2ForCausalLM.from_pretrained()
-    >>> [score.greedy for score in loglikelihoods(model, [([1, 2], [3]), ([1, 2], [4, 5])])]
-    [False, False]
+    >>> one, other = loglikelihoods(model, [([1, 2], [3]), ([1, 2], [4, 5])])
+    >>> one.logprob < 0, one.greedy
+    (True, False)
     """
     for index, request in enumerate(requests):
         if not all(len(tokens) for tokens in request):
