@@ -59,8 +59,12 @@ def test_scores_are_those_of_one_pass_per_request(attends, sizes):
     want = [alone(attends, *request) for request in requests()]
     likeliest = [([5, 6, 7], generate(model(attends), jnp.array([[5, 6, 7]]), max_new_tokens=3).tokens[0])]
     want += [alone(attends, context, cont.tolist()) for context, cont in likeliest]
+    shown = []
     for rows, piece in sizes:
-        got = loglikelihoods(model(attends), requests() + likeliest, rows=rows, piece=piece)
+        options = {"rows": rows, "piece": piece, "progress": lambda *counts: shown.append(counts)}
+        got = loglikelihoods(model(attends), requests() + likeliest, **options)
+        total = sum(len(cont) for _, cont in requests() + likeliest)
+        assert shown[-1] == (total, total)
         for (_, cont), one, (logprob, greedy) in zip(requests() + likeliest, got, want, strict=True):
             assert abs(one.logprob - logprob) < TOLERANCE * len(cont)
             assert one.greedy == greedy

@@ -15,7 +15,7 @@ from mamba2_jax import evaluation
 from mamba2_jax.cli.generate import find_folder, load_model
 from mamba2_jax.mesh import AXES, make_mesh
 
-HUMAN_EVAL = "humaneval"
+HUMAN_EVAL, NUM_PROBLEMS = "humaneval", 164
 _OF_SAMPLES = "samples"
 
 
@@ -74,10 +74,10 @@ def measure_perplexity(options: Any, tell: Callable[[object], None]) -> None:
     texts = {file: _read_texts(file, options.field) for file in options.files}
     model, tokenizer = _load(options, tell)
     results = {}
-    with _bar("texts", sum(map(len, texts.values()))) as advance:
-        for file, own in texts.items():
+    for file, own in texts.items():
+        with _bar(f"{file}, tokens") as show:
             results[file] = evaluation.perplexity(
-                model, tokenizer, own, rows=options.batch_size, advance=advance
+                model, tokenizer, own, rows=options.batch_size, progress=show
             )
     if len(results) > 1:
         first, *others = results.values()
@@ -142,8 +142,8 @@ def _run_harness(options: Any, tasks: list[str], model: Any, tokenizer: Any) -> 
 def _run_human_eval(options: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
     limit = options.limit
     if limit is not None:
-        limit = int(limit if limit >= 1 else limit * 164)
-    with _bar("samples", (limit or 164) * options.num_samples) as advance:
+        limit = int(limit if limit >= 1 else limit * NUM_PROBLEMS)
+    with _bar("samples") as show:
         return evaluation.human_eval(
             model,
             tokenizer,
@@ -153,7 +153,7 @@ def _run_human_eval(options: Any, model: Any, tokenizer: Any) -> dict[str, Any]:
             limit=limit,
             rows=options.batch_size,
             seed=options.seed,
-            advance=advance,
+            progress=show,
         )
 
 
@@ -200,10 +200,10 @@ def _read_texts(file: str, field: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances a progress bar on stderr."""
+def _bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a function (done, total) that updates a progress bar on stderr."""
     columns = (
-        progress.TextColumn(label),
+        progress.TextColumn(label, markup=False),
         progress.BarColumn(),
         progress.MofNCompleteColumn(),
         progress.TimeElapsedColumn(),
@@ -211,8 +211,8 @@ def _bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         progress.TimeRemainingColumn(),
     )
     with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
+        task = bar.add_task("", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _console() -> Console:

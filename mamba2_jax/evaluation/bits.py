@@ -1,10 +1,11 @@
 """Perplexity of texts of any length: a state is carried from piece to piece."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mamba2_jax.evaluation.plan import Progress
 from mamba2_jax.evaluation.scores import loglikelihoods
 from mamba2_jax.generation.prefill import PIECE
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -57,7 +58,7 @@ def perplexity(
     *,
     rows: int = 16,
     piece: int = PIECE,
-    advance: Callable[[int], Any] = lambda count: None,
+    progress: Progress = lambda done, total: None,
 ) -> Perplexity:
     """Compute the perplexity of a text, or of several that know nothing of each other.
 
@@ -70,7 +71,7 @@ def perplexity(
         text: one text or several.
         rows: texts per pass.
         piece: most tokens of a text per pass; the device's memory grows with it, the result does not change.
-        advance: called with the number of newly scored texts.
+        progress: called after each pass with the number of scored tokens, and of all.
 
     Raises:
         ValueError: no text has a token to score.
@@ -89,7 +90,7 @@ def perplexity(
             )
     if not requests:
         raise ValueError("perplexity: the text is empty; give it at least one token to predict")
-    scores = loglikelihoods(model, requests, rows=rows, piece=piece, advance=advance)
+    scores = loglikelihoods(model, requests, rows=rows, piece=piece, progress=progress)
     return Perplexity(
         -math.fsum(score.logprob for score in scores), sum(len(tokens) for _, tokens in requests), num_bytes
     )

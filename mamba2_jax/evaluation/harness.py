@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from tqdm import tqdm
 
 from mamba2_jax.evaluation.bits import prefix_token
+from mamba2_jax.evaluation.plan import Progress
 from mamba2_jax.evaluation.scores import loglikelihoods
 from mamba2_jax.evaluation.texts import generate_texts
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -96,8 +97,9 @@ class HarnessModel(TemplateLM):
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
         pairs = [self._cut(context, continuation) for _, context, continuation in requests]
-        with tqdm(total=len(pairs), desc="loglikelihood", disable=disable_tqdm) as bar:
-            scores = loglikelihoods(self.model, pairs, rows=self.batch_size, advance=bar.update)
+        total = sum(len(continuation) for _, continuation in pairs)
+        with tqdm(total=total, desc="loglikelihood", unit=" tokens", disable=disable_tqdm) as bar:
+            scores = loglikelihoods(self.model, pairs, rows=self.batch_size, progress=_shown_on(bar))
         answers = [(score.logprob, score.greedy) for score in scores]
         for (texts, *_), answer in zip(requests, answers, strict=True):
             if texts is not None:
@@ -144,13 +146,13 @@ class HarnessModel(TemplateLM):
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
             for indices in groups.values():
                 contexts = [requests[index].args[0] for index in indices]
-                new = self._generate(contexts, requests[indices[0]].args[1], bar.update)
+                new = self._generate(contexts, requests[indices[0]].args[1], _shown_on(bar))
                 for index, text in zip(indices, new, strict=True):
                     texts[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return texts
 
-    def _generate(self, contexts: list[str], options: dict[str, Any], advance: Any) -> list[str]:
+    def _generate(self, contexts: list[str], options: dict[str, Any], progress: Progress) -> list[str]:
         settings: dict[str, Any] = dict(normalize_gen_kwargs(options, default_max_gen_toks=256))
         eos = self.tokenizer.decode([self.eot_token_id], skip_special_tokens=False)
         stop = handle_stop_sequences(settings.pop("until"), eos=eos)
@@ -176,7 +178,7 @@ class HarnessModel(TemplateLM):
             stop=[string for string in stop if string],
             rows=self.batch_size,
             seed=self._seed,
-            advance=advance,
+            progress=progress,
             **settings,
         )
 
@@ -188,6 +190,12 @@ class HarnessModel(TemplateLM):
             "model_dtype": self.model.dtype.name,
             "model_source": None if self.model.origin is None else str(self.model.origin.folder),
         }
+
+
+def _shown_on(bar: Any) -> Progress:
+    """Return a function that shows progress on a bar of tqdm, from where the bar is now."""
+    start = bar.n
+    return lambda done, total: bar.update(start + done - bar.n)
 
 
 def run_tasks(

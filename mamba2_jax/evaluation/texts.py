@@ -1,6 +1,6 @@
 """Generate the continuations of many prompts in batches, with stop strings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.evaluation.plan import padded_length, padded_rows, plan_batches
+from mamba2_jax.evaluation.plan import Progress, padded_length, padded_rows, plan_batches
 from mamba2_jax.evaluation.scores import ContextReader, chunks, on_every_device, pad_rows
 from mamba2_jax.generation.loop import decode, prefill
 from mamba2_jax.generation.request import Request, check_request
@@ -32,7 +32,7 @@ def generate_texts(
     stop: Sequence[str] = (),
     rows: int = 16,
     seed: int = 0,
-    advance: Callable[[int], Any] = lambda count: None,
+    progress: Progress = lambda done, total: None,
     **sampling: Any,
 ) -> list[str]:
     """Continue prompts up to an end id, a stop string or `max_new_tokens`.
@@ -47,7 +47,7 @@ def generate_texts(
         stop: stop strings; a text ends before the first of them.
         rows: rows per pass.
         seed: random seed of sampling.
-        advance: called with the number of newly written texts.
+        progress: called with the number of written texts, and of all.
         **sampling: `temperature` and filters, as of `generate`; greedy without.
 
     Returns:
@@ -65,7 +65,7 @@ def generate_texts(
         **sampling,
     }
     texts = [""] * len(prompts)
-    reader, key = ContextReader(model), jax.random.key(seed)
+    reader, key, done = ContextReader(model), jax.random.key(seed), 0
     for batch in plan_batches(prompts, rows):
         state, request = _read_prompts(model, reader, batch, options | {"key": key})
         members = [(row, i) for row, indices in enumerate(batch.members) for i in indices]
@@ -75,7 +75,8 @@ def generate_texts(
             new = _decode_texts(model, tokenizer, state, replace(request, key=own_key), parents, tuple(stop))
             for (_, index), text in zip(chosen, new, strict=True):
                 texts[index] = text
-            advance(len(chosen))
+            done += len(chosen)
+            progress(done, len(prompts))
     return texts
 
 
