@@ -83,13 +83,7 @@ def human_eval(
         **({"temperature": temperature, "top_p": top_p} if temperature else {}),
     )
     tried = [problem for problem in problems for _ in range(num_samples)]
-
-    def check(problem: dict[str, str], completion: str) -> str:
-        program = f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
-        return run_program(program, timeout=timeout)
-
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        results = list(pool.map(check, tried, completions))
+    results = _check(tried, completions, timeout)
     right = [sum(result == "passed" for result in own) for own in chunks(results, num_samples)]
     scores = {
         f"pass@{k}": float(estimate_pass_at_k(num_samples, right, k).mean())
@@ -101,3 +95,14 @@ def human_eval(
         for problem, completion, result in zip(tried, completions, results, strict=True)
     ]
     return {**scores, "samples": samples}
+
+
+def _check(problems: list[dict[str, str]], completions: list[str], timeout: float) -> list[str]:
+    """Run each completion with the tests of its problem, as many at a time as there are processors."""
+
+    def check(problem: dict[str, str], completion: str) -> str:
+        program = f"{problem['prompt']}{completion}\n{problem['test']}\ncheck({problem['entry_point']})"
+        return run_program(program, timeout=timeout)
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        return list(pool.map(check, problems, completions))
