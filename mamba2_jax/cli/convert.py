@@ -51,7 +51,7 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
     if adapter is None and not from_run:
         from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 
-        model, rounded, beside = Mamba2ForCausalLM.from_pretrained(source, report=tell), 0.0, None
+        model, rounded, beside = Mamba2ForCausalLM.from_pretrained(source), 0.0, None
     elif adapter is None:
         model, rounded, beside = _model_of_run(options, dtype, tell)
     else:
@@ -60,7 +60,8 @@ def convert_command(options: Any, tell: Callable[[str], None]) -> None:
 
     tell_rounding(rounded, "--dtype", tell)
     if options.quantize is not None:
-        model.quantize(options.quantize, calibration=_calibration(options, beside or model.origin.folder))
+        folder = beside or (source if model.origin is None else model.origin.folder)
+        model.quantize(options.quantize, calibration=_calibration(options, folder))
     model.save_pretrained(
         target,
         format=form["to"],
