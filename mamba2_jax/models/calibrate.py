@@ -4,8 +4,8 @@ Rounding to the nearest level treats all inputs of a matrix alike. GPTQ rounds o
 lets the inputs that are not yet rounded make up for the error, by the Gram matrix of the inputs on the text.
 Layers are done in order, on what the rounded layers before them compute.
 
-`qwix.contrib.gptq_core` (0.1.8) is not used, because it compiles a program per column: a first matrix of 256 x
-128 takes 30 seconds of a CPU, where `quantize_by_gram` takes 1.2, and 0.28 against 0.03 when compiled.
+`qwix.contrib.gptq_core` (0.1.8) is not used, because it compiles a program per column: a first matrix of
+256 x 128 takes 30 seconds of a CPU, where `quantize_by_gram` takes 1.2, and 0.28 against 0.03 when compiled.
 
 Source: Frantar et al. 2022, arXiv:2210.17323.
 """
