@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from models import random_ids, random_jax_model, relative
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from training_runs import model_folder, texts_file
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, Mamba2Model, generate
@@ -115,6 +115,23 @@ def test_files_hold_the_same_bytes_and_come_back(folder, loaded, kind, tmp_path)
     assert same_arrays(Mamba2ForCausalLM.from_pretrained(tmp_path / "floats"), floats)
     bare = Mamba2Model.from_pretrained(tmp_path / "saved")
     assert relative(bare(IDS).last_hidden_state, model.backbone(IDS).last_hidden_state) < 1e-6
+
+
+def test_broken_files_are_refused(loaded, tmp_path):
+    loaded("int8").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    name = next(one for one in tensors if one.endswith("out_proj.weight.values")).removesuffix(".values")
+    for changes, message in (
+        ({f"{name}.values": tensors[f"{name}.values"].view(np.uint8)}, "is U8, want I8"),
+        ({f"{name}.values": tensors[f"{name}.values"].astype(np.float32)}, "is F32, want I8"),
+        ({f"{name}.scales": tensors[f"{name}.scales"] * np.nan}, "NaN or infinite values"),
+        ({f"{name}.scales": tensors[f"{name}.scales"][:, [0, 0]]}, "has shape .*the config wants"),
+        ({f"{name}.scales": None}, f"'{name}.scales' is missing"),
+    ):
+        save_file({key: value for key, value in (tensors | changes).items() if value is not None}, file)
+        with pytest.raises(ValueError, match=message):
+            Mamba2ForCausalLM.from_pretrained(tmp_path)
 
 
 def test_loading_needs_the_quantized_model_and_two_tensors(tmp_path):
