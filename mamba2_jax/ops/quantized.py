@@ -22,11 +22,12 @@ from mamba2_jax.ops.device import on_device_of, platform
 from mamba2_jax.typing import Array, DTypeLike, Float
 from mamba2_jax.weight_types import dequantize, type_of
 
-IMPLEMENTATIONS = ("dot", "blocks")
+IMPLEMENTATIONS = ("dot", "blocks", "sum")
 QUANTIZED_PRODUCTS: list[Primitive] = []
 """The primitives of products with quantized matrices, for remat policies."""
 
-_SMALL_BLOCK, _BLOCK = 1 << 15, 1 << 18
+_SMALL_BLOCK, _BLOCK, _GPU_BLOCK = 1 << 15, 1 << 18, 1 << 22  # numbers
+_FEW_ROWS = 16
 
 
 @jax.tree_util.register_dataclass
@@ -111,8 +112,10 @@ def quantized_product(
         weight: a matrix with the contracted axis `d` and output axes `*out`.
         dtype: dtype that the operands are cast to, in the backward pass too.
         implementation: `"blocks"`, a loop of products with some rows of the matrix, dequantized; `"dot"`, one
-            product, into which the compiler fuses the dequantization if it can; None: `"blocks"` on a CPU,
-            where it cannot, else `"dot"`.
+            product, into which the compiler fuses the dequantization if it can; `"sum"`, one loop over the
+            values that multiplies and sums, for few rows, with `"blocks"` for its gradient. None: `"blocks"`
+            on a CPU; else `"dot"` for a scale per row, which XLA fuses on a GPU, and for groups, which it
+            does not, `"sum"` for up to 16 rows and `"blocks"`.
 
     Returns:
         `(..., *out)` in float32 (float64 when `dtype` is). Its gradient with respect to `x` is that of the
@@ -204,11 +207,11 @@ def multiply(
 ) -> Array:
     """Multiply `x (r, d)` by the transpose of a matrix `(o, d)`; transposed, `x (r, o)` by the matrix."""
     if implementation is None:
-        implementation = "blocks" if platform() == "cpu" else "dot"
+        implementation = _choose(x.shape[0], scales.shape[1], transposed)
     if platform() == "cpu":
         # Without bfloat16 instructions a float32 product is faster, and a block of the matrix is small.
         x, narrow = x.astype(narrow), jnp.promote_types(narrow, jnp.float32)
-    run = _blocks if implementation == "blocks" else _dot
+    run = {"dot": _dot, "blocks": _blocks, "sum": _blocks if transposed else _sum}[implementation]
     return run(x, values, scales, narrow, transposed).astype(dtype)
 
 
@@ -220,6 +223,24 @@ _product = linear_in_first(
         values.shape[1] * type_of(values).per_value if transposed else values.shape[0],
     ),
 )
+
+
+def _choose(rows: int, groups: int, transposed: bool) -> str:
+    if platform() == "cpu":
+        return "blocks"
+    if groups == 1:
+        return "dot"
+    return "sum" if rows <= _FEW_ROWS and not transposed else "blocks"
+
+
+def _sum(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
+    """Multiply and sum in one loop over the values."""
+    full, parts = jnp.promote_types(narrow, jnp.float32), type_of(values).unpack(values, scales.shape[1])
+    x = x.astype(narrow).astype(full).reshape(len(x), 1, scales.shape[1], len(parts), -1)
+    terms = [
+        x[:, :, :, index] * part.astype(full) for index, part in enumerate(parts)
+    ]  # (r, o, groups, size)
+    return (sum(terms[1:], start=terms[0]) * scales[..., None].astype(full)).sum((2, 3))
 
 
 def _dot(x: Array, values: Array, scales: Array, narrow: DTypeLike, transposed: bool) -> Array:
@@ -267,4 +288,6 @@ def _blocks(x: Array, values: Array, scales: Array, narrow: DTypeLike, transpose
 
 def _block_size(rows: int) -> int:
     """Return how many numbers of a matrix to dequantize at a time for a product with `rows` rows."""
-    return _SMALL_BLOCK if rows < 16 else _BLOCK
+    if platform() != "cpu":
+        return _GPU_BLOCK
+    return _SMALL_BLOCK if rows < _FEW_ROWS else _BLOCK
