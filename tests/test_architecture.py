@@ -57,7 +57,7 @@ OUTSIDE = {
     "models": "flax jax numpy safetensors",
     "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
-    "cli": "jax rich tyro",
+    "cli": "flax jax rich tyro",
     "__init__": "",
 }
 COMMAND_LINE = {"cli"}

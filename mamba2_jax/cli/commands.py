@@ -1,4 +1,4 @@
-"""Define the commands of `mamba2-jax`: `generate`, `chat`, `info`, `convert` and `finetune`.
+"""Define the commands of `mamba2-jax`: `generate`, `chat`, `info`, `convert`, `finetune` and `pretrain`.
 
 Each command imports its dependencies when it runs, so that `--help` and a mistyped option answer at once.
 """
@@ -16,8 +16,8 @@ from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
-    "`mamba2-jax --version` prints the version."
+    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it, or "
+    "train a new one. `mamba2-jax --version` prints the version."
 )
 
 _Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
@@ -200,7 +200,18 @@ class Finetune:
 
     def run(self) -> None:
         """Report the missing options; `main` passes given options to `cli.finetune` directly."""
-        _finetune([])
+        _train("finetune", [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train a new model on texts, from random weights, with a tokenizer of its own if wanted."""
+
+    # A stub for `--help`, as `Finetune`.
+
+    def run(self) -> None:
+        """Report the missing options; `main` passes given options to `cli.pretrain` directly."""
+        _train("pretrain", [])
 
 
 class CommandError(Exception):
@@ -215,6 +226,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[Pretrain, subcommand("pretrain")]
 )
 
 
@@ -238,8 +250,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         # without PyTorch installed, transformers advises at each start to install it
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        if arguments[:1] == ["finetune"]:
-            return _finetune(arguments[1:])
+        if arguments[:1] in (["finetune"], ["pretrain"]):
+            return _train(arguments[0], arguments[1:])
         tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
         sys.stdout.flush()
     except CommandError as error:
@@ -256,11 +268,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(arguments: list[str]) -> int:
-    from mamba2_jax.cli.finetune import finetune
+def _train(name: str, arguments: list[str]) -> int:
+    if name == "finetune":
+        from mamba2_jax.cli.finetune import finetune as run
+    else:
+        from mamba2_jax.cli.pretrain import pretrain as run
 
     try:
-        return finetune(arguments, f"{PROGRAM} finetune", _tell)
+        return run(arguments, f"{PROGRAM} {name}", _tell)
     except (*_MISTAKES, FloatingPointError) as error:
         raise CommandError(str(error)) from error
 
