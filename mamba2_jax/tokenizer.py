@@ -7,6 +7,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub

@@ -16,7 +16,7 @@ BRANCHES = 2 * LAYERS  # a mixer and an MLP per layer
 def arrays():
     config = Mamba2Config.preset("mamba2-130m").replace(
         hidden_size=WIDTH, num_hidden_layers=LAYERS, num_heads=128, head_dim=1, vocab_size=512,
-        tie_word_embeddings=False, d_intermediate=128, attn_layer_idx=(1,),
+        unpadded_vocab_size=None,        tie_word_embeddings=False, d_intermediate=128, attn_layer_idx=(1,),
         attn_cfg={"num_heads": 4, "head_dim": 16, "d_conv": TAPS, "causal": True},
     )  # fmt: skip
     flat = nnx.to_flat_state(nnx.state(Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)), nnx.Param))
@@ -73,9 +73,8 @@ def test_embeddings_are_normal_norms_one_and_biases_zero(arrays):
 
 
 def test_a_layer_alone_is_not_rescaled():
-    config = Mamba2Config.preset("mamba2-130m").replace(
-        hidden_size=WIDTH, num_hidden_layers=2, num_heads=2, vocab_size=16, rescale_prenorm_residual=False
-    )
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_heads": 2, "vocab_size": 16}
+    config = Mamba2Config(**sizes, n_groups=1, rescale_prenorm_residual=False)
     model = Mamba2ForCausalLM(config, rngs=nnx.Rngs(0))
     weight = np.asarray(model.backbone.layers[0].mixer.out_proj.weight[...])
     assert is_uniform(weight, -1 / math.sqrt(2 * WIDTH), 1 / math.sqrt(2 * WIDTH))

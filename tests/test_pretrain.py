@@ -3,10 +3,9 @@
 import json
 import pathlib
 
-import jax
 import numpy as np
 import pytest
-from test_training_carry import documents, make_trainer
+from test_training_carry import documents
 from training_runs import words
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, load_tokenizer
@@ -28,14 +27,14 @@ def options(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pretrain")
     (folder / "texts.json").write_text(json.dumps(TEXTS))
     options = {
-        "data": {"files": str(folder / "texts.json"), "max_length": 16, "eval_share": 0.1},
+        "data": {"files": str(folder / "texts.json"), "max_length": 8, "eval_share": 0.1},
         "from_config": SMALL,
-        "tokenizer_vocab": 300,
+        "tokenizer_vocab": 280,
         "steps": 12,
         "batch_size": 2,
         "carry_state": True,
-        "curriculum": ["4:3", "8:2"],
-        "optim": {"learning_rate": 2e-2, "schedule": "wsd", "warmup": 2},
+        "curriculum": ["4:3"],
+        "optim": {"learning_rate": 2e-2, "warmup": 2},
         "checkpoint": {"every": 6},
         "progress": False,
         "tensorboard": False,
@@ -45,30 +44,23 @@ def options(tmp_path_factory):
 
 
 def test_a_new_model_learns_and_goes_on(options, tmp_path, capsys):
-    run, again = tmp_path / "run", tmp_path / "again"
-    assert main(["pretrain", "--config", str(options), "--output", str(run)]) == 0
+    run = tmp_path / "run"
+    common = ["pretrain", "--config", str(options), "--output", str(run)]
+    assert main([*common, "--steps", "4"]) == 0
     said = capsys.readouterr().err
-    assert "tokenizer: 300 tokens, trained on the data" in said
+    assert "tokenizer: 280 tokens, trained on the data" in said
     assert "a new model of" in said
+    assert main([*common, "--resume"]) == 0  # without reading the texts for the tokenizer again
+    assert "trained on the data" not in capsys.readouterr().err
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "loss" in line]
-    assert [line["tokens"] for line in lines[:6]] == [8, 8, 8, 16, 16, 32]
+    assert [line["tokens"] for line in lines[:6]] == [8, 8, 8, 16, 16, 16]
+    assert abs(lines[0]["loss"] - np.log(288)) < 0.1  # embeddings are small: as of the uniform distribution
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
-    assert abs(lines[0]["loss"] - np.log(304)) < 0.1  # of small embeddings: as uniform
-    # the result is a checkpoint with its tokenizer
     model, tokenizer = Mamba2ForCausalLM.from_pretrained(run / "model"), load_tokenizer(run / "model")
-    assert model.config.vocab_size == 304
-    assert model.config.real_vocab_size == len(tokenizer) == 300
+    assert model.config.vocab_size == 288
+    assert model.config.real_vocab_size == len(tokenizer) == 280
     assert (model.config.eos_token_id, model.config.pad_token_id) == (tokenizer.eos_token_id, 1)
     assert tokenizer.decode(tokenizer.encode(TEXTS[3]["text"])) == TEXTS[3]["text"]
-    # stopped on the way and resumed, without reading the texts for the tokenizer again
-    common = ["pretrain", "--config", str(options), "--output", str(again)]
-    assert main([*common, "--steps", "4", "--optim.schedule", "constant"]) == 0
-    changed = again / "tokenizer" / "tokenizer.json"
-    before = changed.stat().st_mtime_ns
-    assert main([*common, "--steps", "6", "--optim.schedule", "constant", "--resume"]) == 0
-    assert changed.stat().st_mtime_ns == before or "trained on the data" not in capsys.readouterr().err
-    resumed = [line["tokens"] for line in read_metrics(again / "metrics.jsonl") if "loss" in line]
-    assert resumed == [8, 8, 8, 16, 16, 32]
 
 
 @pytest.mark.parametrize(
@@ -152,28 +144,3 @@ def test_lanes_of_a_curriculum_read_what_plain_lanes_read():
     shapes, pairs = read(curriculum=((3, 2), (5, 4)))
     assert shapes[:7] == [3, 3, 5, 5, 5, 5, 10]
     assert pairs == read()[1]
-
-
-def test_a_run_of_a_curriculum_ends_where_it_would_without(tmp_path):
-    """At a learning rate of nothing, the losses of all pieces add up to that of the documents."""
-    sums = []
-    for name, curriculum in (("plain", ()), ("short first", ("4:5", "9:3"))):
-        trainer = make_trainer(
-            tmp_path / name,
-            epochs=1,
-            curriculum=curriculum,
-            optim=trainer_optim(),
-            data=DataConfig(max_length=16),
-        )
-        trainer.fit()
-        lines = [line for line in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in line]
-        sums.append([sum(line["loss"] * line["tokens"] for line in lines), sum(li["tokens"] for li in lines)])
-    assert sums[0][1] == sums[1][1]
-    np.testing.assert_allclose(sums[1][0], sums[0][0], rtol=1e-5)  # float32 sums in another order
-    assert jax.tree.leaves(trainer._trained)
-
-
-def trainer_optim():
-    from mamba2_jax.training import OptimConfig
-
-    return OptimConfig(schedule="constant", learning_rate=1e-30)

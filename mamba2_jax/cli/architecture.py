@@ -10,6 +10,7 @@ from flax import nnx
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, load_tokenizer
 from mamba2_jax.config.forms import PRESET_NAMES
 from mamba2_jax.config.options import OPTIONS
+from mamba2_jax.files import read_json
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.tokenizer import special_token_ids, train_tokenizer
 from mamba2_jax.training import TrainConfig
@@ -42,20 +43,33 @@ def read_architecture(value: str) -> Mamba2Config:
     elif path.is_dir():
         return Mamba2Config.from_pretrained(path)
     elif path.is_file():
-        fields, where = read_fields(path), value
+        fields, where = read_json(path) if path.suffix == ".json" else read_fields(path), value
     else:
         raise FileNotFoundError(
             f"from_config={value}: no such file or folder; name a config file or one of "
             f"{', '.join(PRESET_NAMES)}"
         )
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: wants names and values of fields, got a {type(fields).__name__}")
     if any(key in fields for key in _PUBLISHED):
         return Mamba2Config.from_dict(fields)
     base = Mamba2Config.preset(fields.pop("preset", _PRESET))
     if unknown := sorted(set(fields) - OPTIONS.keys()):
         raise ValueError(f"{where}: there is no field {unknown[0]!r}; there are preset, {', '.join(OPTIONS)}")
     width = fields.get("hidden_size", base.hidden_size) * fields.get("expand", base.expand)
+    fields = {name: _number(field) for name, field in fields.items()}
+    if "vocab_size" in fields:
+        fields.setdefault("unpadded_vocab_size", None)
     fields.setdefault("num_heads", width // fields.get("head_dim", base.head_dim))
     return base.replace(**fields)
+
+
+def _number(field: Any) -> Any:
+    """Return the number that a text spells: YAML parses 1e-5 as text."""
+    try:
+        return float(field) if isinstance(field, str) else field
+    except ValueError:
+        return field
 
 
 def with_vocabulary(config: Mamba2Config, tokenizer: Any) -> Mamba2Config:
