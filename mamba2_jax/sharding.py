@@ -133,11 +133,11 @@ def state_spec(path: str, batch: int, config: Mamba2Config, mesh: Mesh) -> Parti
         One entry per axis up to the last one that is sharded.
     """
     rows = BATCH if splits_batch(mesh, batch) else None
-    first, *_, last = path.split(".")
-    axis, units = _STATES.get("ssm" if first == "ssm" else last, (1, ""))
-    count = attrgetter(units)(config) if units else 1
-    tensor = axis_size(mesh, "tensor")
-    if tensor == 1 or count % tensor:
+    name = "ssm" if path.startswith("ssm.") else path.rpartition(".")[2]
+    if name not in _STATES:
+        return PartitionSpec(rows)
+    axis, units = _STATES[name]
+    if attrgetter(units)(config) % axis_size(mesh, "tensor"):
         return PartitionSpec(rows)
     return PartitionSpec(rows, *(None,) * (axis - 1), "tensor")
 

@@ -1,5 +1,6 @@
 """Checks of a run's options against its model, its devices and its output folder."""
 
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -12,6 +13,15 @@ from mamba2_jax.sharding import splits_batch
 from mamba2_jax.training.carry import new_initial_state
 from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.folder import TOKENIZER, TOKENS
+from mamba2_jax.training.result import form_of_result
+
+
+def check_run(config: TrainConfig, model: Mamba2ForCausalLM, output: pathlib.Path, eval_data: Any) -> None:
+    """Refuse options that fit neither the output folder, nor the model, nor one another."""
+    check_output(config, output)
+    check_evaluation(config, eval_data)
+    check_states(config, model)
+    check_result(config, model)
 
 
 def check_output(config: TrainConfig, output: pathlib.Path) -> None:
@@ -23,6 +33,17 @@ def check_output(config: TrainConfig, output: pathlib.Path) -> None:
         raise FileExistsError(
             f"{output}: is not empty; go on from what is in it with resume, or name another folder"
         )
+
+
+def check_result(config: TrainConfig, model: Mamba2ForCausalLM) -> None:
+    """Refuse a model that could not be saved, before it is trained."""
+    saves_adapter = config.lora.config() is not None and not config.lora.merge
+    if saves_adapter or form_of_result(model) == "transformers" or importlib.util.find_spec("torch"):
+        return
+    raise ImportError(
+        "Trainer: the model can be saved in the form of state-spaces alone, for which PyTorch is missing: "
+        "pip install 'mamba2-jax-flax[torch]'"
+    )
 
 
 def check_states(config: TrainConfig, model: Mamba2ForCausalLM) -> None:

@@ -17,7 +17,7 @@ from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import fetch, is_first, meet
 from mamba2_jax.training.carry import empty_cache, initial_cache, new_initial_state
 from mamba2_jax.training.checkpoint import Checkpoints
-from mamba2_jax.training.checks import check_evaluation, check_mesh, check_output, check_states
+from mamba2_jax.training.checks import check_mesh, check_run
 from mamba2_jax.training.checksums import fingerprint
 from mamba2_jax.training.config import TrainConfig, spacing
 from mamba2_jax.training.data import Batch, Documents, Source
@@ -94,9 +94,7 @@ class Trainer:
         self._options = plain(config) if options is None else options
         self._report = report if is_first() else lambda message: None
         self._output = pathlib.Path(config.output).expanduser()
-        check_output(config, self._output)
-        check_evaluation(config, eval_data)
-        check_states(config, model)
+        check_run(config, model, self._output, eval_data)
         self._mesh = config.mesh.make()
         check_mesh(config, self._mesh)
         self._base = fingerprint(base_arrays(model))
