@@ -15,10 +15,15 @@ from mamba2_jax.training.folder import ADAPTER, MODEL, choose_checkpoint
 
 
 def form_of_result(model: Mamba2ForCausalLM) -> Literal["transformers", "state-spaces"]:
-    """Return the form in which a model is saved: the original's, if transformers lacks an option of it."""
+    """Return the form in which a model is saved: the original's, if transformers lacks an option of it.
+
+    Raises:
+        NotImplementedError: neither has it.
+    """
     try:
         model.config.to_dict()
     except NotImplementedError:
+        model.config.to_state_spaces_dict()
         return "state-spaces"
     return "transformers"
 
