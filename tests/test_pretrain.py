@@ -77,6 +77,8 @@ def test_a_new_model_learns_and_goes_on(options, tmp_path, capsys):
             ["--tokenizer-vocab", "300", "--from-config", '{"hiden_size": 8}'],
             "no field 'hiden_size'",
         ),
+        (["--config", "mamba2-130m"], "from_config=mamba2-130m: a new model has no tokenizer"),
+        (["--config=model.json"], "from_config=model.json: a new model has no tokenizer"),
         (["--tokenizer-vocab", "300", "--model", "x"], "is a new model; leave model=x out"),
         (["--tokenizer-vocab", "300", "--lora.rank", "2"], "lora.* adapts a trained model"),
         (["--tokenizer-vocab", "300", "--curriculum", "8:2"], "curriculum needs carry_state"),
@@ -87,7 +89,9 @@ def test_a_new_model_learns_and_goes_on(options, tmp_path, capsys):
         ),
     ],
 )
-def test_bad_options_are_told(arguments, message, options, tmp_path, capsys):
+def test_bad_options_are_told(arguments, message, options, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("model.json").write_text(json.dumps(SMALL))
     texts = options.with_name("texts.json")
     base = ["--data", str(texts), "--output", str(tmp_path / "run"), "--steps", "2", "--no-progress"]
     try:

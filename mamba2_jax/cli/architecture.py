@@ -23,6 +23,13 @@ _PUBLISHED = ("model_type", "d_model", "dim")  # keys of the config files of che
 _MULTIPLE = 16  # a vocabulary is padded to such a multiple, as the original's
 
 
+def names_model(value: str) -> bool:
+    """Return whether a value is a preset's name, or a file that `read_architecture` reads."""
+    path = pathlib.Path(value).expanduser()
+    keys = ("preset", "hidden_size", *_PUBLISHED)
+    return value in PRESET_NAMES or (path.is_file() and any(key in read_fields(path) for key in keys))
+
+
 def read_architecture(value: str) -> Mamba2Config:
     """Read the config of a new model.
 

@@ -163,8 +163,8 @@ def run_command(
     Raises:
         ValueError, OSError, ImportError, FloatingPointError: errors whose message is meant for the user.
     """
-    file = _value_of("--config", arguments)
-    default = None if file is None else _read_config(kind, file, _value_of("--output", arguments))
+    file = value_of("--config", arguments)
+    default = None if file is None else _read_config(kind, file, value_of("--output", arguments))
     with warnings.catch_warnings():
         # tyro warns of a default instance for options that are not required
         warnings.simplefilter("ignore", UserWarning)
@@ -183,7 +183,8 @@ def _say_nothing(line: str) -> None:
     """Discard a message, in all processes but the first."""
 
 
-def _value_of(option: str, arguments: Sequence[str]) -> str | None:
+def value_of(option: str, arguments: Sequence[str]) -> str | None:
+    """Return the value of an option, `--option VALUE` or `--option=VALUE`; None if it is not given."""
     for this, following in itertools.pairwise([*arguments, ""]):
         if this == option:
             return following

@@ -6,7 +6,8 @@ from typing import Annotated
 
 from tyro.conf import arg
 
-from mamba2_jax.cli.finetune import Finetune, run_command
+from mamba2_jax.cli.architecture import names_model
+from mamba2_jax.cli.finetune import Finetune, run_command, value_of
 from mamba2_jax.training import OptimConfig, TrainConfig
 
 
@@ -25,8 +26,8 @@ class Pretrain(Finetune):
 
     `--from-config` says which model; `--tokenizer-vocab 4096` trains its tokenizer on the data. All else is
     as for `mamba2-jax finetune`: the file of `--config`, JSON or YAML, may set the same options, and in it
-    `from_config` may be the fields of a config. SIGTERM and Ctrl-C save a checkpoint, from which `--resume`
-    continues to the same weights.
+    `from_config` may be the fields of a config; `--config` may also name the model alone. SIGTERM and Ctrl-C
+    save a checkpoint, from which `--resume` continues to the same weights.
     """
 
     train: Annotated[PretrainConfig, arg(name="")]
@@ -35,5 +36,12 @@ class Pretrain(Finetune):
 
 
 def pretrain(arguments: Sequence[str], program: str, tell: Callable[[str], None]) -> int:
-    """Parse the options and run the training; as for `cli.finetune.finetune`."""
+    """Parse the options and run the training; as for `cli.finetune.finetune`.
+
+    A `--config` that is a preset, or a file of a model's config instead of options, is `--from-config`.
+    """
+    config = value_of("--config", arguments)
+    if config is not None and names_model(config):
+        new = {"--config": "--from-config", f"--config={config}": f"--from-config={config}"}
+        arguments = [new.get(argument, argument) for argument in arguments]
     return run_command(Pretrain, arguments, program, tell)
