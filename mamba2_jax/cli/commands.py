@@ -51,6 +51,22 @@ class _TextOptions:
     """Random seed; the same seed gives the same text."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Stop string: ends the text and is not printed; may be repeated."""
+    ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="WORD")] = ()
+    """Word that must not occur in the text; may be repeated."""
+    regex: Annotated[str | None, arg(metavar="REGEX")] = None
+    """Regular expression that the text must match as a whole; needs outlines-core."""
+    json_schema: Annotated[str | None, arg(metavar="FILE")] = None
+    """File with a JSON schema, or the schema itself, that the text must fit; needs outlines-core."""
+    draft: _Path = None
+    """Decode speculatively: folder or hub id of a smaller model of the same tokenizer, or prompt-lookup."""
+    num_draft_tokens: _Count = None
+    """Tokens that the draft guesses per call of the model (None: 4)."""
+    num_beams: _Count = None
+    """Beam search with so many beams; the text comes as a whole."""
+    length_penalty: _Number = None
+    """Exponent of the length that divides a beam's log-probability (None: 1)."""
+    best_of: _Count = None
+    """Sample so many texts and take the likeliest; it comes as a whole."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
     system: Annotated[str | None, arg(metavar="TEXT")] = None
@@ -64,6 +80,14 @@ class _TextOptions:
             raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
         if "" in self.stop:
             raise CommandError("--stop is empty; give it at least one character")
+        if "" in self.ban:
+            raise CommandError("--ban is empty; give it at least one character")
+        if self.regex is not None and self.json_schema is not None:
+            raise CommandError("--regex and --json-schema: a text can follow one of them; leave one out")
+        if self.num_draft_tokens is not None and self.draft is None:
+            raise CommandError("--num-draft-tokens needs --draft")
+        if self.length_penalty is not None and (self.num_beams or 1) == 1:
+            raise CommandError("--length-penalty needs --num-beams above 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +104,8 @@ class Generate(_TextOptions):
     """Answer the prompt as a message, under the chat template."""
     echo: bool = False
     """Print the prompt before the text."""
+    num_return_sequences: _Count = None
+    """Print so many texts, sampled or of as many beams, each under a line with its number."""
 
     def run(self) -> None:
         """Stream the text to stdout; notes and timings go to stderr."""
@@ -236,8 +262,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments == ["--version"]:
             print(PROGRAM, importlib.metadata.version("mamba2-jax-flax"), flush=True)
             return 0
-        # without PyTorch installed, transformers advises at each start to install it
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if arguments[:1] == ["finetune"]:
             return _finetune(arguments[1:])
         tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
