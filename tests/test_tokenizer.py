@@ -1,7 +1,10 @@
 import inspect
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -90,6 +93,23 @@ def test_embedded_tokenizer():
     assert tokenizer.eos_token_id not in found
     config = Mamba2Config.from_pretrained()
     assert special_token_ids(tokenizer, config) == SpecialTokenIds(bos=0, eos=(0,), pad=1)
+
+
+def test_that_tokenizers_do_without_pytorch_is_not_advised():
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+from mamba2_jax import load_tokenizer
+load_tokenizer()
+import transformers
+assert not transformers.utils.is_torch_available()
+transformers.logging.get_logger("transformers").warning("another warning")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr.strip()) == ("", "[transformers] another warning")
 
 
 @pytest.mark.parametrize("with_settings", [True, False])

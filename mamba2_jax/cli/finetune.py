@@ -12,6 +12,7 @@ import tyro
 from tyro.conf import arg
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax.cli.waiting import keep_compiled
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
@@ -72,6 +73,7 @@ class Finetune:
     def run(self, tell: Callable[[str], None]) -> TrainResult:
         """Train and return the result; `tell` receives messages for the user, one line each."""
         self.processes.start()
+        keep_compiled()
         if self.processes.coordinator is None and self.train.mesh == MeshOptions():
             keep_freed_memory()
         if not is_first():

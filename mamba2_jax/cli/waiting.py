@@ -31,7 +31,8 @@ def keep_compiled() -> None:
 
     JAX reads `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE`.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    given = jax.config.values
+    if given["jax_compilation_cache_dir"] is not None or not given["jax_enable_compilation_cache"]:
         return
     try:
         folder = cache_folder() / "compiled" / _machine()

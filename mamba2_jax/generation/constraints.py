@@ -135,7 +135,6 @@ def _byte_automaton(words: Sequence[bytes]) -> np.ndarray:
 def _outlines_core() -> Any:
     try:
         import outlines_core
-        import outlines_core.json_schema
     except ImportError as error:
         raise ImportError(
             "a regular expression or JSON schema needs outlines-core: pip install outlines-core, or this "

@@ -114,7 +114,8 @@ def draft_state_of(draft: Draft, ids: list[int]) -> DraftState:
     padded[0, : len(ids)] = ids
     if isinstance(draft, PromptLookup):
         return TokenHistory(jnp.asarray(padded), jnp.array([len(ids)], jnp.int32))
-    return draft.backbone(padded, (np.arange(size) < len(ids)).astype(np.int32)[None]).cache
+    mask = (np.arange(size) < len(ids)).astype(np.int32)[None]
+    return draft.backbone(jnp.asarray(padded), jnp.asarray(mask)).cache
 
 
 def start_draft(

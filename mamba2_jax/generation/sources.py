@@ -107,7 +107,7 @@ class Reader:
         ids = np.zeros((1, size), np.int32)
         ids[0, :count] = tokens
         mask = (np.arange(size) < count).astype(np.int32)[None]
-        cache = self.model.backbone(ids, mask, cache=start.cache).cache
+        cache = self.model.backbone(jnp.asarray(ids), jnp.asarray(mask), cache=start.cache).cache
         draft = start.draft
         if isinstance(draft, Mamba2Cache):
             draft = self.call(_read_by_draft, self.request.draft, draft, ids, np.array([count], np.int32))
