@@ -14,6 +14,8 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
+from mamba2_jax.cli.waiting import working
+
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
     "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
@@ -115,7 +117,8 @@ class Generate(_TextOptions):
             if value is not None and not self.chat:
                 raise CommandError(f"{option} needs --chat")
 
-        from mamba2_jax.cli.generate import prepare, write_and_time
+        with working("starting"):
+            from mamba2_jax.cli.generate import prepare, write_and_time
 
         try:
             begin, max_new_tokens = prepare(self, prompt, _tell)
@@ -141,7 +144,8 @@ class Chat(_TextOptions):
         """Answer lines of stdin on stdout; notes go to stderr."""
         self.check()
 
-        from mamba2_jax.cli.chat import start_chat
+        with working("starting"):
+            from mamba2_jax.cli.chat import start_chat
 
         try:
             run = start_chat(self, _tell)

@@ -77,6 +77,8 @@ def _load_model(options: Any, folder: pathlib.Path, tell: Callable[[object], Non
 def _processors(options: Any, model: Mamba2ForCausalLM, tokenizer: Any) -> tuple[Processor, ...]:
     """Make the logits processors of `--ban`, `--regex` and `--json-schema`."""
     found = []
+    if not options.ban and options.regex is None and options.json_schema is None:
+        return ()
     with working("preparing the constraints"):
         if options.ban:
             found.append(ban_words(model, tokenizer, options.ban))

@@ -8,7 +8,6 @@ import platform
 import sys
 from collections.abc import Iterator
 
-import jax
 from rich.console import Console
 
 MAX_BYTES = 2 << 30  # of all kept programs; those unused for longest go first
@@ -31,6 +30,8 @@ def keep_compiled() -> None:
 
     JAX reads `JAX_COMPILATION_CACHE_DIR` and `JAX_ENABLE_COMPILATION_CACHE`.
     """
+    import jax  # here, so that `working` can be shown while it is imported
+
     given = jax.config.values
     if given["jax_compilation_cache_dir"] is not None or not given["jax_enable_compilation_cache"]:
         return

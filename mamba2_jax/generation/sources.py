@@ -207,13 +207,8 @@ class DraftSource(TokenSource):
         done = self._reader.call(
             _begin, self._reader.state, prompt.draft, *sampling, request.processors, eos=request.eos
         )
+        until = 1  # which there is already: compiles, so that the text does not halt after its first token
         while True:
-            # the states have read all tokens but the last
-            snapshot = _Snapshot(int(done.state.lengths[0]) - 1, done.state.cache, done.draft)
-            self.passes = int(done.passes[0])
-            yield self._add(done.state, 0, snapshot)
-            if bool(done.state.finished[0]) or len(self.tokens) >= request.budget:
-                return
             done = self._reader.call(
                 _speculate,
                 self._reader.model,
@@ -221,11 +216,18 @@ class DraftSource(TokenSource):
                 done,
                 *sampling,
                 jnp.asarray(request.budget, jnp.int32),
-                jnp.asarray(len(self.tokens) + TOKENS_PER_CALL, jnp.int32),
+                jnp.asarray(until, jnp.int32),
                 request.processors,
                 num_draft=request.search.num_draft_tokens,
                 eos=request.eos,
             )
+            # the states have read all tokens but the last
+            snapshot = _Snapshot(int(done.state.lengths[0]) - 1, done.state.cache, done.draft)
+            self.passes = int(done.passes[0])
+            yield self._add(done.state, 0, snapshot)
+            if bool(done.state.finished[0]) or len(self.tokens) >= request.budget:
+                return
+            until = len(self.tokens) + TOKENS_PER_CALL
 
 
 class WholeSource(TokenSource):
