@@ -285,7 +285,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _finetune(arguments: list[str]) -> int:
-    from mamba2_jax.cli.finetune import finetune
+    with working("starting"):
+        from mamba2_jax.cli.finetune import finetune
 
     try:
         return finetune(arguments, f"{PROGRAM} finetune", _tell)
