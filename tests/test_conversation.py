@@ -200,7 +200,7 @@ class TestConversation:
         assert tokenizer.decode(second.prompt_ids).endswith(f"# user\n{end}c{end}\n# assistant\n")
         assert len(second.prompt_ids) < 40
         assert second.prompt_ids.count(tokenizer.eos_token_id) == 2  # after the answer and after the message
-        with pytest.raises(ValueError, match="Conversation: holds U[+]FDD0"):
+        with pytest.raises(ValueError, match="Conversation: a message holds U[+]FDD0"):
             chat.say("\ufdd0", max_new_tokens=1)
 
     def test_drafts_see_all_turns_also_of_a_saved_chat(self, model, tokenizer, tmp_path):

@@ -161,14 +161,21 @@ class TokenSource:
             self._snapshots.append(last)
         return last
 
-    def _add(self, state: DecodeState | GenerateOutput, row: int, snapshot: _Snapshot) -> list[int]:
-        """Take over what a row has beyond `tokens`, and the states after it; return the new tokens."""
-        made, count = len(self.tokens), int(state.lengths[row])
-        block = state.tokens[row, made:count].tolist()
+    def _add(
+        self, state: DecodeState | GenerateOutput, draft: DraftState | None, row: int = 0, unread: int = 0
+    ) -> list[int]:
+        """Take over what a row has beyond `tokens`, and the states, which lack the last `unread` tokens.
+
+        Returns:
+            The new tokens.
+        """
+        made, count = len(self.tokens), int(np.asarray(state.lengths)[row])
+        block = np.asarray(state.tokens)[row, made:count].tolist()
         if self.logprobs is not None and state.logprobs is not None:
-            self.logprobs += state.logprobs[row, made:count].tolist()
+            self.logprobs += np.asarray(state.logprobs)[row, made:count].tolist()
         self.tokens += block
-        self._snapshots = [*self._snapshots[-1:], snapshot]
+        cache = state.cache if state.cache.batch == 1 else state.cache[row]
+        self._snapshots = [*self._snapshots[-1:], _Snapshot(count - unread, cache, draft)]
         return block
 
 
@@ -191,8 +198,8 @@ class BlockSource(TokenSource):
                 eos=request.eos,
                 pad=request.pad,
             )
-            yield self._add(state, 0, _Snapshot(int(state.lengths[0]), state.cache, None))
-            if bool(state.finished[0]):
+            yield self._add(state, None)
+            if np.asarray(state.finished)[0]:
                 return
             block = TOKENS_PER_CALL
 
@@ -221,11 +228,9 @@ class DraftSource(TokenSource):
                 num_draft=request.search.num_draft_tokens,
                 eos=request.eos,
             )
-            # the states have read all tokens but the last
-            snapshot = _Snapshot(int(done.state.lengths[0]) - 1, done.state.cache, done.draft)
-            self.passes = int(done.passes[0])
-            yield self._add(done.state, 0, snapshot)
-            if bool(done.state.finished[0]) or len(self.tokens) >= request.budget:
+            self.passes = int(np.asarray(done.passes)[0])
+            yield self._add(done.state, done.draft, unread=1)
+            if np.asarray(done.state.finished)[0] or len(self.tokens) >= request.budget:
                 return
             until = len(self.tokens) + TOKENS_PER_CALL
 
@@ -250,7 +255,7 @@ class WholeSource(TokenSource):
         draft = jax.tree.map(lambda leaf: leaf[row : row + 1], texts.draft_cache)
         if texts.passes is not None:
             self.passes = int(texts.passes[row])
-        yield self._add(texts, row, _Snapshot(int(texts.lengths[row]), texts.cache[row], draft))
+        yield self._add(texts, draft, row)
 
 
 def token_sources(model: Mamba2ForCausalLM, request: Request) -> list[TokenSource]:

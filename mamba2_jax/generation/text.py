@@ -36,7 +36,10 @@ def render_chat(
     if not template:
         raise ValueError("the tokenizer has no chat template; give chat_template")
     pattern = special_pattern(tokenizer)
-    contents = [message | {"content": marked(message["content"], pattern)} for message in map(dict, messages)]
+    try:
+        contents = [{**message, "content": marked(message["content"], pattern)} for message in messages]
+    except ValueError as error:
+        raise ValueError(f"a message {error}") from None
     try:
         rendered = tokenizer.apply_chat_template(
             contents, chat_template=template, tokenize=False, add_generation_prompt=True
