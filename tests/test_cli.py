@@ -14,11 +14,13 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer, stream
+from mamba2_jax import Mamba2ForCausalLM, load_tokenizer, stream
 from mamba2_jax.cli import commands as cli
 from mamba2_jax.cli.generate import chosen_settings, prepare
 from mamba2_jax.cli.kernels import describe_kernels
 from mamba2_jax.cli.waiting import cache_folder, keep_compiled, working
+from mamba2_jax.generation.options import Options
+from mamba2_jax.generation.streaming import start_streams
 from mamba2_jax.hub import EMBEDDED_MODEL
 
 PROMPT = "import os\n"
@@ -95,10 +97,9 @@ def test_several_texts_of_beams(capsys, folder):
     assert run("generate", PROMPT, "--model", str(folder), "--dtype", "float32", *options) == 0
     out, err = capsys.readouterr()
     model, tokenizer = Mamba2ForCausalLM.from_pretrained(dtype="float32"), load_tokenizer()
-    ids, beams = [tokenizer.encode(PROMPT)], {"num_beams": 2, "num_return_sequences": 2}
-    new = generate(model, ids, max_new_tokens=8, vocab_size=len(tokenizer), **beams)
-    texts = [tokenizer.decode(tokens).split(":")[0] for tokens in new.tokens]
-    first, second = (text if text.endswith("\n") else text + "\n" for text in texts)
+    beams = Options(max_new_tokens=8, num_beams=2, num_return_sequences=2)
+    texts = start_streams("test", model, tokenizer, tokenizer.encode(PROMPT), ":", beams)
+    first, second = (text if text.endswith("\n") else text + "\n" for text in map("".join, texts))
     assert out == f"--- 1 of 2 ---\n{first}--- 2 of 2 ---\n{second}"
     assert "compiling included" in err
 

@@ -74,7 +74,8 @@ class TestStream:
 
     @pytest.mark.parametrize("name", ["lookup", "model"])
     def test_a_draft_s_state_goes_on_too(self, model, tokenizer, name):
-        draft = PromptLookup() if name == "lookup" else model
+        sizes = SIZES | {"vocab_size": model.config.vocab_size}
+        draft = PromptLookup() if name == "lookup" else random_jax_model(Mamba2Config(**sizes))
         options = {"max_new_tokens": 9, "draft": draft, "eos_token_id": ()}
         ids, pieces = tokenizer.encode(PROMPT), stream(model, tokenizer, PROMPT, **options)
         for _ in pieces:  # blocks end where guesses do
@@ -84,11 +85,11 @@ class TestStream:
             if name == "lookup":
                 assert state.tokens[0].tolist() == ids + pieces.tokens[:count]
             else:
-                assert_has_read(state, model, ids + pieces.tokens[:count])
+                assert_has_read(state, draft, ids + pieces.tokens[:count])
         more = stream(model, tokenizer, "x", cache=pieces.cache, draft_cache=pieces.draft_cache, **options)
         want = stream(model, tokenizer, "x", max_new_tokens=9, eos_token_id=(), cache=pieces.cache)
         assert "".join(more) == "".join(want)
-        assert name == "lookup" or more.passes == 2  # of 5 tokens, as every guess is right
+        assert more.passes >= 2  # of at most 5 tokens
 
     def test_a_text_goes_on_as_if_it_had_not_stopped(self, model, tokenizer):
         first = stream(model, tokenizer, PROMPT, max_new_tokens=6, eos_token_id=())

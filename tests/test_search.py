@@ -178,15 +178,15 @@ class TestDrafts:
         first = generate(model, ids, mask, draft=draft, **options)
         more = random_ids(2, 3, seed=4)
         want = generate(model, more, cache=first.cache, **options)
-        with pytest.warns(UserWarning, match="draft has not seen what cache has read"):
-            blind = generate(model, more, cache=first.cache, draft=draft, **options)
         went_on = {"cache": first.cache, "draft": draft, "draft_cache": first.draft_cache}
         seeing = generate(model, more, **went_on, **options)
-        for got in (blind, seeing):
-            np.testing.assert_array_equal(got.tokens, want.tokens)
+        np.testing.assert_array_equal(seeing.tokens, want.tokens)
         read = [*ids[0, 3:], *first.tokens[0].tolist(), *more[0], *seeing.tokens[0].tolist()]
-        if name == "itself":  # and so every guess is right
-            assert seeing.passes.tolist() == [-(-(NEW - 1) // 4)] * 2
+        if name == "itself":
+            with pytest.warns(UserWarning, match="draft has not seen what cache has read"):
+                blind = generate(model, more, cache=first.cache, draft=draft, **options)
+            np.testing.assert_array_equal(blind.tokens, want.tokens)
+            assert seeing.passes.tolist() == [-(-(NEW - 1) // 4)] * 2  # every guess is right
             assert (blind.passes > seeing.passes).any()
             for mine in (seeing.cache, seeing.draft_cache):
                 for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(want.cache), strict=True):
@@ -194,13 +194,6 @@ class TestDrafts:
         else:
             history = seeing.draft_cache
             assert history.tokens[0, : int(history.lengths[0])].tolist() == read
-            given = TokenHistory(np.array(read, np.int32)[None], np.array([len(read)], np.int32))
-            again = generate(
-                model, more[:1], cache=seeing.cache[0], draft=draft, draft_cache=given, **options
-            )
-            own = jax.tree.map(lambda leaf: leaf[:1], history)
-            same = generate(model, more[:1], cache=seeing.cache[0], draft=draft, draft_cache=own, **options)
-            np.testing.assert_array_equal(again.passes, same.passes)
 
     def test_lookup_finds_what_was_read_before(self, model, prompts):
         forced = np.asarray(prompts[0][1, :4])

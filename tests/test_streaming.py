@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from models import SIZES, random_jax_model
 
-from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer, stream
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
 from mamba2_jax.generation import PromptLookup
 from mamba2_jax.generation.streaming import TextStream
 from mamba2_jax.generation.text import REPLACEMENT, IncrementalDecoder
@@ -116,6 +117,11 @@ def test_text_is_not_held_back_longer_than_a_stop_string_needs(tokenizer):
 
 
 class TestOptionsOfGenerate:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls, tokenizer):
+        return random_jax_model(Mamba2Config(**SIZES | {"vocab_size": len(tokenizer), "eos_token_id": 0}))
+
     options = {"temperature": 0.9, "key": jax.random.key(5), "eos_token_id": ()}
 
     def whole(self, model, tokenizer, **options):
