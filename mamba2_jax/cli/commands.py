@@ -9,11 +9,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
+from mamba2_jax.cli.text_options import Count, Path, TextOptions
 from mamba2_jax.cli.waiting import working
 
 PROGRAM = "mamba2-jax"
@@ -22,78 +23,9 @@ DESCRIPTION = (
     "`mamba2-jax --version` prints the version."
 )
 
-_Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
-_Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
-_Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TextOptions:
-    """Options of the commands that write text."""
-
-    model: _Path = None
-    """Folder or hub id of the checkpoint (None: the adapter's base, else the embedded model)."""
-    adapter: _Path = None
-    """Folder or hub id of a LoRA adapter for the model."""
-    tokenizer: _Path = None
-    """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
-    max_new_tokens: _Count = None
-    """Maximum number of new tokens (None: the checkpoint's, else 128)."""
-    temperature: _Number = None
-    """Sampling temperature; 0 is greedy."""
-    top_k: _Count = None
-    """Sample from the k most likely tokens; 0 is no limit."""
-    top_p: _Number = None
-    """Sample from the most likely tokens that together reach this probability."""
-    min_p: _Number = None
-    """Sample from tokens with at least this fraction of the top token's probability."""
-    repetition_penalty: _Number = None
-    """Above 1 penalizes tokens that the text already contains."""
-    seed: int = 0
-    """Random seed; the same seed gives the same text."""
-    stop: UseAppendAction[tuple[str, ...]] = ()
-    """Stop string: ends the text and is not printed; may be repeated."""
-    ban: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="WORD")] = ()
-    """Word that must not occur in the text; may be repeated."""
-    regex: Annotated[str | None, arg(metavar="REGEX")] = None
-    """Regular expression that the text must match as a whole; needs outlines-core."""
-    json_schema: Annotated[str | None, arg(metavar="FILE")] = None
-    """File with a JSON schema, or the schema itself, that the text must fit; needs outlines-core."""
-    draft: _Path = None
-    """Decode speculatively: folder or hub id of a smaller model of the same tokenizer, or prompt-lookup."""
-    num_draft_tokens: _Count = None
-    """Tokens that the draft guesses per call of the model (None: 4)."""
-    num_beams: _Count = None
-    """Beam search with so many beams; the text comes as a whole."""
-    length_penalty: _Number = None
-    """Exponent of the length that divides a beam's log-probability (None: 1)."""
-    best_of: _Count = None
-    """Sample so many texts and take the likeliest; it comes as a whole."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
-    system: Annotated[str | None, arg(metavar="TEXT")] = None
-    """System message of the chat."""
-    chat_template: Annotated[str | None, arg(metavar="FILE")] = None
-    """File with a Jinja chat template (None: the tokenizer's own)."""
-
-    def check(self) -> None:
-        """Raise CommandError for options that need no model to be seen as wrong."""
-        if not 0 <= self.seed < 2**32:
-            raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
-        if "" in self.stop:
-            raise CommandError("--stop is empty; give it at least one character")
-        if "" in self.ban:
-            raise CommandError("--ban is empty; give it at least one character")
-        if self.regex is not None and self.json_schema is not None:
-            raise CommandError("--regex and --json-schema: a text can follow one of them; leave one out")
-        if self.num_draft_tokens is not None and self.draft is None:
-            raise CommandError("--num-draft-tokens needs --draft")
-        if self.length_penalty is not None and (self.num_beams or 1) == 1:
-            raise CommandError("--length-penalty needs --num-beams above 1")
-
 
 @dataclasses.dataclass(frozen=True)
-class Generate(_TextOptions):
+class Generate(TextOptions):
     """Continue a prompt and stream the text to stdout.
 
     Options that are not given default to the checkpoint's generation_config.json, if it has one, else to
@@ -106,13 +38,13 @@ class Generate(_TextOptions):
     """Answer the prompt as a message, under the chat template."""
     echo: bool = False
     """Print the prompt before the text."""
-    num_return_sequences: _Count = None
+    num_return_sequences: Count = None
     """Print so many texts, sampled or of as many beams, each under a line with its number."""
 
     def run(self) -> None:
         """Stream the text to stdout; notes and timings go to stderr."""
         prompt = _read_prompt(self.prompt)
-        self.check()
+        _check(self)
         for option, value in (("--system", self.system), ("--chat-template", self.chat_template)):
             if value is not None and not self.chat:
                 raise CommandError(f"{option} needs --chat")
@@ -130,7 +62,7 @@ class Generate(_TextOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat(_TextOptions):
+class Chat(TextOptions):
     """Chat with a model: a line is a message, and `/help` lists the commands.
 
     The history is kept as a state, so that each turn reads only what is new; `/save` keeps it for another
@@ -142,7 +74,7 @@ class Chat(_TextOptions):
 
     def run(self) -> None:
         """Answer lines of stdin on stdout; notes go to stderr."""
-        self.check()
+        _check(self)
 
         with working("starting"):
             from mamba2_jax.cli.chat import start_chat
@@ -158,9 +90,9 @@ class Chat(_TextOptions):
 class Info:
     """Describe a checkpoint: config, number of parameters, memory and files. Reads no weights."""
 
-    path: Positional[_Path] = None
+    path: Positional[Path] = None
     """Folder or hub id of a checkpoint or an adapter (None: the embedded Python-writing model)."""
-    adapter: _Path = None
+    adapter: Path = None
     """Folder or hub id of a LoRA adapter, described too."""
     kernels: bool = False
     """Show instead which implementation of the scan runs on the devices of this machine, and why."""
@@ -200,15 +132,15 @@ class Convert:
     """Stored dtype; A_log, dt_bias and D are never narrowed."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""
-    tokenizer: _Path = None
+    tokenizer: Path = None
     """Folder or hub id whose tokenizer is copied (None: the source's, if it has one)."""
     allow_non_finite: bool = False
     """Accept weights that hold NaN or infinity."""
     overwrite: bool = False
     """Replace the checkpoint in a non-empty folder; its other files are kept."""
-    adapter: _Path = None
+    adapter: Path = None
     """Folder or hub id of a LoRA adapter to merge into the source; this holds the model in memory."""
-    base: _Path = None
+    base: Path = None
     """Folder or hub id of the model below the adapter in SRC (None: the one that it was trained on)."""
 
     def run(self) -> None:
@@ -291,6 +223,13 @@ def _finetune(arguments: list[str]) -> int:
     try:
         return finetune(arguments, f"{PROGRAM} finetune", _tell)
     except (*_MISTAKES, FloatingPointError) as error:
+        raise CommandError(str(error)) from error
+
+
+def _check(options: TextOptions) -> None:
+    try:
+        options.check()
+    except ValueError as error:
         raise CommandError(str(error)) from error
 
 

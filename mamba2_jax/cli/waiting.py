@@ -41,8 +41,9 @@ def keep_compiled() -> None:
     except (OSError, RuntimeError):  # nowhere to write, or no home: JAX would warn at every program
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_SECONDS)
+    if given["jax_compilation_cache_max_size"] == -1:  # no limit
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
 
 
 def cache_folder() -> pathlib.Path:
