@@ -12,7 +12,7 @@ import tyro
 from tyro.conf import arg
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
-from mamba2_jax.cli.waiting import keep_compiled
+from mamba2_jax.cli.waiting import keep_compiled, working
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import TrainConfig, Trainer, TrainResult, keep_freed_memory
@@ -79,11 +79,12 @@ class Finetune:
         if not is_first():
             tell = _say_nothing
         folder = resolve_folder(self.model, self.revision)
-        tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
         dtype = None if self.dtype == "auto" else self.dtype
-        model = Mamba2ForCausalLM.from_pretrained(
-            folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
-        )
+        with working("loading the model"):
+            tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
+            model = Mamba2ForCausalLM.from_pretrained(
+                folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
+            )
         trainer = Trainer(
             model,
             self.train,
