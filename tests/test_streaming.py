@@ -173,6 +173,7 @@ BAD = {
     "beams and sampling": ({"num_beams": 2, "temperature": 1.0}, "num_beams=2 does not go with temperature"),
     "empty prompt": ({"prompt": ""}, "prompt is empty"),
     "prompt kind": ({"prompt": [1, 2]}, "prompt must be a string"),
+    "no messages": ({"prompt": []}, "prompt must be a string, or messages"),
     "stop": ({"stop": [""]}, "stop=.* must be non-empty"),
     "budget": ({"max_new_tokens": 0}, "max_new_tokens=0"),
     "key": ({"temperature": 1.0}, "needs key"),

@@ -127,10 +127,10 @@ def start_streams(
 
 
 def _are_messages(prompt: Any) -> bool:
-    return isinstance(prompt, Sequence) and all(
-        isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
-        for message in prompt
-    )
+    def is_message(message: Any) -> bool:
+        return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(map(is_message, prompt))
 
 
 def end_ids(model: Mamba2ForCausalLM, special: SpecialTokenIds) -> tuple[int, ...]:
