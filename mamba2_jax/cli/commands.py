@@ -1,4 +1,4 @@
-"""Define the commands of `mamba2-jax`: `generate`, `chat`, `info`, `convert` and `finetune`.
+"""Define the commands of `mamba2-jax`; `evaluate` and `perplexity` are in `cli.evaluate_options`.
 
 Each command imports its dependencies when it runs, so that `--help` and a mistyped option answer at once.
 """
@@ -14,13 +14,17 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import Positional, arg, subcommand
 
+from mamba2_jax.cli.errors import MISTAKES as _MISTAKES
+from mamba2_jax.cli.errors import CommandError
+from mamba2_jax.cli.errors import tell as _tell
+from mamba2_jax.cli.evaluate_options import Evaluate, Perplexity
 from mamba2_jax.cli.text_options import Count, Path, TextOptions
 from mamba2_jax.cli.waiting import working
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
-    "`mamba2-jax --version` prints the version."
+    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert, fine-tune or "
+    "evaluate it. `mamba2-jax --version` prints the version."
 )
 
 
@@ -44,7 +48,7 @@ class Generate(TextOptions):
     def run(self) -> None:
         """Stream the text to stdout; notes and timings go to stderr."""
         prompt = _read_prompt(self.prompt)
-        _check(self)
+        self.check()
         for option, value in (("--system", self.system), ("--chat-template", self.chat_template)):
             if value is not None and not self.chat:
                 raise CommandError(f"{option} needs --chat")
@@ -74,7 +78,7 @@ class Chat(TextOptions):
 
     def run(self) -> None:
         """Answer lines of stdin on stdout; notes go to stderr."""
-        _check(self)
+        self.check()
 
         with working("starting"):
             from mamba2_jax.cli.chat import start_chat
@@ -165,18 +169,14 @@ class Finetune:
         _finetune([])
 
 
-class CommandError(Exception):
-    """User error; its message is printed without a traceback."""
-
-
-_MISTAKES = (OSError, ValueError, NotImplementedError, ImportError)
-
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Perplexity, subcommand("perplexity")]
 )
 
 
@@ -226,13 +226,6 @@ def _finetune(arguments: list[str]) -> int:
         raise CommandError(str(error)) from error
 
 
-def _check(options: TextOptions) -> None:
-    try:
-        options.check()
-    except ValueError as error:
-        raise CommandError(str(error)) from error
-
-
 def _read_prompt(prompt: str) -> str:
     if prompt != "-":
         if not prompt:
@@ -245,7 +238,3 @@ def _read_prompt(prompt: str) -> str:
     if not text:
         raise CommandError("the prompt on stdin is empty; give it at least one character")
     return text
-
-
-def _tell(message: object) -> None:
-    print(message, file=sys.stderr, flush=True)

@@ -51,27 +51,38 @@ def load(options: Any, tell: Callable[[object], None]) -> Loaded:
         ValueError: invalid options or checkpoint files; the message names them.
     """
     keep_compiled()
-    folder = resolve_folder(base_folder(options.model, options.adapter))
-    refuse_other_folders(folder)
+    folder = find_folder(options)
     settings = chosen_settings(options, folder)
     with working("loading the model"):
-        tokenizer = load_tokenizer(options.tokenizer or folder)
-        model = _load_model(options, folder, tell)
-        if options.adapter is not None:
-            load_lora(model, options.adapter)
+        model, tokenizer = load_model(options, folder, tell)
         draft: Draft | None = PromptLookup() if options.draft == PROMPT_LOOKUP else None
         if options.draft is not None and draft is None:
             draft_folder = resolve_folder(options.draft)
             refuse_other_folders(draft_folder)
-            draft = _load_model(options, draft_folder, tell)
-    for note in special_token_ids(tokenizer, model.config).notes:
-        tell(f"note: {note}")
+            dtype = None if options.dtype == "auto" else options.dtype
+            draft = Mamba2ForCausalLM.from_pretrained(draft_folder, dtype=dtype, report=tell)
     return Loaded(model, tokenizer, settings, draft, _processors(options, model, tokenizer))
 
 
-def _load_model(options: Any, folder: pathlib.Path, tell: Callable[[object], None]) -> Mamba2ForCausalLM:
+def find_folder(options: Any) -> pathlib.Path:
+    """Return the folder of the model that `--model` or `--adapter` names, downloaded if it is on the hub."""
+    folder = resolve_folder(base_folder(options.model, options.adapter))
+    refuse_other_folders(folder)
+    return folder
+
+
+def load_model(
+    options: Any, folder: pathlib.Path, tell: Callable[[object], None], *, sharding: Any = None
+) -> tuple[Mamba2ForCausalLM, Any]:
+    """Load a model with its adapter, and its tokenizer, by the options `tokenizer`, `dtype` and `adapter`."""
+    tokenizer = load_tokenizer(options.tokenizer or folder)
     dtype = None if options.dtype == "auto" else options.dtype
-    return Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell, sharding=sharding)
+    if options.adapter is not None:
+        load_lora(model, options.adapter)
+    for note in special_token_ids(tokenizer, model.config).notes:
+        tell(f"note: {note}")
+    return model, tokenizer
 
 
 def _processors(options: Any, model: Mamba2ForCausalLM, tokenizer: Any) -> tuple[Processor, ...]:

@@ -5,6 +5,8 @@ from typing import Annotated, Literal, TypeAlias
 
 from tyro.conf import UseAppendAction, arg
 
+from mamba2_jax.cli.errors import CommandError
+
 Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
 Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
 Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
@@ -60,16 +62,16 @@ class TextOptions:
     """File with a Jinja chat template (None: the tokenizer's own)."""
 
     def check(self) -> None:
-        """Raise ValueError for options that need no model to be seen as wrong."""
+        """Raise CommandError for options that need no model to be seen as wrong."""
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
+            raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
         if "" in self.stop:
-            raise ValueError("--stop is empty; give it at least one character")
+            raise CommandError("--stop is empty; give it at least one character")
         if "" in self.ban:
-            raise ValueError("--ban is empty; give it at least one character")
+            raise CommandError("--ban is empty; give it at least one character")
         if self.regex is not None and self.json_schema is not None:
-            raise ValueError("--regex and --json-schema: a text can follow one of them; leave one out")
+            raise CommandError("--regex and --json-schema: a text can follow one of them; leave one out")
         if self.num_draft_tokens is not None and self.draft is None:
-            raise ValueError("--num-draft-tokens needs --draft")
+            raise CommandError("--num-draft-tokens needs --draft")
         if self.length_penalty is not None and (self.num_beams or 1) == 1:
-            raise ValueError("--length-penalty needs --num-beams above 1")
+            raise CommandError("--length-penalty needs --num-beams above 1")
