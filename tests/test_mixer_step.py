@@ -58,9 +58,9 @@ def draw(case: Case, dtype="float32") -> dict:
         taps_BC=normal(case.k, 2, columns),
         bias_x=normal(inner) if case.bias else None,
         bias_BC=normal(2, columns) if case.bias else None,
-        dt_bias=normal(case.h, dtype=jnp.float32),
-        A=-jnp.exp(normal(case.h, dtype=jnp.float32)),
-        D=normal(case.h, *([case.p] if case.D == "hp" else []), dtype=jnp.float32),
+        dt_bias=normal(case.h),
+        A_log=normal(case.h),
+        D=normal(case.h, *([case.p] if case.D == "hp" else [])),
         norm=normal(inner) if case.norm else None,
     )
     reach = case.k - 1
@@ -107,7 +107,7 @@ def want(inputs, state, weights, mask, options):
     x = outputs[0].reshape(batch, 1, heads, head_dim)
     B, C = np.moveaxis(outputs[1].reshape(batch, 1, 2, -1, state_dim), 2, 0)
     dt = np.clip(np.logaddexp(dt + weights.dt_bias, 0), *options.dt_limits)[:, None]
-    y, ssm = reference.ssd(x, dt, weights.A, B, C, D=weights.D, initial_state=state.ssm)
+    y, ssm = reference.ssd(x, dt, -np.exp(weights.A_log), B, C, D=weights.D, initial_state=state.ssm)
 
     y, gate = y.reshape(batch, -1), silu(zx[:, 0])
     groups = B.shape[2]

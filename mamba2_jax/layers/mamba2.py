@@ -34,7 +34,7 @@ from mamba2_jax.layers.parts import (
 from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
 from mamba2_jax.ops import gated_rms_norm, silu_gate
 from mamba2_jax.ops.conv.sharded import convolve_a_piece
-from mamba2_jax.ops.mixer_step import step_sizes
+from mamba2_jax.ops.mixer_step import decay_rate, step_sizes
 from mamba2_jax.ops.pieces import own_group
 from mamba2_jax.ops.scan.sharded import ssd_of_a_piece
 from mamba2_jax.typing import Array, DTypeLike, Float
@@ -228,7 +228,7 @@ class Mamba2Mixer(nnx.Module):
         y, after = ssd_of_a_piece(
             x.reshape(*dt.shape, self.head_dim),
             dt,
-            self.decay(),
+            decay_rate(self.A_log[...], jnp.promote_types(self.dtype, jnp.float32)),
             B,
             C,
             self.D[...],
@@ -250,11 +250,6 @@ class Mamba2Mixer(nnx.Module):
     def num_groups(self) -> int:
         """Return the number of groups of B and C; inside a `shard_map`, those of this device."""
         return self.in_proj.weight_BC.shape[-1] // self.state_dim
-
-    def decay(self) -> Float[Array, " h"]:
-        """Return A, finite: above `exp(88)` float32 overflows to inf, with the gradient inf * 0."""
-        A_log = self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32))
-        return -jnp.exp(jnp.minimum(A_log, 88.0))
 
 
 def _initial_dt_bias(config: Mamba2Config, key: Array) -> Float[Array, " h"]:

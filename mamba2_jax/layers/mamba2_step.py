@@ -68,7 +68,7 @@ def one_token(
         bias_x=value_of(mixer.conv1d.bias_x),
         bias_BC=value_of(mixer.conv1d.bias_BC),
         dt_bias=mixer.dt_bias[...],
-        A=mixer.decay(),
+        A_log=mixer.A_log[...],
         D=mixer.D[...],
         norm=norm,
     )

@@ -15,7 +15,7 @@ from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.rms_norm import gated_rms_norm
 from mamba2_jax.ops.scan.api import ssd_step
 from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS, choose_mixer_step, describe
-from mamba2_jax.typing import Array, Bool, Float
+from mamba2_jax.typing import Array, Bool, DTypeLike, Float
 
 
 class MixerState(NamedTuple):
@@ -34,7 +34,7 @@ class MixerWeights(NamedTuple):
     bias_x: Float[Array, " e"] | None
     bias_BC: Float[Array, "2 gn"] | None
     dt_bias: Float[Array, " h"]
-    A: Float[Array, " h"]  # negative
+    A_log: Float[Array, " h"]  # A = -exp(A_log)
     D: Float[Array, "h *p"]  # (h,) or (h, p)
     norm: Float[Array, " e"] | None  # None: the gate alone
     input: tuple[Float[Array, "d 2 e"], Float[Array, "d 2 gn"], Float[Array, "d h"]] | None = None
@@ -49,6 +49,11 @@ class MixerOptions(NamedTuple):
     norm_before_gate: bool = False
     own_groups: Callable[[Array], Array] | None = None  # of `(b, 2, g, n)`; on a mesh, where a group spans
     combine: Callable[[Array], Array] | None = None  # devices; as in `gated_rms_norm`
+
+
+def decay_rate(A_log: Float[Array, " h"], dtype: DTypeLike) -> Float[Array, " h"]:
+    """Return A, finite: above `exp(88)` float32 overflows to inf, with the gradient inf * 0."""
+    return -jnp.exp(jnp.minimum(A_log.astype(dtype), 88.0))
 
 
 def step_sizes(
@@ -98,7 +103,7 @@ def mixer_step(
     >>> import jax.numpy as jnp
     >>> state = MixerState(jnp.zeros((1, 3, 32)), jnp.zeros((1, 3, 2, 16)), jnp.zeros((1, 4, 8, 16)))
     >>> taps = jnp.ones((4, 32)), jnp.ones((4, 2, 16))
-    >>> weights = MixerWeights(*taps, None, None, jnp.zeros(4), -jnp.ones(4), jnp.ones(4), jnp.ones(32))
+    >>> weights = MixerWeights(*taps, None, None, jnp.zeros(4), jnp.zeros(4), jnp.ones(4), jnp.ones(32))
     >>> inputs = jnp.ones((1, 2, 32)), jnp.ones((1, 2, 16)), jnp.ones((1, 4))
     >>> y, state = mixer_step(inputs, state, weights)
     >>> y.shape, state.ssm.shape
@@ -156,7 +161,8 @@ def _between(
         BC = options.own_groups(BC)
     dt = step_sizes(dt, weights.dt_bias, options.dt_limits, mask)
     x = x.reshape(batch, heads, head_dim)
-    y, ssm = ssd_step(x, dt, weights.A, BC[:, 0], BC[:, 1], state.ssm, D=weights.D)
+    A = decay_rate(weights.A_log, jnp.promote_types(zx.dtype, jnp.float32))
+    y, ssm = ssd_step(x, dt, A, BC[:, 0], BC[:, 1], state.ssm, D=weights.D)
     y, after = y.reshape(z.shape), MixerState(conv_x, conv_BC, ssm)
     if weights.norm is None:
         return silu_gate(y, z), after

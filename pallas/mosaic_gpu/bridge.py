@@ -69,6 +69,34 @@ def kernel(
     )
 
 
+def call_in_place(
+    run: Callable, inputs: Iterable[jax.Array], updated: Iterable[jax.Array], outputs: Iterable[Any]
+) -> list[jax.Array]:
+    """Call a `kernel` of `(*inputs, *updated)`, which writes into the arrays `updated` in place.
+
+    XLA copies an array first only if something else still reads its old value. The references live in a
+    `run_state` of their own: around a bare one, `jax.custom_jvp` has no rule.
+
+    Args:
+        run: what `kernel` returned.
+        inputs: arrays that the kernel only reads.
+        updated: arrays that it also writes.
+        outputs: as of `kernel`.
+
+    Returns:
+        The outputs, then the new values of `updated`.
+    """
+    inputs, updated = list(inputs), list(updated)
+    results = [jnp.zeros(output.shape, output.dtype) for output in outputs]  # replaced, never computed
+
+    def body(refs):
+        values = run(*inputs, *refs[len(results) :])
+        for ref, value in zip(refs[: len(results)], values, strict=True):
+            ref[...] = value
+
+    return list(pl.run_state(body)((*results, *updated)))
+
+
 def interpreter() -> Any:
     """Return parameters to interpret a kernel on the CPU, with race detection and NaN in unwritten memory.
 

@@ -151,7 +151,6 @@ def output(
     inputs = {"x": gated, "weight": weight, "BC": BC}
     optional = {"sums": sums, "alive": None if alive is None else alive.astype(jnp.int32)}
     inputs |= {name: array for name, array in optional.items() if array is not None}
-    shifted = jax.new_ref(window)
 
     def output_projection(*refs, **smem):
         hbm = SimpleNamespace(**dict(zip([*inputs, "window", "output"], refs, strict=True)))
@@ -166,8 +165,8 @@ def output(
         grid={"tile": plan.ends[-1] + batch},
         interpret=interpret,
     )
-    (update,) = run(*inputs.values(), shifted)
-    return update, jax.freeze(shifted)
+    update, window = gpu.call_in_place(run, inputs.values(), [window], outputs)
+    return update, window
 
 
 def _scratch(plan: ProductPlan, dtype: DTypeLike, outputs: Sequence[jax.ShapeDtypeStruct]) -> dict[str, Any]:

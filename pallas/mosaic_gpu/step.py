@@ -113,14 +113,14 @@ def step(
         "window_BC": window_BC,
         "taps_x": weights.taps_x,
         "taps_BC": weights.taps_BC,
-        "dt_bias": weights.dt_bias.astype(full),
-        "A": weights.A.astype(full),
-        "D": jnp.broadcast_to(weights.D.reshape(heads, -1).astype(full), (heads, head_dim)).reshape(-1),
+        "dt_bias": weights.dt_bias,
+        "A_log": weights.A_log,
+        "D": weights.D,
     }
     optional = {"bias_x": weights.bias_x, "bias_BC": weights.bias_BC, "norm": weights.norm}
     optional["alive"] = None if alive is None else alive.astype(jnp.int32)
     inputs |= {name: array for name, array in optional.items() if array is not None}
-    in_place = {"window_x": jax.new_ref(window_x), "state": jax.new_ref(state)}
+    in_place = {"window_x": window_x, "state": state}
     outputs = {
         "gated": jax.ShapeDtypeStruct((batch, heads * head_dim), zx.dtype),
         "sums": jax.ShapeDtypeStruct((max(batch, ROWS), groups, heads // groups * plan.parts), full),
@@ -137,8 +137,10 @@ def step(
         grid={"batch": batch, "head": heads, "part": plan.parts},
         interpret=interpret,
     )
-    gated, sums = run(*inputs.values(), *in_place.values())
-    return gated, sums, jax.freeze(in_place["window_x"]), jax.freeze(in_place["state"])
+    gated, sums, window_x, state = gpu.call_in_place(
+        run, inputs.values(), in_place.values(), outputs.values()
+    )
+    return gated, sums, window_x, state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +173,10 @@ class Step:
         x, window = self.convolve_x()
         B, C = self.convolve_BC(0), self.convolve_BC(1)
         z = gpu.load_from_hbm(hbm.zx.at[self.row, 0, self.channels], gpu.ONE_OF_ROWS).astype(jnp.float32)
-        D = gpu.load_from_hbm(hbm.D.at[self.channels], gpu.ONE_OF_ROWS)
         dt, decay = self.step_size()
 
         state = state * decay + gpu.over_columns(x * dt, columns) * gpu.over_rows(B, rows)
-        y = jnp.sum(state * gpu.over_rows(C, rows), axis=1) + D * x
+        y = jnp.sum(state * gpu.over_rows(C, rows), axis=1) + self.skip() * x
         gated = y * silu(z)
         gpu.store_to_hbm(mine, state)
         self.store_sum(jnp.sum(gated * gated))
@@ -215,11 +216,22 @@ class Step:
     def step_size(self) -> tuple[jax.Array, jax.Array]:
         """Return dt and the state's decay, scalars of the head."""
         low, high = self.dt_limits
-        dt = softplus(self.hbm.dt[self.row, self.head] + self.hbm.dt_bias[self.head])
+        bias, A_log = (ref[self.head].astype(jnp.float32) for ref in (self.hbm.dt_bias, self.hbm.A_log))
+        dt = softplus(self.hbm.dt[self.row, self.head].astype(jnp.float32) + bias)
         dt = jnp.minimum(jnp.maximum(dt, jnp.float32(low)), jnp.float32(high))
-        # Bounds as of `ops.scan.decay`: A may be -inf, and exp(-128) is 0 in float32.
-        A = jnp.maximum(self.hbm.A[self.head], jnp.float32(-1e30))
+        # Bounds as of `ops`: A is finite, and exp(-128) is 0 in float32.
+        A = -jnp.exp(jnp.minimum(A_log, jnp.float32(88.0)))
+        A = jnp.maximum(A, jnp.float32(-1e30))
         return dt, jnp.exp(jnp.maximum(dt * A, jnp.float32(-128.0)))
+
+    def skip(self) -> jax.Array:
+        """Return D: a scalar of the head, or a vector over the block's channels."""
+        D = self.hbm.D
+        if len(D.shape) == 1:
+            return D[self.head].astype(jnp.float32)
+        start = self.part * self.plan.rows
+        values = gpu.load_from_hbm(D.at[self.head, pl.ds(start, self.plan.rows)], gpu.ONE_OF_ROWS)
+        return values.astype(jnp.float32)
 
     def store(self, ref: Any, values: jax.Array) -> None:
         """Store a vector in the dtype of its array."""
