@@ -1,4 +1,4 @@
-"""What the compiler makes of the decode loop on an H100: kernels and copies per layer, and temporaries.
+"""What the compiler makes of the decode loop on an H100: launches per layer, CUDA graphs, temporaries.
 
 Compiled ahead of time, nothing runs, no GPU is needed. What a layer costs is the difference between models of
 three and of two layers; the loop is that of `generate`, greedy, with an eos.
@@ -15,6 +15,8 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
+from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
@@ -34,6 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "kernels"))
 from aot import H100
 
 LAUNCHES = ("fusion", "custom-call", "copy")  # instructions of the loop that become one launch each
+THUNK = re.compile(r"^( +)\d+: (kCommandBuffer|kCustomKernel|kCustomCall|kKernel|kCopy|kGemm\w*|kCublas\w*) ")
 PRESETS = ("codestral-7b", "mamba2-2.7b", "mamba2-130m")
 NEW_TOKENS = 64
 
@@ -52,10 +55,10 @@ def main() -> None:
     lines = [
         f"Compiled for an H100 with jax {jax.__version__}, {arguments.dtype}; **compiled, not run**.",
         "Per layer and token, the difference between three layers and two: launches (fusions, calls of",
-        "kernels and libraries, copies), and the temporaries that the compiler assigns beside weights and",
-        "state.",
+        "kernels and libraries, copies), how many of them the compiler puts into one CUDA graph per token",
+        "(command buffers), and the temporaries that it assigns beside weights and state.",
         "",
-        "| model | batch | step | kernels | copies | temporaries of a layer, MB | in command buffers |",
+        "| model | batch | step | kernels | copies | in the graph | temporaries of a layer, MB |",
         "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
@@ -73,24 +76,30 @@ def main() -> None:
         )
 
 
+class Loop(NamedTuple):
+    """What was read from a compiled loop."""
+
+    launches: collections.Counter  # by kind, operation and shape
+    in_graph: int
+    temporaries: int  # bytes
+
+
 def row(preset: str, batch: int, implementation: str, dtype: str) -> tuple[str, collections.Counter]:
-    """One line of the table, and the launches of a layer by name."""
+    """Return a line of the table, and the launches of a layer by name."""
     two, three = (compiled_loop(preset, layers, batch, implementation, dtype) for layers in (2, 3))
-    named = launches(three.as_text()) - launches(two.as_text())
     kinds = collections.Counter()
-    for name, count in (launches(three.as_text()) - collections.Counter()).items():
-        kinds[name.split()[0]] += count
-    for name, count in launches(two.as_text()).items():
-        kinds[name.split()[0]] -= count
-    temporaries = three.memory_analysis().temp_size_in_bytes - two.memory_analysis().temp_size_in_bytes
-    inside = "yes" if "command_buffer" in three.as_text() else "none seen in the text"
-    kernels = kinds["fusion"] + kinds["custom-call"]
-    cells = [preset, batch, implementation, kernels, kinds["copy"], f"{temporaries / 1e6:.2f}", inside]
-    return "| " + " | ".join(map(str, cells)) + " |", named
+    for loop, sign in ((three, 1), (two, -1)):
+        for name, count in loop.launches.items():
+            kinds[name.split()[0]] += sign * count
+    kernels, copies = kinds["fusion"] + kinds["custom-call"], kinds["copy"]
+    temporaries = (three.temporaries - two.temporaries) / 1e6
+    in_graph = f"{three.in_graph - two.in_graph} of {kernels + copies}"
+    cells = [preset, batch, implementation, kernels, copies, in_graph, f"{temporaries:.2f}"]
+    return "| " + " | ".join(map(str, cells)) + " |", three.launches - two.launches
 
 
-def compiled_loop(preset: str, layers: int, batch: int, implementation: str, dtype: str):
-    """The decode loop of a model that exists as shapes only."""
+def compiled_loop(preset: str, layers: int, batch: int, implementation: str, dtype: str) -> Loop:
+    """Compile the decode loop of a model that exists as shapes only."""
     config = Mamba2Config.preset(preset).replace(num_hidden_layers=layers)
     topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
@@ -116,8 +125,32 @@ def compiled_loop(preset: str, layers: int, batch: int, implementation: str, dty
     arguments = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), jax.eval_shape(build)
     )
-    with jax.default_device(topology.devices[0]):  # what is traced is for a GPU
-        return jax.jit(loop, donate_argnums=1).lower(*arguments).compile()
+    with jax.default_device(topology.devices[0]), tempfile.TemporaryDirectory() as folder:
+        lowered = jax.jit(loop, donate_argnums=1).lower(*arguments)  # traced for a GPU
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder})
+        (thunks,) = pathlib.Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+        return Loop(
+            launches(compiled.as_text()),
+            count_in_graph(thunks.read_text()),
+            compiled.memory_analysis().temp_size_in_bytes,
+        )
+
+
+def count_in_graph(thunks: str) -> int:
+    """Count the launches of the loop's body that are in command buffers, in a dump of XLA's thunks."""
+    found, within = 0, None
+    for line in thunks.partition("body:")[2].splitlines():
+        match = THUNK.match(line)
+        if match is None:
+            continue
+        depth, kind = len(match[1]), match[2]
+        if within is not None and depth <= within:
+            within = None
+        if kind == "kCommandBuffer":
+            within = depth
+        elif within is not None:
+            found += 1
+    return found
 
 
 def launches(text: str) -> collections.Counter:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_shape
 from mamba2_jax.ops.conv.causal_conv1d import causal_conv1d_step
-from mamba2_jax.ops.device import on_device_of
+from mamba2_jax.ops.device import on_device_of, platform
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.rms_norm import gated_rms_norm
@@ -130,10 +130,19 @@ def _plain(
 
 
 def project(
-    hidden: Float[Array, "*b d"], weights: tuple[Array, Array, Array]
-) -> tuple[Float[Array, "*b 2 e"], Float[Array, "*b 2 gn"], Float[Array, "*b h"]]:
-    """Apply the input projection; dt is float32, the others have the dtype of `hidden`."""
-    zx, BC, dt = (linear(hidden, weight, dtype=hidden.dtype) for weight in weights)
+    hidden: Float[Array, "b d"], weights: tuple[Array, Array, Array]
+) -> tuple[Float[Array, "b 2 e"], Float[Array, "b 2 gn"], Float[Array, "b h"]]:
+    """Apply the input projection; dt is float32, the others have the dtype of `hidden`.
+
+    XLA on a GPU turns the product of one row into a multiplication and a sum. For the narrow matrices of B, C
+    and dt it keeps a transposed copy (17 MB a layer of Codestral's width), or writes all products in float32
+    (2 MB). Two rows make matrix products, without either.
+    """
+    zx = linear(hidden, weights[0], dtype=hidden.dtype)
+    count = hidden.shape[0]
+    if count == 1 and platform() == "gpu":
+        hidden = jnp.pad(hidden, ((0, 1), (0, 0)))
+    BC, dt = (linear(hidden, weight, dtype=hidden.dtype)[:count] for weight in weights[1:])
     return zx.astype(hidden.dtype), BC.astype(hidden.dtype), dt
 
 
