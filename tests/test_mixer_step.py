@@ -45,9 +45,9 @@ LIMITS = (0.01, 2.0)
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 
 
-def draw(case: Case, dtype="float32") -> dict:
+def draw(case: Case, dtype="float32", seed: int = 0) -> dict:
     """Arguments of `ops.mixer_step`."""
-    keys = iter(jax.random.split(jax.random.key(0), 20))
+    keys = iter(jax.random.split(jax.random.key(seed), 20))
     inner, columns = case.h * case.p, case.g * case.n
 
     def normal(*shape, dtype=dtype):
