@@ -4,6 +4,7 @@ Compiled ahead of time, nothing runs, no GPU is needed. What a layer costs is th
 three and of two layers; the loop is that of `generate`, greedy, with an eos.
 
     python benchmarks/decode_aot.py                        # about five minutes
+    python benchmarks/decode_aot.py --presets mamba2-130m  # one model
     python benchmarks/decode_aot.py --output benchmarks/results/decode_aot.md
 
 Needs what `benchmarks/memory.py` needs, without `[train]`.
@@ -16,6 +17,7 @@ import pathlib
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -33,7 +35,8 @@ from mamba2_jax.generation.state import start_state
 from mamba2_jax.models.cache import Mamba2Cache
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "kernels"))
-from aot import H100
+import aot
+import mixer_programs
 
 LAUNCHES = ("fusion", "custom-call", "copy")  # instructions of the loop that become one launch each
 THUNK = re.compile(r"^( +)\d+: (kCommandBuffer|kCustomKernel|kCustomCall|kKernel|kCopy|kGemm\w*|kCublas\w*) ")
@@ -70,10 +73,39 @@ def main() -> None:
                 print(line, flush=True)
                 if arguments.names:
                     print("\n".join(f"    {count} x {name}" for name, count in sorted(named.items())))
+    for line in kernel_table():
+        lines.append(line)
+        print(line, flush=True)
     if arguments.output is not None:
         arguments.output.write_text(
             "# The decode loop on an H100, by the compiler\n\n" + "\n".join(lines) + "\n"
         )
+
+
+def kernel_table() -> Iterator[str]:
+    """Yield the lines of what each kernel takes of a multiprocessor, and of HBM in all."""
+    yield ""
+    yield "## The kernels of `mosaic_gpu`"
+    yield ""
+    yield "Registers per thread; one warpgroup per block. HBM: operands and results of a layer's kernels,"
+    yield "each once, twice if updated in place, against the least: parameters and state read, the state"
+    yield "written, hidden states in and the update out."
+    yield ""
+    yield (
+        "| program | kernel | registers | spilled, bytes | shared memory, bytes | blocks per SM | HBM, MB "
+        "| of the least |"
+    )
+    yield "|---|---|---|---|---|---|---|---|"
+    for program in mixer_programs.PROGRAMS:
+        moved = mixer_programs.hbm_bytes(program)
+        share = f"{moved / mixer_programs.floor(program):.3f}"
+        if program.kernels == mixer_programs.BETWEEN:
+            moved, share = 0, "products by XLA"
+        for kernel in aot.compile_kernels("mixer_programs:build", **program.kwargs):
+            name = kernel.name.removesuffix("_mosaic_gpu_kernel")
+            cells = [f"{program}: {program.described}", name, kernel.registers, kernel.spill_bytes]
+            cells += [kernel.smem_bytes, kernel.blocks_per_sm, f"{moved / 1e6:.1f}" if moved else "", share]
+            yield "| " + " | ".join(map(str, cells)) + " |"
 
 
 class Loop(NamedTuple):
@@ -101,7 +133,7 @@ def row(preset: str, batch: int, implementation: str, dtype: str) -> tuple[str, 
 def compiled_loop(preset: str, layers: int, batch: int, implementation: str, dtype: str) -> Loop:
     """Compile the decode loop of a model that exists as shapes only."""
     config = Mamba2Config.preset(preset).replace(num_hidden_layers=layers)
-    topology = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
+    topology = topologies.get_topology_desc(platform="cuda", target_config=aot.H100, topology="1x1x1")
     sharding = NamedSharding(topologies.make_mesh(topology, (1,), ("device",)), PartitionSpec())
     graphs = []
 

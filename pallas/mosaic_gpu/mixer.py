@@ -105,13 +105,16 @@ def _normed(gated: jax.Array, sums: jax.Array | None, eps: float) -> jax.Array:
 
 
 def _fits(x: jax.Array, matrices: Sequence[jax.Array], sums: Sequence[int] | None = None) -> bool:
-    """Tell whether `products` can multiply: few rows, 16 bits, and strides that TMA takes."""
+    """Tell whether `products` can multiply: few rows, 16 bits, and strides and tiles that TMA takes."""
     rows, depth = x.shape
     groups, each = (1, 8) if sums is None else sums
+    columns = [matrix.shape[1] for matrix in matrices]
+    widths = products.make_plan(columns, depth).widths
     return (
         rows <= products.ROWS
         and x.dtype.itemsize == 2
-        and all(matrix.dtype == x.dtype and matrix.shape[1] % 8 == 0 for matrix in matrices)
+        and all(matrix.dtype == x.dtype for matrix in matrices)
+        and all(c % 8 == 0 and (c < w or c % w == 0) for c, w in zip(columns, widths, strict=True))
         and depth % (groups * products.DEPTHS[-1]) == 0
         and each % 8 == 0
     )

@@ -15,6 +15,7 @@ windows of B and C, which `step` may only read.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from mamba2_jax.pallas.mosaic_gpu.plan import MULTIPROCESSORS, SMEM_LIMIT
 ROWS = 64  # of a WGMMA; more batch rows are left to XLA
 DEPTHS = (128, 64)  # rows of a weight per stage
 WIDTHS = (64, 32)  # columns per block
+NARROW = 16  # columns per block of a matrix that the others' tiles do not divide, such as that of 80 heads
 MOST_BLOCKS = 3  # per multiprocessor, for which shared memory is planned
 MOST_STAGES = 8
 
@@ -42,15 +44,18 @@ class ProductPlan:
     columns: tuple[int, ...]  # of each matrix
     depth: int  # rows of the matrices
     scales: int  # per batch row: groups of rows of the matrices; 0: none
-    width: int  # columns per block
+    width: int  # columns per block, where they divide those of the matrix
+
+    @property
+    def widths(self) -> list[int]:
+        """Columns per block of each matrix: TMA takes whole tiles, or one that is larger than the matrix."""
+        return [self.width if c % self.width == 0 or c < self.width else NARROW for c in self.columns]
 
     @property
     def ends(self) -> list[int]:
         """Number of tiles up to the end of each matrix."""
-        ends = [0]
-        for columns in self.columns:
-            ends.append(ends[-1] + -(-columns // self.width))
-        return ends[1:]
+        tiles = [-(-c // width) for c, width in zip(self.columns, self.widths, strict=True)]
+        return list(itertools.accumulate(tiles))
 
     @property
     def step(self) -> int:
@@ -102,9 +107,9 @@ def project(
 
     def projections(*refs, **smem):
         tile, start = lax.axis_index("tile"), 0
-        for i, end in enumerate(plan.ends):
+        for i, (width, end) in enumerate(zip(plan.widths, plan.ends, strict=True)):
             hbm = SimpleNamespace(x=refs[0], weight=refs[1 + i], output=refs[1 + len(weights) + i])
-            block = Block(plan, hbm, SimpleNamespace(**smem), tile - start)
+            block = Block(plan, hbm, SimpleNamespace(**smem), tile - start, width)
             pl.when((tile >= start) & (tile < end))(block.run)
             start = end
 
@@ -155,7 +160,7 @@ def output(
     def output_projection(*refs, **smem):
         hbm = SimpleNamespace(**dict(zip([*inputs, "window", "output"], refs, strict=True)))
         tile, tiles = lax.axis_index("tile"), plan.ends[-1]
-        pl.when(tile < tiles)(Block(plan, hbm, SimpleNamespace(**smem), tile, eps).run)
+        pl.when(tile < tiles)(Block(plan, hbm, SimpleNamespace(**smem), tile, plan.width, eps).run)
         pl.when(tile >= tiles)(lambda: _shift(hbm, tile - tiles))
 
     run = gpu.kernel(
@@ -170,18 +175,31 @@ def output(
 
 
 def _scratch(plan: ProductPlan, dtype: DTypeLike, outputs: Sequence[jax.ShapeDtypeStruct]) -> dict[str, Any]:
-    """Declare the ring, its barriers, and one buffer per dtype of the results."""
-    results = {f"result_{dtype.name}": gpu.tiles(ROWS, plan.width, dtype=dtype) for dtype in _dtypes(outputs)}
+    """Declare the rings, which share memory, their barriers, and a buffer per width and dtype of a result."""
+    rings = [
+        (
+            gpu.tiles(plan.stages, ROWS, plan.step, dtype=dtype, width=width),
+            gpu.tiles(plan.stages, plan.step, width, dtype=dtype),
+        )
+        for width in _distinct(plan.widths)
+    ]
+    results = {
+        _result(width, output.dtype): gpu.tiles(ROWS, width, dtype=output.dtype)
+        for width, output in zip(plan.widths, outputs, strict=True)
+    }
     return results | {
-        "x": gpu.tiles(plan.stages, ROWS, plan.step, dtype=dtype, width=plan.width),
-        "weight": gpu.tiles(plan.stages, plan.step, plan.width, dtype=dtype),
+        "rings": plgpu.RefUnion(*rings),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=plan.stages),
         "read": plgpu.Barrier(num_arrivals=1),
     }
 
 
-def _dtypes(outputs: Sequence[jax.ShapeDtypeStruct]) -> list[jnp.dtype]:
-    return list(dict.fromkeys(jnp.dtype(output.dtype) for output in outputs))
+def _distinct(widths: Sequence[int]) -> list[int]:
+    return list(dict.fromkeys(widths))
+
+
+def _result(width: int, dtype: DTypeLike) -> str:
+    return f"result_{width}_{jnp.dtype(dtype).name}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +210,7 @@ class Block:
     hbm: SimpleNamespace
     smem: SimpleNamespace
     tile: jax.Array
+    width: int
     eps: float = 0.0
 
     def run(self) -> None:
@@ -199,11 +218,11 @@ class Block:
         for stage in range(min(self.plan.stages, self.plan.steps * max(1, self.plan.scales))):
             self.fetch(jnp.int32(stage))
         if self.plan.scales:
-            total = gpu.zeros(ROWS, self.plan.width)
+            total = gpu.zeros(ROWS, self.width)
             total = lax.fori_loop(jnp.int32(0), jnp.int32(self.plan.scales), self.add_group, total)
         else:
             total = self.sum_of_steps(jnp.int32(0))
-        result = getattr(self.smem, f"result_{jnp.dtype(self.hbm.output.dtype).name}")
+        result = getattr(self.smem, _result(self.width, self.hbm.output.dtype))
         result[...] = total.astype(result.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(result, self.hbm.output.at[self.rows, self.columns])
@@ -214,17 +233,18 @@ class Block:
         products = self.sum_of_steps(group * self.plan.steps)
         squares = jnp.sum(gpu.load_from_hbm(self.hbm.sums.at[:, group]), axis=1)
         mean = squares * jnp.float32(self.plan.scales / self.plan.depth)
-        return total + products * gpu.per_row(lax.rsqrt(mean + jnp.float32(self.eps)), self.plan.width)
+        return total + products * gpu.per_row(lax.rsqrt(mean + jnp.float32(self.eps)), self.width)
 
     def sum_of_steps(self, first: jax.Array) -> jax.Array:
         """Sum the products of the group whose stages begin at `first`, refilling the ring behind them."""
+        x, weight = self.ring
 
         def walk(accumulator):
             @pl.loop(first, first + self.plan.steps)
             def _(step):
                 slot = lax.rem(step, jnp.int32(self.plan.stages))
                 plgpu.barrier_wait(self.smem.full.at[slot])
-                plgpu.wgmma(accumulator, self.smem.x.at[slot], self.smem.weight.at[slot])
+                plgpu.wgmma(accumulator, x.at[slot], weight.at[slot])
                 plgpu.wgmma_wait(1)  # the previous step has been read,
                 plgpu.barrier_arrive(self.smem.read)  # by all warps
                 plgpu.barrier_wait(self.smem.read)
@@ -234,7 +254,7 @@ class Block:
 
             return accumulator[...]
 
-        total = pl.run_scoped(walk, plgpu.ACC((ROWS, self.plan.width), jnp.float32))
+        total = pl.run_scoped(walk, plgpu.ACC((ROWS, self.width), jnp.float32))
         behind = first + self.plan.steps - 1 + self.plan.stages  # the last step has now been read too
         pl.when(behind < self.plan.steps * self.plan.scales)(lambda: self.fetch(behind))
         return total
@@ -243,9 +263,14 @@ class Block:
         """Start copying the operands of a step into its slot."""
         slot = lax.rem(step, jnp.int32(self.plan.stages))
         depth = pl.ds(step * self.plan.step, self.plan.step)
-        full = self.smem.full.at[slot]
-        plgpu.copy_gmem_to_smem(self.hbm.x.at[self.rows, depth], self.smem.x.at[slot], full)
-        plgpu.copy_gmem_to_smem(self.hbm.weight.at[depth, self.columns], self.smem.weight.at[slot], full)
+        full, (x, weight) = self.smem.full.at[slot], self.ring
+        plgpu.copy_gmem_to_smem(self.hbm.x.at[self.rows, depth], x.at[slot], full)
+        plgpu.copy_gmem_to_smem(self.hbm.weight.at[depth, self.columns], weight.at[slot], full)
+
+    @property
+    def ring(self) -> tuple[Any, Any]:
+        """The ring of this width: x, and the matrix."""
+        return self.smem.rings[_distinct(self.plan.widths).index(self.width)]
 
     @property
     def rows(self) -> Any:
@@ -255,7 +280,7 @@ class Block:
     @property
     def columns(self) -> Any:
         """Columns of the tile."""
-        return pl.ds(self.tile * self.plan.width, self.plan.width)
+        return pl.ds(self.tile * self.width, self.width)
 
 
 def _shift(hbm: SimpleNamespace, row: jax.Array) -> None:
