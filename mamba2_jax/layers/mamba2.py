@@ -198,7 +198,8 @@ class Mamba2Mixer(nnx.Module):
             if matrices is not None:
                 update, state = one_token(self, hidden[:, 0], state, mask, part, matrices)
                 return scaled(update[:, None], self.multiplier), state
-            y, state = one_token(self, tuple(leaf[:, 0] for leaf in self.in_proj(hidden)), state, mask, part)
+            zx, BC, dt = self.in_proj(hidden)
+            y, state = one_token(self, (zx[:, 0], BC[:, 0], dt[:, 0]), state, mask, part)
             y = y[:, None]
         beside = self.in_proj.mlp(hidden)
         if beside is not None:

@@ -19,6 +19,8 @@ several blocks share a multiprocessor, so that enough bytes are in flight withou
 """
 
 import dataclasses
+import functools
+import operator
 from types import SimpleNamespace
 from typing import Any
 
@@ -271,11 +273,10 @@ class Step:
 
 def convolve(window: list[jax.Array], taps: list[jax.Array], bias: jax.Array | None) -> jax.Array:
     """Convolve one token in float32, then silu; round as the layers do, to the window's dtype."""
-    total = None if bias is None else bias.astype(jnp.float32)
-    for values, tap in zip(window, taps, strict=True):
-        term = values.astype(jnp.float32) * tap.astype(jnp.float32)
-        total = term if total is None else total + term
-    return silu(total).astype(window[0].dtype).astype(jnp.float32)
+    terms = [a.astype(jnp.float32) * b.astype(jnp.float32) for a, b in zip(window, taps, strict=True)]
+    if bias is not None:
+        terms.insert(0, bias.astype(jnp.float32))
+    return silu(functools.reduce(operator.add, terms)).astype(window[0].dtype).astype(jnp.float32)
 
 
 def silu(x: jax.Array) -> jax.Array:
