@@ -184,6 +184,16 @@ def test_a_named_kernel_is_never_replaced(monkeypatch, change, reason):
         ops.mixer_step(**arguments, implementation="mosaic_gpu")
 
 
+def test_a_preferred_kernel_runs_where_it_can(monkeypatch):
+    arguments = draw(CASES[0])
+    wanted, _ = ops.mixer_step(**arguments)
+    for preferred in ("triton", "mosaic_gpu", "recurrent"):  # none of these can run here
+        np.testing.assert_array_equal(ops.mixer_step(**arguments, preferred=preferred)[0], wanted)
+    monkeypatch.setattr(dispatch, "kernels", lambda op: {"mosaic_gpu": Kernel()})
+    assert not ops.mixer_step(**arguments, preferred="mosaic_gpu")[0].any()
+    assert ops.mixer_step(**arguments, preferred="mosaic_gpu", implementation="xla")[0].any()
+
+
 class Kernel:
     """A kernel that returns zeros."""
 

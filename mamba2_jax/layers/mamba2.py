@@ -112,8 +112,8 @@ class Mamba2Mixer(nnx.Module):
         config: sizes and options.
         dtype: compute dtype of the matrix products.
         param_dtype: dtype of the initial parameters.
-        ssd_implementation: `implementation` of `ops.ssd`; also of `ops.mixer_step`, which decodes, if it
-            has a kernel of this name; if not, decoding uses the default.
+        ssd_implementation: `implementation` of `ops.ssd`; decoding prefers the kernel of this name of
+            `ops.mixer_step`, and uses the default where there is none or it cannot run.
         rngs: source of the initial values.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.

@@ -10,7 +10,6 @@ from mamba2_jax.layers.parts import Projection, value_of
 from mamba2_jax.layers.state import ConvState, LayerState, Part
 from mamba2_jax.ops import MixerOptions, MixerState, MixerWeights, mixer_step
 from mamba2_jax.ops.pieces import own_group
-from mamba2_jax.ops.scan.dispatch import kernels
 from mamba2_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -75,14 +74,13 @@ def one_token(
     if matrices is not None:
         inputs = jnp.asarray(inputs, mixer.dtype)
         weights = weights._replace(input=matrices[0], output=matrices[1])
-    named = mixer.ssd_implementation
     y, after = mixer_step(
         inputs,
         MixerState(conv.x, conv.BC, ssm),
         weights,
         mask=mask,
         options=options,
-        implementation=named if named and named in kernels("mixer_step") else None,
+        preferred=mixer.ssd_implementation,
     )
     return y, LayerState(ConvState(x=after.conv_x, BC=after.conv_BC), after.ssm, None)
 

@@ -75,6 +75,7 @@ def mixer_step(
     mask: Bool[Array, " b"] | None = None,
     options: MixerOptions = MixerOptions(),  # noqa: B008 (immutable)
     implementation: str | None = None,
+    preferred: str | None = None,
 ) -> tuple[Float[Array, "b *c"], MixerState]:
     r"""Advance a mixer by one token: projections, convolutions, `ssd_step`, gate and norm.
 
@@ -88,6 +89,7 @@ def mixer_step(
         options: bounds of dt, and options of the norm.
         implementation: None for the default, `"xla"`, or a kernel: `"mosaic_gpu"`. All are differentiable;
             the derivatives are those of `"xla"`.
+        preferred: an implementation to take as the default if it has this op and can run here.
 
     Returns:
         result: with `weights.output`, the update of the residual stream `(b, d)` float32; otherwise the
@@ -109,14 +111,14 @@ def mixer_step(
     >>> y.shape, state.ssm.shape
     ((1, 32), (1, 4, 8, 16))
     """
-    _check(inputs, state, weights, mask, implementation)
+    _check(inputs, state, weights, mask, implementation, preferred)
     batch, heads, head_dim, state_dim = state.ssm.shape
     leaves = jax.tree.leaves((inputs, state.ssm))
     with on_device_of(*leaves):
         sizes = batch, 1, heads, head_dim, state.conv_BC.shape[3] // state_dim, state_dim
         problem = describe(leaves[0].dtype, *sizes, D_per_channel=weights.D.ndim == 2)
         plain = partial(_plain, options)
-        run = choose_mixer_step(implementation, problem, plain, options, state.ssm.dtype)
+        run = choose_mixer_step(implementation, preferred, problem, plain, options, state.ssm.dtype)
         return run(inputs, state, weights, mask)
 
 
@@ -180,10 +182,11 @@ def _between(
     return gated_rms_norm(y, z, weights.norm, **(norm | combine)), after
 
 
-def _check(inputs, state, weights, mask, implementation) -> None:
+def _check(inputs, state, weights, mask, implementation, preferred) -> None:
     """Raise ValueError unless the shapes agree; the ops of the parts check their own arguments."""
     op = "mixer_step"
     check_choice(op, "implementation", implementation, (None, *IMPLEMENTATIONS))
+    check_choice(op, "preferred", preferred, (None, *IMPLEMENTATIONS))
     check_shape(op, "state.ssm", state.ssm, "b h p n")
     batch, heads, head_dim, state_dim = state.ssm.shape
     check_shape(op, "state.conv_BC", state.conv_BC, "b k t c", b=batch, t=2)

@@ -55,12 +55,18 @@ def choose_step(implementation: str | None, problem: "Problem") -> Callable:
 
 
 def choose_mixer_step(
-    implementation: str | None, problem: "Problem", plain: Callable, options: Any, ssm_dtype: Any
+    implementation: str | None,
+    preferred: str | None,
+    problem: "Problem",
+    plain: Callable,
+    options: Any,
+    ssm_dtype: Any,
 ) -> Callable:
     """Return the function of `(inputs, state, weights, mask)` that runs `mixer_step`.
 
     Args:
         implementation: as for `choose`.
+        preferred: the default if it is a kernel that can run, otherwise ignored.
         problem: from `describe`.
         plain: the implementation of XLA, whose derivatives every kernel has.
         options: `MixerOptions`.
@@ -78,6 +84,10 @@ def choose_mixer_step(
         reason = f"its SSM state is float32, and this is {jnp.dtype(ssm_dtype).name}"
     if implementation is None and reason is not None:
         return plain
+    if implementation is None and preferred is not None:
+        kernel = kernels("mixer_step").get(preferred)
+        if kernel is not None and kernel.unsupported(problem) is None:
+            implementation = preferred
     run = choose("mixer_step", implementation, problem, {"xla": plain})
     if run is plain:
         return plain
