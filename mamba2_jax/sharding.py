@@ -22,6 +22,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from operator import attrgetter
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -31,7 +32,14 @@ from mamba2_jax.config.leaves import Leaf
 from mamba2_jax.config.table import leaf_at, weight_at
 from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
-__all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
+__all__ = [
+    "make_mesh",
+    "parameter_shardings",
+    "parameter_spec",
+    "splits_batch",
+    "state_spec",
+    "token_sharding",
+]
 
 # First word of a leaf's axis name -> the mesh axis that shards the axis; all other axes are whole.
 _CUT_BY = {
@@ -107,6 +115,38 @@ def array_path(path: tuple) -> str:
     """Return the dot-joined path of an array of a module from its JAX key path."""
     name = jax.tree_util.keystr(path, simple=True, separator=".")
     return name.removesuffix(".value").replace(".value.", ".")  # of the variable that holds it
+
+
+# Array of a cache, `(b, ...)` -> the axis that `tensor` shards, and the units between which it cuts.
+_STATES = {
+    "ssm": (1, "num_heads"),
+    "x": (2, "num_heads"),
+    "BC": (3, "n_groups"),
+    "q": (2, "attn_cfg.num_heads"),
+    **dict.fromkeys(("k", "v", "keys", "values"), (2, "attn_cfg.num_heads_kv")),
+}
+
+
+def state_spec(path: str, batch: int, config: Mamba2Config, mesh: Mesh) -> PartitionSpec:
+    """Look up the `PartitionSpec` of an array of a cache: rows over `data` and `fsdp`, heads over `tensor`.
+
+    Args:
+        path: dot-joined path in `Mamba2Cache`, such as `ssm.0` or `conv.0.x`.
+        batch: number of rows.
+        config: config of the model.
+        mesh: mesh with axes from `AXES`.
+
+    Returns:
+        One entry per axis up to the last one that is sharded.
+    """
+    rows = BATCH if splits_batch(mesh, batch) else None
+    name = "ssm" if path.startswith("ssm.") else path.rpartition(".")[2]
+    if name not in _STATES:
+        return PartitionSpec(rows)
+    axis, units = _STATES[name]
+    if attrgetter(units)(config) % axis_size(mesh, "tensor"):
+        return PartitionSpec(rows)
+    return PartitionSpec(rows, *(None,) * (axis - 1), "tensor")
 
 
 _BY_DESIGN = "fewer groups than devices"

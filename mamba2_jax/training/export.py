@@ -27,7 +27,8 @@ def describe_model(model: Mamba2ForCausalLM) -> dict[str, Any]:
     try:
         config = model.config.to_dict()
     except NotImplementedError:  # transformers has no words for it
-        config = model.config.to_state_spaces_dict()
+        config = model.config.replace(quantization=None).to_state_spaces_dict()
+        config |= {"quantization": model.config.quantization} if model.config.quantization else {}
     origin, names = model.origin, adapter_names(model)
     return {
         "config": config,
