@@ -24,6 +24,7 @@ import warnings
 from collections.abc import Iterable
 from operator import attrgetter
 
+import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.config import Mamba2Config
@@ -110,6 +111,12 @@ def parameter_shardings(paths: Iterable[str], config: Mamba2Config, mesh: Mesh) 
     return {path: NamedSharding(mesh, parameter_spec(path, config, mesh)) for path in paths}
 
 
+def array_path(path: tuple) -> str:
+    """Return the dot-joined path of an array of a module from its JAX key path."""
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".value").replace(".value.", ".")  # of the variable that holds it
+
+
 # Array of a cache, `(b, ...)` -> the axis that `tensor` shards, and the units between which it cuts.
 _STATES = {
     "ssm": (1, "num_heads"),
@@ -188,10 +195,11 @@ def _pieces(word: str, units: int, config: Mamba2Config) -> tuple[str, int]:
     """Return the unit in which an axis is sharded, for messages, and the largest number of shards."""
     heads = math.gcd(config.num_heads, config.parallel_mlp_width)  # gcd(n, 0) is n
     if word in ("heads", "parallel_MLP"):  # the parallel MLP is sharded like the heads
-        return "heads", heads
+        return "heads", math.gcd(heads, units)
     if word == "mixed":
         attention = config.attn_cfg
         # The channels of a parallel MLP come before those of the heads; equal shards would mix the two.
         beside = config.parallel_mlp_width or (attention and attention.mlp_width)
-        return word, 1 if beside else math.gcd(heads, attention.num_heads if attention else 0)
+        heads = math.gcd(heads, attention.num_heads if attention else 0)
+        return word, 1 if beside else math.gcd(heads, units)  # whole groups of quantized numbers too
     return word.replace("_", " "), units

@@ -177,11 +177,17 @@ def test_names_are_shown_harmlessly(tmp_path):
 def test_int8_in_a_float_slot(tmp_path):
     _, config = write_checkpoint(tmp_path)
     name = "backbone.layers.0.mixer.D"
-    edit_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(4, dtype=torch.int8)}))
-    with pytest.raises(CheckpointError, match=f"tensor '{name}' in {FILE} is I8, want a float type"):
-        load_weights(tmp_path, config)
-    with open_checkpoint(tmp_path) as checkpoint, pytest.raises(CheckpointError, match="is I8; want a float"):
-        checkpoint.read(name)
+    for dtype, stored in ((torch.int8, "I8"), (torch.int32, "I32")):
+        edit_tensors(tmp_path, lambda tensors: tensors.update({name: torch.ones(4, dtype=dtype)}))  # noqa: B023
+        with pytest.raises(
+            CheckpointError, match=f"tensor '{name}' in {FILE} is {stored}, want a float type"
+        ):
+            load_weights(tmp_path, config)
+    with (
+        open_checkpoint(tmp_path) as checkpoint,
+        pytest.raises(CheckpointError, match="is I32; want a float"),
+    ):
+        checkpoint.read(name)  # only quantized values are integers, of 8 bits
 
 
 def test_both_names_of_one_tensor(tmp_path):

@@ -11,7 +11,9 @@ import pytest
 from mamba2_jax.ops.linear import linear
 from mamba2_jax.ops.on_cpu.gradients import for_every, product
 from mamba2_jax.ops.on_cpu.products import contract_last, embedding_lookup, entry
+from mamba2_jax.ops.quantized import QuantizedWeight, quantized_product
 from mamba2_jax.training.on_cpu import choose_update, recomputed
+from mamba2_jax.weight_types import WEIGHT_TYPES
 
 pytestmark = pytest.mark.xla_habits
 
@@ -33,6 +35,27 @@ def test_a_matrix_vector_product_keeps_a_float32_copy_of_the_weights_beside_a_lo
     assert temporary_bytes(decode(lambda x, weight: x @ weight), x, weight) > 1.9 * weight.nbytes
     ours = decode(lambda x, weight: linear(x, weight, dtype=x.dtype).astype(x.dtype))
     assert temporary_bytes(ours, x, weight) < weight.nbytes / 10
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_quantized_matrix_is_dequantized_in_blocks_also_beside_a_loop(kind):
+    rows = np.random.default_rng(0).standard_normal((1024, 1024)).astype(np.float32)
+    weight = QuantizedWeight(*map(jnp.asarray, WEIGHT_TYPES[kind].quantize(rows)), False)
+
+    def decode(multiply):
+        return lambda x, weight: jax.lax.fori_loop(0, 5, lambda _, x: multiply(x, weight), x)
+
+    def ours(x, weight):
+        return quantized_product(x, weight, dtype=x.dtype).astype(x.dtype)
+
+    x = jnp.ones((1, 1024), jnp.bfloat16)
+    whole = decode(lambda x, weight: x @ weight.astype(x.dtype).T)
+    assert temporary_bytes(whole, x, weight) > 0.9 * 2 * rows.size  # a copy in bfloat16 at least
+    assert temporary_bytes(decode(ours), x, weight) < rows.nbytes / 16
+    # With many rows, and in the backward pass: less than a copy in 8 bits, beside the rows themselves.
+    x = jnp.ones((64, 1024), jnp.bfloat16)
+    both = jax.grad(lambda x, weight: ours(x, weight).sum())
+    assert temporary_bytes(both, x, weight) < rows.size + 6 * x.nbytes
 
 
 def test_a_look_up_keeps_a_float32_copy_of_the_table_beside_a_loop():

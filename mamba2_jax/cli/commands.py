@@ -20,6 +20,7 @@ from mamba2_jax.cli.errors import tell as _tell
 from mamba2_jax.cli.evaluate_options import Evaluate, Perplexity
 from mamba2_jax.cli.text_options import Count, Path, TextOptions
 from mamba2_jax.cli.waiting import working
+from mamba2_jax.weight_types import TypeName
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
@@ -133,7 +134,11 @@ class Convert:
     to: Literal["transformers", "state-spaces"] = "transformers"
     """Form to write; state-spaces needs PyTorch."""
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = "stored"
-    """Stored dtype; A_log, dt_bias and D are never narrowed."""
+    """Stored dtype; A_log, dt_bias and D are never narrowed. Quantized weights become floats."""
+    quantize: TypeName | None = None
+    """Quantize the weights, for this package: transformers does not read them."""
+    calibration: Annotated[str | None, arg(metavar="FILE")] = None
+    """Text for calibration: 8,192 tokens of it guide the rounding (GPTQ). This holds the model in memory."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""
     tokenizer: Path = None

@@ -8,6 +8,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from mamba2_jax.cli.errors import MISTAKES, CommandError, tell
 from mamba2_jax.cli.text_options import Count, Number, Path
 from mamba2_jax.cli.waiting import working
+from mamba2_jax.weight_types import TypeName
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,6 +23,8 @@ class ScoreOptions:
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
+    quantize: TypeName | None = None
+    """Quantize the weights while loading them."""
     batch_size: int = 16
     """Rows per pass."""
     mesh: Annotated[str | None, arg(metavar="AXIS=SIZE,...")] = None

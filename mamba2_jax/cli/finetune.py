@@ -21,6 +21,7 @@ from mamba2_jax.training import LoraOptions, TrainConfig, Trainer, TrainResult, 
 from mamba2_jax.training.checks import check_output
 from mamba2_jax.training.config import MeshOptions
 from mamba2_jax.training.options import build, plain, read_fields
+from mamba2_jax.weight_types import TypeName
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,8 @@ class Finetune:
     """Evaluation files, as for `data` (none: the fraction `--data.eval-share` of `data`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16. Trained weights are float32."""
+    quantize: TypeName | None = None
+    """Quantize the weights while loading them, to train adapters on them (`--lora.rank`; QLoRA)."""
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     config: Annotated[str | None, arg(metavar="FILE")] = None
     """Options file, in JSON or YAML."""
@@ -125,7 +128,11 @@ class Finetune:
         with working("loading the model"):
             tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
             model = Mamba2ForCausalLM.from_pretrained(
-                folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
+                folder,
+                dtype=dtype,
+                sharding=self.train.mesh.make(),
+                quantize=self.quantize,
+                report=lambda report: tell(str(report)),
             )
         return model, tokenizer
 

@@ -77,7 +77,9 @@ def load_model(
     """Load a model with its adapter, and its tokenizer, by the options `tokenizer`, `dtype` and `adapter`."""
     tokenizer = load_tokenizer(options.tokenizer or folder)
     dtype = None if options.dtype == "auto" else options.dtype
-    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell, sharding=sharding)
+    model = Mamba2ForCausalLM.from_pretrained(
+        folder, dtype=dtype, quantize=options.quantize, report=tell, sharding=sharding
+    )
     if options.adapter is not None:
         load_lora(model, options.adapter)
     for note in special_token_ids(tokenizer, model.config).notes:

@@ -17,7 +17,10 @@ from mamba2_jax.hub import resolve_folder
 from mamba2_jax.lora import base_of, is_adapter
 from mamba2_jax.lora.files import ADAPTER_FILES, describe_adapter
 from mamba2_jax.models.cache import Mamba2Cache
+from mamba2_jax.weight_types import WEIGHT_TYPES, TypeName
 from mamba2_jax.weights import TensorInfo, check_sizes, find_form, open_checkpoint
+from mamba2_jax.weights.header import DTYPES
+from mamba2_jax.weights.table import stored_table
 
 
 def describe(path: str | None, adapter: str | None = None) -> None:
@@ -82,6 +85,7 @@ def _config_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         ("chunk size", str(config.chunk_size)),
         ("end of text", ", ".join(map(str, config.eos_token_ids)) or "none"),
         *_variant_rows(config),
+        ("weights", f"quantized, {config.quantization}" if config.quantization else "floats"),
     ]
 
 
@@ -138,6 +142,7 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         (f"weights in {dtype}", _size(config.num_parameters() * jnp.dtype(dtype).itemsize))
         for dtype in ("float32", "bfloat16")
     ]
+    rows += [(f"weights in {kind}", _size(_bytes(config, kind))) for kind in WEIGHT_TYPES]
     for dtype in ("float32", "bfloat16"):
         sizes = [
             jax.eval_shape(
@@ -152,6 +157,16 @@ def _memory_rows(config: Mamba2Config) -> list[tuple[str, str]]:
         if growth:
             rows.append((f"KV cache per token, {dtype}", _size(growth)))
     return rows
+
+
+def _bytes(config: Mamba2Config, quantization: TypeName) -> int:
+    """Return the bytes of the weights in a quantized type, beside bfloat16."""
+    try:
+        tensors = stored_table(config.replace(quantization=quantization))
+    except ValueError:  # groups that do not divide the rows
+        return 0
+    sizes = {"": 2} | {name: dtype.itemsize for name, dtype in DTYPES.items()}
+    return sum(leaf.size * sizes[stored.dtype] for stored in tensors for leaf in stored.leaves)
 
 
 def _adapter_rows(folder: pathlib.Path) -> list[tuple[str, str]]:

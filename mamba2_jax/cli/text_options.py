@@ -6,6 +6,7 @@ from typing import Annotated, Literal, TypeAlias
 from tyro.conf import UseAppendAction, arg
 
 from mamba2_jax.cli.errors import CommandError
+from mamba2_jax.weight_types import TypeName
 
 Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
 Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
@@ -56,6 +57,8 @@ class TextOptions:
     """Sample so many texts and take the likeliest; it comes as a whole."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
+    quantize: TypeName | None = None
+    """Quantize the weights while loading them."""
     system: Annotated[str | None, arg(metavar="TEXT")] = None
     """System message of the chat."""
     chat_template: Annotated[str | None, arg(metavar="FILE")] = None

@@ -28,6 +28,8 @@ class Role:
         keep_precision: never cast to a narrower dtype than the stored one.
         rows_last: the stored rows are the leaf's last axes (the matrix is transposed), not its first.
         input_axis: the contracted axis; for an embedding, the axis of the lookup.
+        quantized: how a quantized model holds it: "" as floats, "matrix" in the model's weight type, "table"
+            in that type's `of_tables`.
     """
 
     decays: bool = False
@@ -35,17 +37,19 @@ class Role:
     keep_precision: bool = False
     rows_last: bool = False
     input_axis: int = 0
+    quantized: str = ""
 
 
-PROJECTION = Role(decays=True, is_matrix=True, rows_last=True)
+PROJECTION = Role(decays=True, is_matrix=True, rows_last=True, quantized="matrix")
 CONVOLUTION = Role(decays=True, rows_last=True)
 ROUTER = Role(decays=True, rows_last=True)
-EXPERTS = Role(decays=True)  # one matrix per expert, kept as stored
+EXPERTS = Role(decays=True, quantized="matrix")  # one matrix per expert, kept as stored
 CORRECTION = Role(keep_precision=True)  # of a router's choice
-EMBEDDING_TABLE = Role(decays=True)
-OUTPUT_HEAD = Role(decays=True, input_axis=1)
+EMBEDDING_TABLE = Role(decays=True, quantized="table")
+OUTPUT_HEAD = Role(decays=True, input_axis=1, quantized="table")
 DYNAMICS = Role(keep_precision=True)  # A_log, dt_bias, D
 VECTOR = Role()  # weights of norms, and biases
+QUANTIZED = Role(keep_precision=True)  # values and scales
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ class StoredTensor:
     `name` is the path of the leaves up to the suffix of each; `file_name` is what the family's files call the
     tensor. `leaves` is empty for a head that the file may contain but the model lacks. `reason` says, for
     messages, which option requires an optional tensor; "" for other tensors. `matrices`: the stored rows are
-    those of so many equal matrices, of which files may have one tensor each; 0: it is one tensor.
+    those of so many equal matrices, of which files may have one tensor each; 0: it is one tensor. `dtype` is
+    the safetensors name of the stored dtype; "": any float type.
     """
 
     name: str
@@ -95,6 +100,7 @@ class StoredTensor:
     reason: str = ""
     file_name: str = ""
     matrices: int = 0
+    dtype: str = ""
 
     @property
     def file_shape(self) -> tuple[int, ...]:
@@ -110,7 +116,7 @@ class StoredTensor:
         """
         leaves = tuple(dataclasses.replace(leaf, path=at + leaf.path) for leaf in self.leaves)
         name = at + self.name
-        return StoredTensor(name, self.shape, leaves, self.reason, file_name or name, self.matrices)
+        return dataclasses.replace(self, name=name, leaves=leaves, file_name=file_name or name)
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from mamba2_jax.config.mlp import MLPConfig, Multipliers
 from mamba2_jax.config.options import OPTIONS
 from mamba2_jax.config.vocabulary import count_token_ids
 from mamba2_jax.files import CONFIG_FILES, read_json
+from mamba2_jax.weight_types import TypeName
 
 __all__ = ["Mamba2Config"]
 
@@ -72,6 +73,7 @@ class Mamba2Config:
         d_intermediate: width of an MLP after each mixer; 0: none.
         attn_layer_idx: indices of the layers whose mixer is attention.
         attn_cfg: options of the attention layers; a mapping is converted to an `AttentionConfig`.
+        quantization: type of the quantized weights, "int8" or "int4"; None: all weights are floats.
         family: whose layout and files the model has: "mamba2", or a key of `config.families.FAMILIES`. The
             fields from here on are set by the readers of the families' files.
         layer_pattern: one letter per layer, a key of `config.layers.LAYERS`. None: from `attn_layer_idx`.
@@ -123,6 +125,7 @@ class Mamba2Config:
     d_intermediate: int = 0
     attn_layer_idx: tuple[int, ...] = ()
     attn_cfg: AttentionConfig | None = None
+    quantization: TypeName | None = None
     family: str = "mamba2"
     layer_pattern: str = None  # pyright: ignore[reportAssignmentType]
     feed_forward: tuple[str, ...] = None  # pyright: ignore[reportAssignmentType]
@@ -262,7 +265,8 @@ class Mamba2Config:
         if not isinstance(config, Mapping):
             raise ValueError(f"Mamba2Config.from_dict: wants a mapping, got {type(config).__name__}")
         try:
-            return cls(**forms.parse_fields(config))
+            others = {key: value for key, value in config.items() if key != "quantization"}
+            return cls(**forms.parse_fields(others), quantization=config.get("quantization"))
         except (ValueError, NotImplementedError) as error:
             if len(text := str(error)) <= _MAX_MESSAGE:
                 raise
@@ -309,6 +313,8 @@ class Mamba2Config:
         Raises:
             NotImplementedError: the model uses an option that transformers' Mamba-2 lacks.
         """
+        if self.quantization is not None:
+            return self.replace(quantization=None).to_dict() | {"quantization": self.quantization}
         if self.family != "mamba2":
             return families.family_dict(self)
         if beyond := self._beyond(transformers=True):

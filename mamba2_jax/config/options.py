@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from mamba2_jax.config.experts import ExpertsConfig
 from mamba2_jax.config.layers import LAYERS, MAX_LAYERS, MAX_SIZE
 from mamba2_jax.config.mlp import MLPConfig, Multipliers
+from mamba2_jax.weight_types import WEIGHT_TYPES
 
 
 class Check(NamedTuple):
@@ -102,8 +103,8 @@ def _indices(value: Any) -> tuple[int, ...]:
     return tuple(sorted(set(map(integer_from(0), value))))
 
 
-def _one_of(*values: str) -> Check:
-    def convert(value: Any) -> str:
+def _one_of(*values: str | None) -> Check:
+    def convert(value: Any) -> Any:
         if value not in values:
             raise ValueError
         return value
@@ -192,5 +193,6 @@ OPTIONS: dict[str, Option] = {
     "d_intermediate": Option(COUNT, in_transformers=False),
     "attn_layer_idx": Option(Check("a list of layer indices", _indices), in_transformers=False),
     "attn_cfg": Option(_ANY, in_transformers=False),
+    "quantization": Option(_one_of(None, *WEIGHT_TYPES), in_transformers=False, in_state_spaces=False),
     **{name: Option(check, in_transformers=False, in_state_spaces=False) for name, check in _FAMILY.items()},
 }

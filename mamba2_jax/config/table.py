@@ -36,6 +36,7 @@ from mamba2_jax.config.leaves import (
     Tensor,
     vector,
 )
+from mamba2_jax.config.quantization import quantized_tensors
 
 if TYPE_CHECKING:
     from mamba2_jax.config.mamba2 import Mamba2Config
@@ -73,6 +74,12 @@ def checkpoint_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredT
     for index, layer in enumerate(config.layers):
         table += _at(config, index, layer)
     return (*table, norm, output)
+
+
+def stored_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredTensor, ...]:
+    """List every tensor of a checkpoint as `checkpoint_table`, with those that make up a quantized one."""
+    table = checkpoint_table(config, head)
+    return tuple(one for stored in table for one in quantized_tensors(stored, config.quantization))
 
 
 def count_parameters(config: "Mamba2Config", active: bool = False) -> int:
@@ -177,7 +184,8 @@ def _leaves(config: "Mamba2Config", layer: Layer | None) -> dict[str, Leaf]:
     tensors = list(_MODEL.stored(config))
     for one in dict.fromkeys(config.layers) if layer is None else [layer]:
         tensors += [stored for _, stored in _layer(one, config)]
-    return {leaf.path: leaf for stored in tensors for leaf in stored.leaves}
+    stored_as = [one for stored in tensors for one in quantized_tensors(stored, config.quantization)]
+    return {leaf.path: leaf for stored in (*tensors, *stored_as) for leaf in stored.leaves}
 
 
 def _count(tensors: list[StoredTensor]) -> int:

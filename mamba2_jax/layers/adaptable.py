@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mamba2_jax.ops.linear import linear, vocabulary_logits
+from mamba2_jax.ops.quantized import QuantizedWeight
 from mamba2_jax.typing import Array, DTypeLike, Float
 
 
@@ -82,7 +83,7 @@ class Adapter(nnx.Module):
         pair = (A, B) if input_axis == 0 else (B, A.T)
         return self.scale * jnp.tensordot(*pair, axes=1, precision=jax.lax.Precision.HIGHEST)
 
-    def stretch(self, name: str, weight: Array, input_axis: int = 0) -> Array | None:
+    def stretch(self, name: str, weight: Array | QuantizedWeight, input_axis: int = 0) -> Array | None:
         """Compute DoRA's factor on each output channel of `weight + scale * A B`; None for plain LoRA.
 
         The norm in its denominator counts as a constant in the gradient, as in the paper and in PEFT.
@@ -143,7 +144,7 @@ class Head(Adaptable):
     """Constant factor on the logits."""
 
     def __call__(
-        self, hidden: Float[Array, "*b d"], weight: Float[Array, "v d"], *, dtype: DTypeLike
+        self, hidden: Float[Array, "*b d"], weight: Float[Array, "v d"] | QuantizedWeight, *, dtype: DTypeLike
     ) -> Float[Array, "*b v"]:
         """Compute logits `hidden @ weight.T` plus adapters in float32."""
         logits = vocabulary_logits(hidden, weight, dtype=dtype)

@@ -19,11 +19,13 @@ from jax.extend.core import Primitive
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from mamba2_jax.config.quantization import SCALES
 from mamba2_jax.layers.mamba2 import Mamba2Mixer
 from mamba2_jax.layers.state import LayerState, Part, Rows
 from mamba2_jax.mesh import BATCH, SEQUENCE, TENSOR
 from mamba2_jax.ops.pieces import pad_tokens
-from mamba2_jax.sharding import parameter_spec, splits_batch
+from mamba2_jax.ops.quantized import QuantizedWeight, input_pieces
+from mamba2_jax.sharding import array_path, parameter_spec, splits_batch
 from mamba2_jax.typing import Array, DTypeLike
 
 
@@ -39,6 +41,9 @@ def left_to_compiler(mixer: Mamba2Mixer, mesh: Mesh) -> str | None:
         return f"n_groups={config.n_groups} and the mesh's tensor={tensor} do not divide one another"
     if tensor > 1 and config.parallel_mlp_width:
         return "out_proj's input holds the channels of a gated MLP beside those of the heads"
+    out_proj = mixer.out_proj.weight[...]
+    if isinstance(out_proj, QuantizedWeight) and input_pieces(out_proj) % tensor:
+        return f"tensor={tensor} of the mesh does not divide out_proj's {input_pieces(out_proj)} scales"
     adapters = [*mixer.in_proj.adapters_in_use(), *mixer.out_proj.adapters_in_use()]
     if any(adapter.dropout and adapter.dropout_key is not None for adapter in adapters):
         return "the adapters' dropout is drawn for all rows of the batch at once"
@@ -110,8 +115,7 @@ def _pad_rows(rows: Rows, batch: int, length: int, padding: int) -> Rows:
 
 def _path(path: tuple) -> str:
     """Return a leaf's path in a block; the copy of a weight with merged adapters has the weight's path."""
-    name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-    return f"mixer.{name}".replace(".unmerged.", ".")
+    return f"mixer.{array_path(path)}".replace(".unmerged.", ".")
 
 
 def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
@@ -120,8 +124,9 @@ def _here(leaf: Array, path: str, spec: P, dtype: DTypeLike) -> Array:
         return jnp.where(jax.lax.axis_index(TENSOR) == 0, leaf, 0)
     for axis, name in enumerate(spec):
         if name == "fsdp" and jax.lax.axis_size("fsdp") > 1:
-            narrow = min(leaf.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize)
-            leaf = jax.lax.all_gather(leaf.astype(narrow), "fsdp", axis=axis, tiled=True)
+            if not path.endswith(SCALES):
+                leaf = leaf.astype(min(leaf.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize))
+            leaf = jax.lax.all_gather(leaf, "fsdp", axis=axis, tiled=True)
     return leaf
 
 

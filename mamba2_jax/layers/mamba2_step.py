@@ -10,6 +10,7 @@ from mamba2_jax.layers.parts import Projection, value_of
 from mamba2_jax.layers.state import ConvState, LayerState, Part
 from mamba2_jax.ops import MixerOptions, MixerState, MixerWeights, mixer_step
 from mamba2_jax.ops.pieces import own_group
+from mamba2_jax.ops.quantized import QuantizedWeight
 from mamba2_jax.typing import Array
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def matrices_alone(into: "InProjection", out: Projection) -> Matrices | None:
     if into.adapters_in_use() or out.adapters_in_use() or out.bias is not None:
         return None
     if into.weight_z0x0 is not None or any(factor != 1 for factor in into.multipliers):
+        return None
+    if isinstance(out.weight[...], QuantizedWeight):  # the kernels read arrays
         return None
     return (into.weight_zx[...], into.weight_BC[...], into.weight_dt[...]), out.weight[...]
 

@@ -9,8 +9,7 @@ from flax import nnx
 from mamba2_jax.config import Mamba2Config, MLPConfig
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.ops import rms_norm, silu_gate
-from mamba2_jax.ops.linear import linear
-from mamba2_jax.ops.on_cpu.products import embedding_lookup
+from mamba2_jax.ops.linear import linear, vocabulary_lookup
 from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
@@ -32,9 +31,9 @@ class Embedding(Adaptable):
 
     def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Look up the embeddings of token ids, in `dtype`."""
-        rows = embedding_lookup(self.weight[...], ids)
+        rows = vocabulary_lookup(self.weight[...], ids)
         for adapter in self.adapters_in_use():
-            low = adapter.scale * embedding_lookup(adapter.A[...], ids)
+            low = adapter.scale * vocabulary_lookup(adapter.A[...], ids)
             rows = rows + linear(low, adapter.B["weight"][...], dtype=dtype)
         return rows.astype(dtype)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mamba2_jax.config.quantization import type_for
 from mamba2_jax.layers.adaptable import BaseWeight
 from mamba2_jax.lora.targets import ends_in
 from mamba2_jax.typing import Array
@@ -90,6 +91,12 @@ def new_full_weights(
     model: Any, names: Iterable[str], tensors: list[StoredTensor], values: Mapping[str, Array] | None = None
 ) -> FullWeights:
     """Make full weights that begin at the model's own, in float32, or at `values` by path."""
+    for stored in tensors:
+        if type_for(stored, model.config.quantization) is not None:
+            raise ValueError(
+                f"modules_to_save: {stored.name} is quantized, and quantized weights cannot be trained; leave"
+                " it out, or dequantize() the model"
+            )
     if values is None:
         values = {leaf.path: _widened(model, leaf.path) for stored in tensors for leaf in stored.leaves}
     unties = _is_tied(model) and any(stored.name in (EMBEDDING, HEAD) for stored in tensors)

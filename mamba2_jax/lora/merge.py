@@ -28,10 +28,16 @@ def merge_lora(model: nnx.Module, *, keep_base: bool = True, dtype: DTypeLike | 
         0 in float32. In bfloat16, which keeps 8 bits, changes far smaller than the weights are mostly lost.
 
     Raises:
-        ValueError: no adapter is in use, or adapters are already merged.
+        ValueError: no adapter is in use, adapters are already merged, or the weights are quantized.
     """
     sites = sites_of(model)
     refuse_merged("merge_lora", sites)
+    kind = getattr(model, "config").quantization  # noqa: B009
+    if kind is not None:
+        raise ValueError(
+            f"merge_lora: the weights are {kind}, which would lose most of the change; dequantize() the model"
+            " first, or save the adapter alone (save_lora)"
+        )
     if not adapters_in_use(model):
         raise ValueError("merge_lora: no adapter is in use; add_lora, load_lora or use_lora first")
     if is_tied(model) and any(

@@ -27,6 +27,7 @@ from mamba2_jax.models.pretrained import PretrainedModel
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
 from mamba2_jax.ops.device import on_device_of
+from mamba2_jax.ops.quantized import QuantizedWeight
 from mamba2_jax.ops.scan.dispatch import IMPLEMENTATIONS
 from mamba2_jax.ops.segments import document_index, document_positions
 from mamba2_jax.sharding import token_sharding
@@ -137,7 +138,7 @@ class Mamba2Model(PretrainedModel):
 
     def on_its_device(self) -> AbstractContextManager:
         """Return a context that traces computations for the device to which the parameters are committed."""
-        return on_device_of(self.embeddings.weight[...])
+        return on_device_of(self.norm_f.weight[...])
 
     def forward(
         self,
@@ -277,7 +278,7 @@ class Mamba2ForCausalLM(PretrainedModel):
         return self.head(hidden, self.output_weight, dtype=self.dtype)
 
     @property
-    def output_weight(self) -> Float[Array, "v d"]:
+    def output_weight(self) -> Float[Array, "v d"] | QuantizedWeight:
         """Return the matrix `(v, d)` of the head, or of the embedding when the head is tied."""
         table = self.backbone.embeddings if self.lm_head is None else self.lm_head
         return table.weight[...]

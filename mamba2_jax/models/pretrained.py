@@ -19,11 +19,14 @@ from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
 from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
-from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary
-from mamba2_jax.sharding import parameter_shardings
+from mamba2_jax.models.quantize import dequantize_model, quantize_model, quantized_weight
+from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary, set_config
+from mamba2_jax.sharding import array_path, parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
-from mamba2_jax.weights import LoadReport, checkpoint_table, load_weights, outgoing_weights
+from mamba2_jax.weight_types import TypeName
+from mamba2_jax.weights import LoadReport, load_weights, outgoing_weights
 from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
+from mamba2_jax.weights.table import stored_table
 
 _M = TypeVar("_M", bound="PretrainedModel")
 
@@ -62,6 +65,7 @@ class PretrainedModel(nnx.Module):
         sharding: "Mesh | jax.sharding.Sharding | Callable[[str], jax.sharding.Sharding] | None" = None,
         revision: str | None = None,
         allow_non_finite: bool = False,
+        quantize: TypeName | None = None,
         report: Callable[[LoadReport], None] | None = None,
     ) -> _M:
         """Load a checkpoint in any published form: transformers, state-spaces or mistral.
@@ -75,6 +79,8 @@ class PretrainedModel(nnx.Module):
                 whole model), one sharding for all, or a function from a parameter's path to its sharding.
             revision: branch, tag or commit of a hub id.
             allow_non_finite: accept weights that hold NaN or infinity.
+            quantize: "int8" or "int4": quantize each matrix while it is loaded, as `quantize` does, in the
+                memory of the quantized model. None: as in the files.
             report: called with the `LoadReport`, e.g. `print`.
 
         Raises:
@@ -95,9 +101,10 @@ class PretrainedModel(nnx.Module):
 
             @cache  # not before the config has been checked against the files
             def shardings(mesh: Mesh) -> Mapping[str, jax.sharding.Sharding]:
-                table = checkpoint_table(config, cls._has_head)
+                held = config.replace(quantization=quantize or config.quantization)
+                table = stored_table(held, cls._has_head)
                 paths = [leaf.path for stored in table for leaf in stored.leaves]
-                return parameter_shardings(paths, config, mesh)
+                return parameter_shardings(paths, held, mesh)
 
             def by_rule(path: str, mesh: Mesh = mesh) -> jax.sharding.Sharding:
                 return shardings(mesh)[path]
@@ -110,10 +117,13 @@ class PretrainedModel(nnx.Module):
             sharding=place,
             allow_non_finite=allow_non_finite,
             head=cls._has_head,
+            quantize=quantize,
         )
         if dtype is None:
-            stored = arrays["backbone.embeddings.weight"].dtype
+            norm = arrays["backbone.norm_f.weight"]
+            stored = arrays.get("backbone.embeddings.weight", norm).dtype
             dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
+        config = config.replace(quantization=quantize or config.quantization)
         model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
         if mesh is not None:
             model._set_mesh(mesh)
@@ -142,17 +152,54 @@ class PretrainedModel(nnx.Module):
         """
         check_mesh(f"{type(self).__name__}.to_mesh", mesh)
         parameters = nnx.state(self, nnx.Param)
-        leaves = {self._path(path): leaf for path, leaf in nnx.to_flat_state(parameters)}
-        shardings = parameter_shardings(list(leaves), self.config, mesh)
-        for path, leaf in leaves.items():
-            leaf.set_value(jax.device_put(leaf[...], shardings[path]))
-        nnx.update(self, parameters)
+        leaves, treedef = jax.tree.flatten_with_path(parameters)
+        paths = [self._path(path) for path, _ in leaves]
+        shardings = parameter_shardings(paths, self.config, mesh)
+        placed = [
+            jax.device_put(leaf, shardings[path]) for path, (_, leaf) in zip(paths, leaves, strict=True)
+        ]
+        nnx.update(self, treedef.unflatten(placed))
         self._set_mesh(mesh)
 
     def _set_mesh(self, mesh: Mesh) -> None:
         for _, module in nnx.iter_modules(self):
             if hasattr(module, "mesh"):
                 setattr(module, "mesh", mesh)  # noqa: B010
+
+    def quantize(self, kind: TypeName, *, calibration: Any = None) -> None:
+        """Quantize the weights in place: projections and experts, embedding and head.
+
+        Each number becomes the nearest level of its group: 8 bits with a scale per output channel, or 4 bits
+        with a scale for each 64 numbers of it. Embedding and head have 8 bits in both. Norms, convolutions,
+        routers, `A_log`, `dt_bias` and `D` stay floats. Compiled functions compile again.
+
+        Quantized weights are constants: adapters (`add_lora`) are trained on them, they are not.
+
+        Args:
+            kind: "int8" or "int4".
+            calibration: token ids `(b, l)` of a text without padding, such as 16 rows of 512: projections are
+                rounded by GPTQ, so that their outputs on it change least. Experts, embedding and head are
+                rounded to nearest. None: all are.
+
+        Raises:
+            ValueError: weights of another type, adapters that are merged or replace weights, or rows that the
+                groups do not divide.
+
+        >>> from mamba2_jax import Mamba2ForCausalLM
+        >>> model = Mamba2ForCausalLM.from_pretrained()
+        >>> model.quantize("int8")
+        >>> model.backbone.layers[0].mixer.out_proj.weight.values.dtype.name
+        'int8'
+        """
+        quantize_model(self, kind, calibration)
+
+    def dequantize(self, dtype: DTypeLike = jnp.float32) -> None:
+        """Make the weights floats again, in place: each the level of its quantized number times the scale.
+
+        Args:
+            dtype: dtype of the weights; the compute dtype stays.
+        """
+        dequantize_model(self, dtype)
 
     def resize_vocabulary(self, size: int, *, multiple: int = 1, new_rows: NewRows = "mean") -> None:
         """Change the number of token ids in place: rows of the embedding and of a head of its own.
@@ -220,6 +267,11 @@ class PretrainedModel(nnx.Module):
                 "save_pretrained: adapters are in use, which a checkpoint cannot hold; merge_lora adds them"
                 " to the weights, save_lora saves them alone, use_lora(model, None) switches them off"
             )
+        if dtype is not None and self.config.quantization is not None:
+            raise ValueError(
+                f"save_pretrained: dtype={dtype!r}, but the weights are {self.config.quantization}; "
+                "dequantize() the model first, or leave dtype out"
+            )
         origin = None if self.origin is None else self.origin.folder
         if tokenizer is not None:
             tokenizer = resolve_folder(tokenizer, allow_patterns=TOKENIZER_FILES)
@@ -278,21 +330,24 @@ class PretrainedModel(nnx.Module):
         """Build the module tree without initializing parameters, and set them to `arrays`."""
         # Nothing is sampled, so one key serves all: tracing nnx.Rngs' counters takes 3 s at 64 layers.
         same = SimpleNamespace(params=lambda: jax.random.key(0))
-        model = nnx.eval_shape(lambda: cls(config, rngs=same, **options))  # pyright: ignore[reportCallIssue]
+        floats = config.replace(quantization=None)
+        model = nnx.eval_shape(lambda: cls(floats, rngs=same, **options))  # pyright: ignore[reportCallIssue]
+        set_config(model, config)
         parameters = nnx.state(model, nnx.Param)
         for path, leaf in nnx.to_flat_state(parameters):
-            leaf.set_value(arrays[cls._path(path)])
+            name = cls._checkpoint_prefix + ".".join(map(str, path))
+            leaf.set_value(arrays[name] if name in arrays else quantized_weight(name, arrays))
         nnx.update(model, parameters)
         return model
 
     def _arrays(self) -> dict[str, Array]:
         """Return the parameters, adapters excluded, by their path in the checkpoint table."""
-        parameters = nnx.to_flat_state(nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-        return {self._path(path): leaf[...] for path, leaf in parameters}
+        parameters = nnx.state(self, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+        return {self._path(path): leaf for path, leaf in jax.tree.leaves_with_path(parameters)}
 
     @classmethod
     def _path(cls, path: tuple) -> str:
-        return cls._checkpoint_prefix + ".".join(map(str, path))
+        return cls._checkpoint_prefix + array_path(path)
 
 
 def read_end_ids(folder: Path) -> tuple[int, ...]:

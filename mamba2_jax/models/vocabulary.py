@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mamba2_jax.config import Mamba2Config
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.sharding import parameter_shardings
 
@@ -24,6 +25,8 @@ def resize_vocabulary(model: "PretrainedModel", size: int, multiple: int, new_ro
             raise ValueError(f"{op}: {name}={value!r}, wants a positive integer")
     padded = -(-size // multiple) * multiple
     old = model.config
+    if old.quantization is not None:
+        raise ValueError(f"{op}: the weights are {old.quantization}; dequantize() the model first")
     new = old.replace(vocab_size=padded, unpadded_vocab_size=size if size < padded else None)
     backbone: Any = getattr(model, "backbone", model)
     tables = {"backbone.embeddings.weight": backbone.embeddings}
@@ -35,9 +38,15 @@ def resize_vocabulary(model: "PretrainedModel", size: int, multiple: int, new_ro
     for path, module in tables.items():
         weight = _resized(module.weight[...], padded, old.real_vocab_size, new_rows)
         module.weight.set_value(weight if shardings is None else jax.device_put(weight, shardings[path]))
+    set_config(model, new)
+
+
+def set_config(model: "PretrainedModel", config: Mamba2Config) -> None:
+    """Replace the config of a model in all modules that hold it."""
+    old = model.config
     for _, module in nnx.iter_modules(model):
         if getattr(module, "config", None) == old:
-            module.config = new  # pyright: ignore[reportAttributeAccessIssue]
+            module.config = config  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _resized(weight: jax.Array, rows: int, used: int, new_rows: NewRows) -> jax.Array:

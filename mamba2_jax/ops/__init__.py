@@ -6,11 +6,13 @@ from mamba2_jax.ops.conv.sharded import causal_conv1d_sharded
 from mamba2_jax.ops.experts import experts, experts_sharded
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.mixer_step import MixerOptions, MixerState, MixerWeights, mixer_step
+from mamba2_jax.ops.quantized import QuantizedWeight, quantized_product
 from mamba2_jax.ops.rms_norm import gated_rms_norm, rms_norm
 from mamba2_jax.ops.scan.api import ssd, ssd_step
 from mamba2_jax.ops.scan.sharded import ssd_sharded
 
 __all__ = [
+    "QuantizedWeight",
     "MixerOptions",
     "MixerState",
     "MixerWeights",
@@ -22,6 +24,7 @@ __all__ = [
     "experts",
     "experts_sharded",
     "gated_rms_norm",
+    "quantized_product",
     "mixer_step",
     "rms_norm",
     "rotary_embedding",

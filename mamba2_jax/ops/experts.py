@@ -7,6 +7,7 @@
 No token is dropped, and none depends on another.
 """
 
+import math
 from functools import partial
 from typing import NamedTuple
 
@@ -21,6 +22,8 @@ from mamba2_jax.ops.checks import check_choice, check_dtype, check_integer, chec
 from mamba2_jax.ops.device import on_device_of, platform
 from mamba2_jax.ops.gate import silu_gate
 from mamba2_jax.ops.grouped import Groups, grouped_product
+from mamba2_jax.ops.quantized import QuantizedWeight, input_pieces, spec_of
+from mamba2_jax.ops.quantized_groups import quantized_grouped_product
 from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 IMPLEMENTATIONS = ("blocks", "ragged_dot")
@@ -29,8 +32,8 @@ ACTIVATIONS = ("silu_gated", "relu2")
 
 def experts(
     x: Float[Array, "*t d"],
-    up: Float[Array, "e *c m d"],
-    down: Float[Array, "e d m"],
+    up: Float[Array, "e *c m d"] | QuantizedWeight,
+    down: Float[Array, "e d m"] | QuantizedWeight,
     expert_ids: Int[Array, "*t k"],
     gates: Float[Array, "*t k"],
     *,
@@ -43,14 +46,15 @@ def experts(
     Args:
         x: tokens `(..., d)`.
         up: `(e, m, d)`; for `"silu_gated"` `(e, 2, m, d)`, first the gate, then the value.
-        down: `(e, d, m)`.
+        down: `(e, d, m)`; both are arrays, or both quantized.
         expert_ids: `(..., k)`, from 0 to e - 1, different for each token's choices.
         gates: `(..., k)`; 0 for padding, which may name any experts.
         activation: `"silu_gated"`, `silu(gate) * value`, or `"relu2"`, `relu(x) ** 2`.
         dtype: dtype that the operands of the products are cast to, in the backward pass too.
         implementation: `"blocks"`, a loop over blocks of one expert each; `"ragged_dot"`,
             `jax.lax.ragged_dot_general`, which computes every expert for every token on a CPU; None:
-            `"ragged_dot"` on a TPU, else `"blocks"`. Both have forward and reverse mode of any order.
+            `"ragged_dot"` on a TPU, else `"blocks"`. Both have forward and reverse mode of any order. For
+            quantized experts there is only `"blocks"`.
 
     Returns:
         `(..., d)` in float32 (float64 when `dtype` is).
@@ -64,16 +68,18 @@ def experts(
     Array([[16., 16.]], dtype=float32)
     """
     check_arguments("experts", x, up, down, expert_ids, gates, activation, implementation)
-    with on_device_of(x, up, down, expert_ids, gates):
+    with on_device_of(x, expert_ids, gates, *jax.tree.leaves((up, down))):
         if implementation is None:
-            implementation = "ragged_dot" if platform() == "tpu" else "blocks"
+            implementation = (
+                "ragged_dot" if platform() == "tpu" and not isinstance(up, QuantizedWeight) else "blocks"
+            )
         return _run(x, up, down, expert_ids, gates, activation, dtype, implementation == "ragged_dot")
 
 
 def experts_sharded(
     x: Float[Array, "b l d"],
-    up: Float[Array, "e *c m d"],
-    down: Float[Array, "e d m"],
+    up: Float[Array, "e *c m d"] | QuantizedWeight,
+    down: Float[Array, "e d m"] | QuantizedWeight,
     expert_ids: Int[Array, "b l k"],
     gates: Float[Array, "b l k"],
     *,
@@ -119,15 +125,13 @@ def experts_sharded(
 
     rows = None if batch % axis_size(mesh, *BATCH) else BATCH
     tokens = P(rows, over(SEQUENCE, length))
-    tensor, fsdp = over(TENSOR, down.shape[2]), over("fsdp", width)
-    of_up, of_down = P(*(None,) * (up.ndim - 2), tensor, fsdp), P(None, fsdp, tensor)
+    tensor, fsdp = over(TENSOR, input_pieces(down)), over("fsdp", math.gcd(width, input_pieces(up)))
+    of_up = spec_of(up, P(*(None,) * (up.ndim - 2), tensor, fsdp))
+    of_down = spec_of(down, P(None, fsdp, tensor))
 
     def run(x, up, down, expert_ids, gates):
         if fsdp and axis_size(mesh, fsdp) > 1:
-            up, down = (
-                jax.lax.all_gather(_narrowed(weight, dtype), fsdp, axis=axis, tiled=True)
-                for weight, axis in ((up, up.ndim - 1), (down, 1))
-            )
+            up, down = _gathered(up, of_up, fsdp, dtype), _gathered(down, of_down, fsdp, dtype)
         options = {"activation": activation, "dtype": dtype, "implementation": implementation}
         return experts(x, up, down, expert_ids, gates, **options)[None]
 
@@ -145,8 +149,18 @@ def experts_sharded(
     return run(x, up, down, expert_ids, gates).sum(axis=0)
 
 
-def _narrowed(weight: Array, dtype: DTypeLike) -> Array:
-    return weight.astype(min(weight.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize))
+def _gathered(
+    weight: Array | QuantizedWeight, spec: P | QuantizedWeight, axis: str, dtype: DTypeLike
+) -> Array | QuantizedWeight:
+    """All-gather a weight over a mesh axis, in the compute dtype if that is narrower; quantized as it is."""
+    if not isinstance(weight, QuantizedWeight):
+        weight = weight.astype(min(weight.dtype, jnp.dtype(dtype), key=lambda kind: kind.itemsize))
+
+    def gather(array: Array, spec: P) -> Array:
+        at = [index for index, name in enumerate(spec) if name == axis]
+        return jax.lax.all_gather(array, axis, axis=at[0], tiled=True) if at else array
+
+    return jax.tree.map(gather, weight, spec)
 
 
 def _all_but_gathered(primitive: Primitive, *_: object, **__: object) -> bool:
@@ -159,11 +173,15 @@ def _run(x, up, down, expert_ids, gates, activation: str, dtype: DTypeLike, ragg
     x, expert_ids, gates = (array.reshape(-1, array.shape[-1]) for array in (x, expert_ids, gates))
     block = 1 if ragged else rows_per_block(expert_ids.size, num_experts)
     plan = sort_into_blocks(expert_ids, num_experts, block)
-    product = partial(grouped_product, groups=plan.groups, dtype=dtype, ragged=ragged)
+    if isinstance(up, QuantizedWeight):
+        product, up = quantized_grouped_product, up.reshape_rows(num_experts, -1)
+    else:
+        product, up = partial(grouped_product, ragged=ragged), up.reshape(num_experts, -1, up.shape[-1])
+    product = partial(product, groups=plan.groups, dtype=dtype)
     full = jnp.promote_types(dtype, jnp.float32)
     # In float32, so that the gradient sums a token's pairs before it is rounded.
     rows = x.astype(full).at[plan.tokens].get(mode="fill", fill_value=0)  # (s, d)
-    inner = product(rows, up.reshape(num_experts, -1, up.shape[-1]))  # (s, m), gated (s, 2 m)
+    inner = product(rows, up)  # (s, m), gated (s, 2 m)
     y = product(_activate(inner.astype(dtype), activation), down)  # (s, d)
     return jnp.einsum("tkd,tk->td", y[plan.slots], gates.astype(full)).reshape(shape)
 
@@ -232,3 +250,9 @@ def check_arguments(op: str, x, up, down, expert_ids, gates, activation, impleme
         raise ValueError(f"{op}: gates has shape {gates.shape}, wants that of expert_ids, {expert_ids.shape}")
     check_integer(op, expert_ids=expert_ids)
     check_dtype(op, x=x, up=up, down=down, gates=gates)
+    if isinstance(up, QuantizedWeight) != isinstance(down, QuantizedWeight):
+        raise ValueError(f"{op}: one of up and down is quantized, the other is not; quantize both")
+    if isinstance(up, QuantizedWeight) and implementation == "ragged_dot":
+        raise ValueError(
+            f"{op}: implementation='ragged_dot' has no form for quantized experts; want 'blocks'"
+        )

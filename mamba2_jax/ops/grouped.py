@@ -87,10 +87,17 @@ def _by_block(a: Array, b: Array, groups: Groups, result: str, narrow: DTypeLike
         shape = (len(groups.sizes), a.shape[2], b.shape[2])
     else:
         shape = (*a.shape[:2], b.shape[1 if result == "sm" else 2])
-    # 0, but XLA cannot know: else it makes the zeros of all layers at once, at the start of a training step.
-    zero = jnp.where((groups.blocks < 0) | (jnp.abs(a[0, 0, 0]) < 0), 1, 0).astype(full)
-    y = jax.lax.fori_loop(0, groups.blocks, step, jnp.full(shape, zero))
+    y = jax.lax.fori_loop(0, groups.blocks, step, opaque_zeros(shape, full, groups, a))
     return y if result == "emd" else y.reshape(-1, shape[2])
+
+
+def opaque_zeros(shape: tuple[int, ...], dtype: DTypeLike, groups: Groups, a: Array) -> Array:
+    """Make zeros that XLA does not know to be 0; `a` is any operand of the loop that starts from them.
+
+    Else XLA makes the zeros of all layers at once, at the start of a training step.
+    """
+    zero = jnp.where((groups.blocks < 0) | (jnp.abs(a.ravel()[0]) < 0), 1, 0).astype(dtype)
+    return jnp.full(shape, zero)
 
 
 def _by_ragged_dot(a: Array, b: Array, groups: Groups, result: str, narrow: DTypeLike) -> Array:

@@ -6,13 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.bilinear import product
-from mamba2_jax.ops.on_cpu.products import as_matrix, at_least_two_rows
-from mamba2_jax.typing import Array, DTypeLike, Float
+from mamba2_jax.ops.on_cpu.products import as_matrix, at_least_two_rows, embedding_lookup
+from mamba2_jax.ops.quantized import QuantizedWeight, quantized_product
+from mamba2_jax.typing import Array, DTypeLike, Float, Int
 
 
 def linear(
     x: Float[Array, "*b d"],
-    weight: Float[Array, "d *out"],
+    weight: Float[Array, "d *out"] | QuantizedWeight,
     bias: Float[Array, "*out"] | None = None,
     *,
     dtype: DTypeLike,
@@ -21,35 +22,49 @@ def linear(
 
     Args:
         x: `(..., d)`.
-        weight: `(d, *out)`.
+        weight: `(d, *out)`, an array or quantized.
         bias: `(*out)`.
         dtype: dtype that both operands are cast to, in the backward pass too.
 
     Returns:
         `(..., *out)` in float32 (float64 when `dtype` is float64); the caller casts the result down.
     """
-    rows, count = _rows(x, dtype)
-    y = _product(rows, weight, dtype, over=0)
-    y = y[:count].reshape(*x.shape[:-1], *weight.shape[1:])
+    if isinstance(weight, QuantizedWeight):
+        y = quantized_product(x, weight, dtype=dtype)
+    else:
+        rows, count = _rows(x, dtype)
+        y = _product(rows, weight, dtype, over=0)
+        y = y[:count].reshape(*x.shape[:-1], *weight.shape[1:])
     return y if bias is None else y + bias.astype(y.dtype)
 
 
 def vocabulary_logits(
-    x: Float[Array, "*b d"], embedding: Float[Array, "v d"], *, dtype: DTypeLike
+    x: Float[Array, "*b d"], embedding: Float[Array, "v d"] | QuantizedWeight, *, dtype: DTypeLike
 ) -> Float[Array, "*b v"]:
     """Compute the logits of every token id, `x @ embedding.T`, in float32.
 
     Args:
         x: `(..., d)`.
-        embedding: `(v, d)`, the matrix of the head or of the tied embedding.
+        embedding: `(v, d)`, the matrix of the head or of the tied embedding, an array or quantized.
         dtype: dtype that both operands are cast to, in the backward pass too.
 
     Returns:
         `(..., v)` in float32 (float64 when `dtype` is float64).
     """
+    if isinstance(embedding, QuantizedWeight):
+        return quantized_product(x, embedding, dtype=dtype)
     rows, count = _rows(x, dtype)
     y = _product(rows, embedding, dtype, over=1)
     return y[:count].reshape(*x.shape[:-1], -1)
+
+
+def vocabulary_lookup(
+    embedding: Float[Array, "v d"] | QuantizedWeight, ids: Int[Array, "*b"]
+) -> Float[Array, "*b d"]:
+    """Look up the rows of an embedding `(v, d)` at token ids; those of a quantized one are float32."""
+    if isinstance(embedding, QuantizedWeight):
+        return embedding[ids].astype(jnp.float32)
+    return embedding_lookup(embedding, ids)
 
 
 def _product(rows: Array, weight: Array, dtype: DTypeLike, over: int) -> Array:

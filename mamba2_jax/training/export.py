@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -12,6 +13,7 @@ from mamba2_jax.lora.attach import adapter_names, settings_of
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.models.pretrained import Origin
+from mamba2_jax.sharding import array_path
 from mamba2_jax.training.carry import initial_cache
 from mamba2_jax.training.checkpoint import read_checkpoint
 from mamba2_jax.training.checksums import fingerprint
@@ -25,7 +27,8 @@ def describe_model(model: Mamba2ForCausalLM) -> dict[str, Any]:
     try:
         config = model.config.to_dict()
     except NotImplementedError:  # transformers has no words for it
-        config = model.config.to_state_spaces_dict()
+        config = model.config.replace(quantization=None).to_state_spaces_dict()
+        config |= {"quantization": model.config.quantization} if model.config.quantization else {}
     origin, names = model.origin, adapter_names(model)
     return {
         "config": config,
@@ -39,7 +42,7 @@ def describe_model(model: Mamba2ForCausalLM) -> dict[str, Any]:
 def model_of(
     path: pathlib.Path, base: str | pathlib.Path | None = None, dtype: DTypeLike | None = None
 ) -> tuple[Mamba2ForCausalLM, float]:
-    """Rebuild the model of a checkpoint; an adapter is merged into its base.
+    """Rebuild the model of a checkpoint; an adapter is merged into its base, dequantized if need be.
 
     Args:
         path: folder of one checkpoint.
@@ -96,7 +99,8 @@ def _with_adapter(
     base = extra["model"]["folder"] if base is None else base
     if base is None:
         raise ValueError(f"{path}: holds an adapter of a model that was in no folder; name its base")
-    model = Mamba2ForCausalLM.from_pretrained(base)
+    quantization = extra["model"]["config"].get("quantization")
+    model = Mamba2ForCausalLM.from_pretrained(base, quantize=quantization)
     if fingerprint(base_arrays(model)) != extra["run"]["base"]:
         raise ValueError(f"{base}: not the weights that the adapter in {path} was trained on")
     add_lora(model, LoraConfig(**extra["model"]["adapter"]), rngs=nnx.Rngs(0))
@@ -105,10 +109,12 @@ def _with_adapter(
         if (array := params.get(".".join(map(str, name)))) is not None:
             leaf.set_value(array)
     nnx.update(model, parameters)
+    if quantization is not None:
+        model.dequantize(model.backbone.norm_f.weight.dtype if dtype is None else dtype)
     return model, merge_lora(model, dtype=dtype)
 
 
 def base_arrays(model: Mamba2ForCausalLM) -> dict[str, Any]:
     """Return the model's parameters without adapters, by path."""
-    flat = nnx.to_flat_state(nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam))))
-    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+    parameters = nnx.state(model, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
+    return {array_path(path): leaf for path, leaf in jax.tree.leaves_with_path(parameters)}

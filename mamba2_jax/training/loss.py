@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import Primitive
 from jax.typing import ArrayLike
 
 from mamba2_jax.models.cache import Mamba2Cache
@@ -20,6 +21,7 @@ from mamba2_jax.models.inputs import join_rows, next_token_targets
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL, summed_cross_entropy
+from mamba2_jax.ops.quantized import QUANTIZED_PRODUCTS
 from mamba2_jax.ops.routing import load_balancing_loss
 from mamba2_jax.training.on_cpu import recomputed
 from mamba2_jax.typing import Array, Float, Int
@@ -27,9 +29,16 @@ from mamba2_jax.typing import Array, Float, Int
 TOKENS_PER_SLICE = 1024
 """Tokens per matmul with the head: keeps a device busy; 0.2 GB of logits at a vocabulary of 50,000."""
 
+
+def _is_product_with_weight(primitive: Primitive, *arrays: Any, **options: Any) -> bool:
+    return primitive in QUANTIZED_PRODUCTS or jax.checkpoint_policies.dots_with_no_batch_dims_saveable(
+        primitive, *arrays, **options
+    )
+
+
 REMAT: dict[str, Callable[[Callable], Callable] | None] = {
     "none": None,
-    "dots": partial(jax.checkpoint, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable),
+    "dots": partial(jax.checkpoint, policy=_is_product_with_weight),
     "block": recomputed,
 }
 """Remat policy by name: per block, save all residuals, only the matmuls with weights, or only the input."""

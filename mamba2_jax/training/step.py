@@ -28,6 +28,7 @@ from mamba2_jax.lora.attach import trained_paths
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.processes import place
+from mamba2_jax.sharding import array_path
 from mamba2_jax.training.carry import begin_or_go_on, initial_cache
 from mamba2_jax.training.gradients import gradients_through, summed_gradients
 from mamba2_jax.training.loss import TOKENS_PER_SLICE, loss_and_cache, loss_fn
@@ -74,7 +75,12 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
             f"split_model: the model has no parameter that fits {trainable}; nothing would be trained"
         )
     leaves, treedef = jax.tree.flatten_with_path(model)
-    arrays = {_name(path): leaf for path, leaf in leaves}
+    arrays = {array_path(path): leaf for path, leaf in leaves}
+    if chosen - arrays.keys():
+        raise ValueError(
+            f"split_model: the weights are {model.config.quantization}, which cannot be trained; add_lora "
+            "trains adapters on them (mamba2-jax finetune: --lora.rank), dequantize() makes them floats"
+        )
     structure = Structure(treedef, tuple(arrays))
     trained = {
         name: jnp.array(leaf, jnp.promote_types(leaf.dtype, jnp.float32))  # a copy: steps donate the buffers
@@ -82,10 +88,6 @@ def split_model(model: Mamba2ForCausalLM, trainable: Any = None) -> tuple[Struct
         if name in chosen
     }
     return structure, trained, {name: leaf for name, leaf in arrays.items() if name not in chosen}
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 @jax.tree_util.register_dataclass

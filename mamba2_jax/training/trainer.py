@@ -97,6 +97,11 @@ class Trainer:
         check_run(config, model, self._output, eval_data)
         self._mesh = config.mesh.make()
         check_mesh(config, self._mesh)
+        if config.lora.merge and model.config.quantization is not None:
+            raise ValueError(
+                f"Trainer: lora.merge, but the weights are {model.config.quantization}; leave it out, and let"
+                " mamba2-jax convert merge the adapter into floats"
+            )
         self._base = fingerprint(base_arrays(model))
         settings = config.lora.config()
         if settings is not None and not adapter_names(model):
@@ -171,7 +176,7 @@ class Trainer:
     def _plan(self) -> Plan:
         config = self.config
         save_every = config.checkpoint.every or spacing(self.steps)
-        device = next(iter(self.model.backbone.embeddings.weight[...].sharding.addressable_devices))
+        device = next(iter(self.model.backbone.norm_f.weight[...].sharding.addressable_devices))
         peak = peak_operations(device, self.model.dtype)
         return Plan(
             steps=self.steps,

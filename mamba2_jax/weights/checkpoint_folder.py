@@ -20,6 +20,7 @@ from mamba2_jax.weights import (
     write_safetensors,
     write_torch,
 )
+from mamba2_jax.weights.header import FLOAT_DTYPES
 
 Format: TypeAlias = Literal["transformers", "state-spaces"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -113,7 +114,8 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
     content = config.replace(rescale_prenorm_residual=False).to_dict()
     sizes: Counter[str] = Counter()
     for tensor in tensors:
-        sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
+        if tensor.dtype in FLOAT_DTYPES.values():
+            sizes[tensor.dtype.name] += tensor.nbytes // tensor.dtype.itemsize
     # transformers loads all weights in this dtype; mlx-lm and transformers before 4.56 know the older key
     content["dtype"] = content["torch_dtype"] = sizes.most_common(1)[0][0]
     if not head:

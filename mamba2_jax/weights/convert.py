@@ -14,6 +14,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.files import TOKENIZER_FILES, refuse_remote
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weight_types import TypeName
 from mamba2_jax.weights import convertible_weights, open_checkpoint
 from mamba2_jax.weights.checkpoint_folder import MAX_SHARD_SIZE, Format, write_checkpoint
 
@@ -24,6 +25,7 @@ def convert(
     *,
     to: Format = "transformers",
     dtype: DTypeLike | None = None,
+    quantize: TypeName | None = None,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     tokenizer: str | Path | None = None,
     revision: str | None = None,
@@ -38,6 +40,8 @@ def convert(
         target: the folder to write.
         to: the form to write.
         dtype: stored float dtype; None keeps each tensor's own. A_log, dt_bias and D are never narrowed.
+            Quantized weights become floats.
+        quantize: "int8" or "int4": quantize the weights, as `from_pretrained` does. None: as they are.
         max_shard_size: bytes per file, or text such as "5GB"; for the form "transformers" only.
         tokenizer: folder or hub id whose tokenizer files are copied; None: the source's, if it has any.
         revision: branch, tag or commit of `source` on the hub.
@@ -62,8 +66,15 @@ def convert(
     config = Mamba2Config.from_pretrained(folder)
     with open_checkpoint(folder) as checkpoint:
         tensors = convertible_weights(
-            checkpoint, config, format=to, dtype=dtype, allow_non_finite=allow_non_finite
+            checkpoint,
+            config,
+            format=to,
+            dtype=dtype,
+            quantize=quantize,
+            allow_non_finite=allow_non_finite,
         )
+        if dtype is not None or quantize is not None:
+            config = config.replace(quantization=quantize)
         write_checkpoint(
             target,
             config,

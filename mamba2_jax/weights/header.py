@@ -19,6 +19,9 @@ FLOAT_DTYPES: dict[str, np.dtype] = {
 }
 """Stored dtypes that a weight may have, by safetensors name."""
 
+DTYPES: dict[str, np.dtype] = FLOAT_DTYPES | {"I8": np.dtype(np.int8), "U8": np.dtype(np.uint8)}
+"""Stored dtypes that are read, those of quantized values among them."""
+
 _NAMES_BY_BITS = {
     4: "F4",
     6: "F6_E2M3 F6_E3M2",
@@ -46,10 +49,10 @@ class TensorInfo:
 
     @property
     def array_dtype(self) -> np.dtype:
-        """Dtype of an array of it; raises CheckpointError unless that is a float type."""
-        if self.dtype not in FLOAT_DTYPES:
+        """Dtype of an array of it; raises CheckpointError unless that is in `DTYPES`."""
+        if self.dtype not in DTYPES:
             raise CheckpointError(self.file, [f"tensor {show(self.name)} is {self.dtype}; want a float type"])
-        return FLOAT_DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def nbytes(self) -> int:

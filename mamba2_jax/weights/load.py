@@ -25,18 +25,21 @@ import numpy as np
 from jax.sharding import Sharding
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.quantization import check_quantize, quantized_tensors, type_for
 from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weight_types import TypeName, WeightType
 from mamba2_jax.weights.files import CheckpointError
 from mamba2_jax.weights.header import FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.plan import check_sizes, label, plan_load
 from mamba2_jax.weights.reader import Checkpoint, open_checkpoint
 from mamba2_jax.weights.report import LoadReport, progress_bar
 from mamba2_jax.weights.shards import Placement, Shard, blocks_of, shards_of
-from mamba2_jax.weights.table import Leaf, StoredTensor, checkpoint_table
+from mamba2_jax.weights.table import Leaf, StoredTensor, checkpoint_table, stored_table
 from mamba2_jax.weights.uncached import available_memory
 from mamba2_jax.weights.values import Scratch, cast, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 2 << 20
+_QUANTIZED_AT_A_TIME = 1 << 17  # numbers; a thread needs some 20 bytes for each
 _THREADS = 2  # one reads while one converts; more compete for the CPU cache and take half as long again
 _UNCACHED_THREADS = 4  # O_DIRECT has no read-ahead, so several reads must be in flight
 
@@ -50,11 +53,13 @@ def load_weights(
     allow_non_finite: bool = False,
     show_progress: bool = False,
     head: bool = True,
+    quantize: TypeName | None = None,
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint's weights as arrays by parameter path.
 
     Every name, shape and dtype is checked against the config before the first array is allocated. Beyond the
-    result, host memory holds only the parameter being transferred and a few blocks of its file.
+    result, host memory holds only the parameter being transferred and a few blocks of its file: also with
+    `quantize`, as rows are quantized while they are read.
 
     Args:
         folder: holds the weights of a kind in `files.WEIGHT_FILES`: one file, or an index and its shards.
@@ -65,25 +70,29 @@ def load_weights(
         allow_non_finite: accept NaN and infinite weights (the report names them) instead of refusing them.
         show_progress: draw a progress bar on stderr.
         head: False leaves out `lm_head.weight`, for the bare Mamba2Model.
+        quantize: a key of `WEIGHT_TYPES`; the arrays are then those of a config with this `quantization`.
+            None: as in the files.
 
     Returns:
         The arrays, which own their memory (the files may be deleted), and a `LoadReport`.
 
     Raises:
         CheckpointError: a broken file, or tensors that do not match the config; lists every problem.
-        ValueError: `param_dtype` is no float dtype that JAX can hold, or a sharding does not fit a shape.
+        ValueError: `param_dtype` is no float dtype that JAX can hold, a sharding does not fit a shape, or the
+            files are quantized in another type.
     """
+    quantize = check_quantize("load_weights", quantize, config)
     began = time.perf_counter()
     wanted = None if param_dtype is None else _check_param_dtype(param_dtype)
     place = sharding if callable(sharding) else lambda path: sharding
     with open_checkpoint(folder) as checkpoint:
         check_sizes(checkpoint, config)
-        table = checkpoint_table(config, head)
+        table = stored_table(config, head)
         plan, notes = plan_load(checkpoint, config, table, head)
         # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
         threads = _UNCACHED_THREADS if uncached else _THREADS
-        run = _Loader(checkpoint, wanted, place, allow_non_finite, threads)
+        run = _Loader(checkpoint, wanted, place, allow_non_finite, threads, quantize)
         total = sum(info.nbytes for _, info in plan)
         with run.pool, progress_bar("loading weights", total, show_progress) as advance:
             # in file order: the disk reads sequentially
@@ -95,13 +104,13 @@ def load_weights(
                 advance(info.nbytes)
     if run.problems:
         raise CheckpointError(checkpoint.folder, run.problems)
-    order = [leaf.path for stored in table for leaf in stored.leaves]
+    order = [leaf.path for stored in table for one in run.becomes(stored) for leaf in one.leaves]
     arrays = {path: run.arrays[path] for path in order}
     report = LoadReport(
         source=checkpoint.folder,
         files=checkpoint.files,
         tensors=len(plan),
-        parameters=sum(run.stored_dtypes.values()),
+        parameters=sum(leaf.size for stored in checkpoint_table(config, head) for leaf in stored.leaves),
         bytes=sum(info.nbytes for _, info in plan),
         dtypes=dict(run.stored_dtypes.most_common()),
         stored_dtypes={stored.name: info.array_dtype.name for stored, info in plan},
@@ -122,8 +131,10 @@ class _Loader:
         place: Callable[[str], Placement],
         allow_non_finite: bool,
         threads: int,
+        quantization: TypeName | None,
     ):
         self.checkpoint = checkpoint
+        self.quantization: TypeName | None = quantization
         self.param_dtype = param_dtype
         self.place = place
         self.allow_non_finite = allow_non_finite
@@ -135,8 +146,16 @@ class _Loader:
         self.stored_dtypes: Counter[str] = Counter()
         self.param_dtypes: Counter[str] = Counter()
 
+    def becomes(self, stored: StoredTensor) -> tuple[StoredTensor, ...]:
+        """Return the tensors whose leaves a tensor of the files fills: itself, or values and scales."""
+        return quantized_tensors(stored, self.quantization)
+
     def load(self, stored: StoredTensor, info: TensorInfo) -> None:
         """Read one stored tensor and transfer its leaves to their devices."""
+        kind = type_for(stored, self.quantization)
+        if kind is not None:
+            self._quantize(stored, info, kind)
+            return
         source = info.array_dtype
         wide = _widest(source)
         if wide != source:
@@ -159,8 +178,48 @@ class _Loader:
             if self.allow_non_finite:
                 self.notes.append(message)
             else:
-                self.problems.append(f"{message}; allow_non_finite=True takes them as they are")
-                self.arrays.clear()
+                self._problem(f"{message}; allow_non_finite=True takes them as they are")
+
+    def _quantize(self, stored: StoredTensor, info: TensorInfo, kind: WeightType) -> None:
+        """Read one stored tensor, quantize its rows and transfer values and scales to their devices."""
+        source, bad = info.array_dtype, 0
+        dtypes = np.dtype(kind.dtype), np.dtype(np.float32)
+        for leaf, *parts in zip(stored.leaves, *(one.leaves for one in self.becomes(stored)), strict=True):
+            places = [self.place(part.path) for part in parts]
+            shards = [shards_of(*target) for target in zip(parts, dtypes, places, strict=True)]
+            bad += self._quantize_leaf(info, leaf, kind, shards)
+            self.stored_dtypes[source.name] += leaf.size
+            self.param_dtypes[kind.name] += leaf.size
+            if not self.problems:
+                for part, own, place in zip(parts, shards, places, strict=True):
+                    self.arrays[part.path] = _put(own, part, place)
+        if bad:
+            self._problem(f"{label(info)} has {bad} NaN or infinite values, which {kind.name} cannot hold")
+
+    def _quantize_leaf(
+        self, info: TensorInfo, leaf: Leaf, kind: WeightType, targets: list[list[Shard]]
+    ) -> int:
+        """Fill the shards of values and of scales block by block; count the numbers that are not finite."""
+        width = math.prod(info.shape[1:])
+
+        def quantize_block(run: range) -> int:
+            block = self.scratch.take("block", (len(run), width), info.array_dtype)
+            self.checkpoint.read_rows(info.name, leaf.rows[0] + run.start, block)
+            if bad := count_non_finite(block):
+                return bad
+            for array, shards in zip(kind.quantize(block), targets, strict=True):
+                for shard in shards:
+                    if (at := shard.place_of(run)) is not None:
+                        columns = array[:, shard.columns.start : shard.columns.stop]
+                        copy_rows(columns, shard.rows_view[at], self.scratch)
+            return 0
+
+        rows = max(1, _QUANTIZED_AT_A_TIME // width)
+        return sum(self.pool.map(quantize_block, blocks_of(targets[0], rows)))
+
+    def _problem(self, message: str) -> None:
+        self.problems.append(message)
+        self.arrays.clear()
 
     def _read_leaf(
         self, info: TensorInfo, leaf: Leaf, target: np.dtype, shards: list[Shard]

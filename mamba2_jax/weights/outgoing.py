@@ -1,6 +1,6 @@
 """List the tensors of a checkpoint to write, from model arrays or from another checkpoint."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -8,14 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.config.quantization import check_quantize, quantized_tensors, type_for
 from mamba2_jax.processes import fetch
 from mamba2_jax.typing import DTypeLike
+from mamba2_jax.weight_types import TypeName, WeightType, dequantize
 from mamba2_jax.weights.files import CheckpointError
-from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.weights.header import DTYPES, FLOAT_DTYPES, TensorInfo
 from mamba2_jax.weights.plan import check_sizes, label, plan_load
 from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.safetensors_file import Outgoing
-from mamba2_jax.weights.table import StoredTensor, as_rows, checkpoint_table, pieces_of, written_name
+from mamba2_jax.weights.table import (
+    StoredTensor,
+    as_rows,
+    checkpoint_table,
+    pieces_of,
+    stored_table,
+    written_name,
+)
 from mamba2_jax.weights.values import Scratch, copy_rows, count_non_finite, target_dtype
 
 _BLOCK_BYTES = 1 << 20
@@ -44,7 +53,7 @@ def outgoing_weights(
     Raises:
         ValueError: parameters missing, unknown or of a wrong shape; a dtype that weights cannot be stored in.
     """
-    table = [stored for stored in checkpoint_table(config, head) if stored.leaves]
+    table = [stored for stored in stored_table(config, head) if stored.leaves]
     wanted = {leaf.path: leaf.shape for stored in table for leaf in stored.leaves}
     _check_paths(arrays, wanted)
     outgoing = []
@@ -69,6 +78,7 @@ def convertible_weights(
     *,
     format: str,
     dtype: DTypeLike | None = None,
+    quantize: TypeName | None = None,
     allow_non_finite: bool = False,
 ) -> list[Outgoing]:
     """List the tensors of an open checkpoint for writing in another form; each is read while it is written.
@@ -79,35 +89,74 @@ def convertible_weights(
         checkpoint: must stay open until all tensors are written.
         config: the model config, against which the checkpoint is checked.
         format: form of the checkpoint to write, which decides the tensor names.
-        dtype: dtype to write; never narrows A_log, dt_bias and D. None: each tensor's own.
+        dtype: dtype to write; never narrows A_log, dt_bias and D. Dequantizes. None: each tensor's own.
+        quantize: type of `WEIGHT_TYPES` to write.
         allow_non_finite: accept NaN and infinite values; False: raise CheckpointError while writing them.
 
     Raises:
         CheckpointError: tensors that do not match the config; lists every problem.
     """
     check_sizes(checkpoint, config)
-    plan, _ = plan_load(checkpoint, config, checkpoint_table(config), head=True)
+    plan, _ = plan_load(checkpoint, config, stored_table(config), head=True)
+    located = {stored.name: info for stored, info in plan}
+    wanted = None if dtype is None else check_dtype(dtype)
+    written = check_quantize("convert", quantize, config) or (config.quantization if dtype is None else None)
     outgoing = []
-    for stored, info in plan:
-        own = info.array_dtype
-        target = target_dtype(stored.leaves, own, None if dtype is None else check_dtype(dtype))
+    for stored in checkpoint_table(config):
+        if not stored.leaves:
+            continue
+        sources = [located[one.name] for one in quantized_tensors(stored, config.quantization)]
+        targets, kind = quantized_tensors(stored, written), type_for(stored, written)
+        for index, target in enumerate(targets):
+            read, change, floats = sources, dequantize, np.dtype(np.float32)
+            if len(sources) == len(targets):
+                read, change, floats = [sources[index]], _unchanged, sources[index].array_dtype
+            elif kind is not None:
+                change = partial(_quantized, kind, index)
+            own = DTYPES[target.dtype] if target.dtype else target_dtype(target.leaves, floats, wanted)
+            outgoing += _converted(checkpoint, target, read, change, own, format, allow_non_finite)
+    return outgoing
 
-        def blocks(info=info, name=info.name) -> Iterator[np.ndarray]:
-            for _, block in checkpoint.blocks(name):
-                if not allow_non_finite and (count := count_non_finite(block)):
+
+def _converted(
+    checkpoint: Checkpoint,
+    target: StoredTensor,
+    sources: list[TensorInfo],
+    change: Callable[..., np.ndarray],
+    dtype: np.dtype,
+    form: str,
+    allow_non_finite: bool,
+) -> Iterator[Outgoing]:
+    """Yield a tensor to write, or one per matrix of it, made by `change` of the same rows of its sources."""
+
+    def blocks(sources: Sequence[TensorInfo]) -> Iterator[np.ndarray]:
+        for row, block in checkpoint.blocks(sources[0].name):
+            rows = [block]
+            for info in sources[1:]:
+                rows.append(np.empty((len(block), *info.shape[1:]), info.array_dtype))
+                checkpoint.read_rows(info.name, row, rows[-1])
+            for info, numbers in zip(sources, rows, strict=True):
+                if not allow_non_finite and (count := count_non_finite(numbers)):
                     message = f"{label(info)} has {count} or more NaN or infinite values"
                     raise CheckpointError(checkpoint.folder, [message])
-                yield block
+            yield change(*rows)
 
-        name = written_name(stored, format, head=True)
-        pieces = pieces_of(name, stored)
-        if len(pieces) == 1:
-            outgoing.append(Outgoing(name, stored.file_shape, target, blocks))
-            continue
-        for piece, location in zip(pieces, info.pieces, strict=True):
-            one = partial(blocks, location, location.name)
-            outgoing.append(Outgoing(piece, stored.file_shape[1:], target, one))
-    return outgoing
+    name = written_name(target, form, head=True)
+    names = pieces_of(name, target)
+    if len(names) == 1:
+        yield Outgoing(name, target.file_shape, dtype, partial(blocks, sources))
+        return
+    for name, pieces in zip(names, zip(*(info.pieces for info in sources), strict=True), strict=True):
+        yield Outgoing(name, target.file_shape[1:], dtype, partial(blocks, pieces))
+
+
+def _unchanged(rows: np.ndarray) -> np.ndarray:
+    return rows
+
+
+def _quantized(kind: WeightType, which: int, rows: np.ndarray) -> np.ndarray:
+    """Return the values (0) or the scales (1) of rows."""
+    return kind.quantize(rows)[which]
 
 
 def check_dtype(dtype: DTypeLike) -> np.dtype:

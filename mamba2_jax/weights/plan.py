@@ -63,7 +63,9 @@ def plan_load(
             if info.shape != shape:
                 shapes = f"has shape {show_shape(info.shape)}, the config wants {show_shape(shape)}"
                 problems.append(f"{label(info)} {shapes}{_why_vocabulary(name, info.shape, config)}")
-            if info.dtype not in FLOAT_DTYPES:
+            if stored.dtype and info.dtype != stored.dtype:
+                problems.append(f"{label(info)} is {info.dtype}, want {stored.dtype}")
+            elif not stored.dtype and info.dtype not in FLOAT_DTYPES:
                 types = ", ".join(FLOAT_DTYPES)
                 problems.append(f"{label(info)} is {info.dtype}, want a float type ({types})")
             elif info.dtype != pieces[0].dtype:

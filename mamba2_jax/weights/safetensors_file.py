@@ -11,11 +11,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from mamba2_jax.files import WEIGHT_FILES
-from mamba2_jax.weights.header import FLOAT_DTYPES
+from mamba2_jax.weights.header import DTYPES
 from mamba2_jax.weights.values import cast
 
 FILES = WEIGHT_FILES[0]  # transformers' names
-_NAMES = {dtype: name for name, dtype in FLOAT_DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 

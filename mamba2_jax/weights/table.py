@@ -10,7 +10,7 @@ import numpy as np
 
 from mamba2_jax.config.families.family import EACH
 from mamba2_jax.config.leaves import Leaf, StoredTensor
-from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, checkpoint_table
+from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, checkpoint_table, stored_table
 
 __all__ = [
     "EMBEDDING",
@@ -23,6 +23,7 @@ __all__ = [
     "match_names",
     "pieces_of",
     "stored_names",
+    "stored_table",
     "without_backbone",
     "written_name",
 ]

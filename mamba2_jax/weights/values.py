@@ -33,6 +33,8 @@ class Scratch(threading.local):
 def count_non_finite(block: np.ndarray) -> int:
     """Count NaN and infinite values by exponent bits, which is many times faster than isfinite."""
     size = block.dtype.itemsize
+    if size == 1:  # quantized values
+        return 0
     exponent = _EXPONENT.get(size) or (0x7C00 if block.dtype == np.float16 else 0x7F80)
     bits, sign = block.view(f"u{size}"), 1 << (8 * size - 1)
     # Positive non-finite values are the largest as signed integers, negative ones as unsigned integers.
@@ -76,9 +78,10 @@ def copy_rows(source: np.ndarray, target: np.ndarray, scratch: Scratch) -> None:
 def target_dtype(leaves: Iterable[Leaf], own: np.dtype, wanted: np.dtype | None) -> np.dtype:
     """Return the dtype that leaves of dtype `own` get: `wanted`; None keeps theirs.
 
-    A_log, dt_bias and D get the smallest dtype that holds both: float32 for float16 with bfloat16.
+    A_log, dt_bias, D and scales get the smallest dtype that holds both: float32 for float16 with bfloat16.
+    Values of one byte, which are quantized, stay as they are.
     """
-    if wanted is None:
+    if wanted is None or own.itemsize == 1:
         return own
     precise = any(leaf.role.keep_precision for leaf in leaves)
     return np.dtype(jnp.promote_types(own, wanted)) if precise else wanted
