@@ -37,7 +37,7 @@ ARROWS = {
     "generation": "config models ops tokenizer typing",
     "training": "config files lora mesh models ops processes sharding typing",
     "cli": "config files generation hub lora models ops processes tokenizer training weights",
-    "__init__": "config generation models tokenizer",
+    "__init__": "config generation layers models tokenizer",
 }
 # What a room may import from outside, beside Python's own.
 OUTSIDE = {

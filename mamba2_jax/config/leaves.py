@@ -44,6 +44,7 @@ EXPERTS = Role(decays=True)  # one matrix per expert, kept as stored
 CORRECTION = Role(keep_precision=True)  # of a router's choice
 EMBEDDING_TABLE = Role(decays=True)
 OUTPUT_HEAD = Role(decays=True, input_axis=1)
+SCORES = Role(decays=True, rows_last=True)  # of a classifier's labels
 DYNAMICS = Role(keep_precision=True)  # A_log, dt_bias, D
 VECTOR = Role()  # weights of norms, and biases
 

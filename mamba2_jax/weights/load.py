@@ -50,6 +50,7 @@ def load_weights(
     allow_non_finite: bool = False,
     show_progress: bool = False,
     head: bool = True,
+    extra: tuple[StoredTensor, ...] = (),
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint's weights as arrays by parameter path.
 
@@ -65,6 +66,7 @@ def load_weights(
         allow_non_finite: accept NaN and infinite weights (the report names them) instead of refusing them.
         show_progress: draw a progress bar on stderr.
         head: False leaves out `lm_head.weight`, for the bare Mamba2Model.
+        extra: tensors to load beside those of the config, such as a classifier's.
 
     Returns:
         The arrays, which own their memory (the files may be deleted), and a `LoadReport`.
@@ -78,7 +80,7 @@ def load_weights(
     place = sharding if callable(sharding) else lambda path: sharding
     with open_checkpoint(folder) as checkpoint:
         check_sizes(checkpoint, config)
-        table = checkpoint_table(config, head)
+        table = (*checkpoint_table(config, head), *extra)
         plan, notes = plan_load(checkpoint, config, table, head)
         # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()
