@@ -29,8 +29,10 @@ DOORS = {
     "ops.scan.api.ssd",
     "ops.scan.api.ssd_step",
     "ops.scan.sharded.ssd_sharded",
+    "models.inspection.inspect",
     "models.mamba2.Mamba2ForCausalLM.__call__",
     "models.mamba2.Mamba2Model.__call__",
+    "models.pooling.embed",
     "generation.decoding.generate",
 }
 
