@@ -52,7 +52,7 @@ OUTSIDE = {
     "sharding": "jax",
     "ops": "jax numpy",
     "weights": "jax ml_dtypes numpy rich torch",
-    "layers": "flax jax",
+    "layers": "flax jax numpy",
     "lora": "flax jax numpy safetensors",
     "models": "flax jax numpy safetensors",
     "generation": "jax jinja2 numpy",
