@@ -6,7 +6,6 @@ Both have one leaf per meaning (z and x, B and C, dt), so that heads and groups 
 import math
 from functools import partial
 
-import jax.numpy as jnp
 from flax import nnx
 
 from mamba2_jax.config import Mamba2Config
@@ -76,10 +75,9 @@ class CausalConv1d(Adaptable):
         num_pieces: int,
     ) -> tuple[Array, Array, ConvState]:
         """Convolve a sequence, or one of its `num_pieces` pieces; return x, BC and the final state."""
-        marks = None if rows.marks is None else rows.marks.astype(jnp.int32)
         convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
-        x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, marks)
-        BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, marks)
+        x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, rows.marks)
+        BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, rows.marks)
         return x, BC, ConvState(x=state_x, BC=state_BC)
 
     def step(
