@@ -131,10 +131,11 @@ def _convolve(extended, weight, bias, activation, length, documents=None):
     full = jnp.promote_types(extended.dtype, jnp.float32)
     reach = weight.shape[0] - 1
     tokens = (extended.shape[0], length)
+    weight = weight.astype(full)
     wide = extended.astype(full)  # before the slices, so that their gradients are summed in float32
     y = jnp.zeros((), full) if bias is None else for_every(tokens, bias.astype(full))
     for tap in range(reach + 1):
-        term = wide[:, tap : tap + length] * for_every(tokens, weight[tap].astype(full))
+        term = wide[:, tap : tap + length] * for_every(tokens, weight[tap])
         if documents is not None and tap < reach:
             same_document = documents[:, tap : tap + length] == documents[:, reach:]
             term = _where(same_document, term)
