@@ -42,6 +42,9 @@ class Mamba2Block(Piece):
     (2, 5, 32)
     """
 
+    norm: RMSNorm
+    mixer: Mamba2Mixer  # in a hybrid's other layers, another module or none
+
     def __init__(
         self,
         hidden_size: int | Mamba2Config,

@@ -96,11 +96,11 @@ class Piece(nnx.Module):
         check_shape(name, "hidden", hidden, "b l d", d=self.hidden_size)
         check_dtype(name, hidden=hidden)
         batch, length, _ = hidden.shape
-        if attention_mask is not None:
-            attention_mask = check_mask(name, attention_mask, batch, length)
-        if segment_ids is not None:
-            segment_ids = check_segments(name, segment_ids, batch, length)
-        rows = jax.tree.map(jnp.asarray, join_rows(attention_mask, segment_ids))
+        marks: Any = (
+            None if attention_mask is None else check_mask(name, attention_mask, batch, length),
+            None if segment_ids is None else check_segments(name, segment_ids, batch, length),
+        )
+        rows = jax.tree.map(jnp.asarray, join_rows(*marks))
         before = self._checked_state(state, batch)
         if reverse:
             hidden, rows = _flipped((hidden, rows))

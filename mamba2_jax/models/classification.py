@@ -85,7 +85,7 @@ class Mamba2ForSequenceClassification(PretrainedModel):
         self.dtype = jnp.dtype(dtype)
         self.label_names = _names(label_names, num_labels)
         check_choice(type(self).__name__, "problem_type", problem_type, (None, *PROBLEM_TYPES))
-        self.problem_type = problem_type
+        self.problem_type: ProblemType | None = problem_type
         self.backbone = Mamba2Model(
             config, dtype=dtype, param_dtype=param_dtype, ssd_implementation=ssd_implementation, rngs=rngs
         )
@@ -136,8 +136,10 @@ class Mamba2ForSequenceClassification(PretrainedModel):
         name, problem = type(self).__name__, self.problem_type
         if problem is None:
             whole = jnp.issubdtype(labels.dtype, jnp.integer)
-            several = "single_label_classification" if whole else "multi_label_classification"
-            problem = "regression" if self.num_labels == 1 else several
+            if self.num_labels == 1:
+                problem = "regression"
+            else:
+                problem = "single_label_classification" if whole else "multi_label_classification"
         if problem == "single_label_classification":
             check_shape(name, "labels", labels, "b", b=batch)
             check_integer(name, labels=labels)
@@ -277,7 +279,7 @@ def _names(names: Sequence[str] | None, count: int | None) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _placement(sharding) -> Sharding | None:
+def _placement(sharding: Any) -> Any:
     if isinstance(sharding, Mesh):
         return NamedSharding(sharding, PartitionSpec())
     return sharding(SCORE) if callable(sharding) else sharding

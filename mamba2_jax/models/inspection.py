@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -108,7 +108,7 @@ def inspect(
     >>> values[0].memory.shape, values[0].attention(head=3).shape, values[0].states.shape
     ((1, 8), (4, 4), (1, 1, 8, 64, 64))
     """
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     inputs = check_inputs("inspect", model.config, input_ids, attention_mask, None, None, inputs_embeds)
     _, length = batch_and_length(inputs[0], inputs_embeds)
     mixers = [i for i, block in enumerate(backbone.layers) if _has_mixer(block)]
@@ -132,7 +132,7 @@ def _inspect(
     valid = jnp.ones((batch, length), bool) if rows.mask is None else rows.mask
     values = {}
     for index in layers:
-        block = backbone.layers[index]
+        block: Any = backbone.layers[index]
         normed = block.norm(streams[index]).astype(block.dtype)
         scan = block.mixer.scan_inputs(normed, block.mixer.initial_state(batch), rows)
         states = _states_after(positions, **scan) if positions else None
@@ -145,7 +145,7 @@ def _states_after(positions: tuple[int, ...], A, D, **by_token: Array) -> Float[
     states, state, start = {}, None, 0
     for position in sorted(set(positions)):
         piece = {name: array[:, start : position + 1] for name, array in by_token.items()}
-        _, state = ssd(A=A, initial_state=state, **piece)
+        _, state = ssd(piece["x"], piece["dt"], A, piece["B"], piece["C"], initial_state=state)
         states[position], start = state, position + 1
     return jnp.stack([states[position] for position in positions], axis=1)
 

@@ -191,7 +191,7 @@ class Mamba2Model(PretrainedModel):
             expert_load=jnp.stack(loads) if loads else None,
         )
 
-    def first_hidden(self, input_ids: Array | None, inputs_embeds: Array | None) -> Float[Array, "b l d"]:
+    def first_hidden(self, input_ids, inputs_embeds) -> Float[Array, "b l d"]:
         """Return the residual stream before the first block."""
         if inputs_embeds is None:
             inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)

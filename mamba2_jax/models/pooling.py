@@ -1,7 +1,7 @@
 """One vector per row of hidden states: of the last valid token, or the mean over valid tokens."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +45,7 @@ def embed(
     (1, 256)
     """
     check_choice("embed", "pooling", pooling, get_args(Pooling))
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     inputs = check_inputs("embed", model.config, input_ids, attention_mask, None, None, inputs_embeds)
     with backbone.on_its_device():
         return _embed(backbone, *inputs, pooling=pooling, normalize=normalize)
