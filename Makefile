@@ -19,7 +19,7 @@ help:
 	@echo "make demo           the model inside the package writes Python"
 	@echo "make test           run the tests"
 	@echo "make test-kernels   run the tests of the GPU kernels, which need no GPU but Python >= 3.12"
-	@echo "make gpu            on a machine with an NVIDIA GPU: test the kernels there, then time them"
+	@echo "make gpu            on a machine with an NVIDIA GPU: test the kernels there, then time them and whole models"
 	@echo "make lint           ruff and pyright"
 	@echo "make docs           build the pages into build/site; make docs-serve shows them while they are written"
 	@echo "make clean          remove the virtual environments and what tools left"
@@ -46,13 +46,9 @@ test-kernels:
 	@PYTHON="$(PYTHON)" UV="$(UV)" .ci/test-kernels $(KERNEL_VENVS)
 
 # Uses an existing Python with jax for CUDA, pytest and jaxtyping, and optionally the peers to compare with.
-# Needs no network. make gpu PYTHON=/path/to/python PYTEST_ARGS="-n 8" BENCHMARK_ARGS="--shapes A B"
+# Needs no network. make gpu PYTHON=/path/to/python PARTS="tests scan" PYTEST_ARGS="-n 8" BENCHMARK_ARGS=...
 gpu:
-	@echo "==> pytest: the scan on this GPU against the float64 recurrence"
-	@XLA_PYTHON_CLIENT_PREALLOCATE=false $(or $(PYTHON),python3) -m pytest tests/gpu tests/kernels/test_mosaic_forward.py \
-		-m gpu -rs --override-ini addopts=--strict-markers $(PYTEST_ARGS)
-	@echo "==> benchmarks/ssd.py"
-	@$(or $(PYTHON),python3) benchmarks/ssd.py --output benchmarks/results $(BENCHMARK_ARGS)
+	@PYTHON="$(PYTHON)" PYTEST_ARGS="$(PYTEST_ARGS)" BENCHMARK_ARGS="$(BENCHMARK_ARGS)" .ci/gpu $(PARTS)
 
 lint: $(VENV)/.installed
 	@echo "==> ruff, pyright"

@@ -3,7 +3,7 @@
 For each family a tiny model and one of a published or scaled-down size, with random weights written by
 transformers and loaded by both. Logits are compared first; then prefill and decoding take turns.
 
-    python benchmarks/families.py --output benchmarks/results/families.md       # ten minutes
+    python benchmarks/families.py --output benchmarks/results/families.md       # four minutes
     python benchmarks/families.py --only granite-4.0-h-350m --rounds 1
 """
 

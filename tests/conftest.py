@@ -38,6 +38,7 @@ def pytest_configure(config):
         return  # without shape checks: beartype may be missing there
     jax.config.update("jax_platforms", "cpu")
     install_import_hook(shapes.modules(), "shapes.checked")
+    gc.set_threshold(200_000, 20, 100)  # tracing allocates many small objects: a seventh of the tests' time
     if config.getoption("markexpr") != "xla_habits":
         _compile_quickly_and_once()
     paths = [pathlib.Path(config.invocation_params.dir, argument.split("::")[0]) for argument in config.args]
@@ -84,6 +85,11 @@ def pytest_collection_modifyitems(config, items):
         habits = [item for item in items if item.get_closest_marker("xla_habits")]
         config.hook.pytest_deselected(items=habits)
         items[:] = [item for item in items if item not in habits]
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # modules are not searched for garbage again
 
 
 def pytest_ignore_collect(collection_path):

@@ -58,36 +58,59 @@ def test_a_wrong_result_of_ours_ends_it():
     assert "small: recurrent: differs from float32 by y 2.5e-01" in done.stderr
 
 
-def test_whole_models_are_compared(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("part", ["reading", "training"])
+def test_whole_models_are_compared(part, tmp_path, monkeypatch):
     """On the CPU and tiny: `benchmarks/gpu.py` itself wants a GPU and a published size."""
     torch = pytest.importorskip("torch")
     monkeypatch.syspath_prepend(BENCHMARK.parent)
     import gpu
+    import gpu_sides
 
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_heads": 2, "head_dim": 32, "state_size": 16}
-    tiny = Mamba2Config.preset("mamba2-130m").replace(**sizes)
-    monkeypatch.setattr(Mamba2Config, "preset", lambda name: tiny)
-    for name, value in {"DEVICE": "cpu", "ROUNDS": 1, "PROMPTS": ((2, 32),), "DECODED": ((2, 3),)}.items():
-        monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setattr(gpu, "BATCHES", ((1, 32),))
+    for name in ("ROUNDS", "DEVICE", "PROMPTS", "DECODED", "BATCHES"):
+        monkeypatch.setattr(gpu_sides, name, getattr(gpu_sides, name))
+    monkeypatch.setattr(Mamba2Config, "preset", Mamba2Config.preset)
+    gpu.make_small()
     before = torch.get_default_dtype()
-    gpu.write(tmp_path, "mamba2-130m")
+    gpu_sides.write(tmp_path, "mamba2-130m")
     torch.set_default_dtype(before)
-    found = {}
-    for side, run_side in gpu.SIDES.items():
-        capsys.readouterr()
-        run_side(tmp_path, True)
-        found[side] = json.loads(capsys.readouterr().out.splitlines()[-1])
-    gpu.check(found)
-    expected = ["prompt, 2 x 32 tokens", "decode, 2 rows, a token", "training step, 1 x 32 tokens"]
-    assert [list(each["seconds"]) for each in found.values()] == [expected] * 2
-    for name in expected:
-        seconds = [each["seconds"][name] for each in found.values()]
-        assert all(len(each) == 2 for each in seconds), seconds  # numbers, not words
-        assert gpu.row("tiny", name, *seconds).count("|") == 7
-    found["ours"]["logits"][0] += 10 * max(map(abs, found["transformers"]["logits"]))
-    with pytest.raises(SystemExit, match="results differ"):
-        gpu.check(found)
+    ours, theirs = (side(tmp_path, "bfloat16") for side in gpu_sides.SIDES[part].values())
+    expected = {
+        "reading": {"prompt, 2 x 32 tokens": 64, "decode, 2 rows, a token": 2},
+        "training": {"training step, 1 x 32 tokens": 32},
+    }[part]
+    assert list(ours["seconds"]) == list(theirs["seconds"]) == list(expected)
+    assert gpu.apart(ours, theirs, 0.05) == ""
+    for name, tokens in expected.items():
+        times = ours["seconds"][name], theirs["seconds"][name]
+        assert all(len(each) == 2 for each in times), times  # numbers, not words
+        line = gpu.row("tiny", "bfloat16", name, *times, {"operations": 1e6, "peak": 1e12})
+        assert line["tokens_per_second"] * times[0][0] == pytest.approx(tokens)
+        assert line["mfu"] == pytest.approx(line["tokens_per_second"] / 1e6)
+        assert gpu.markdown(line).count("|") == gpu.HEAD.count("|")
+        assert gpu.row("tiny", "bfloat16", name, "out of memory", times[1], {})["ratio"] is None
+    if part == "reading":
+        ours["logits"][0] += 10 * max(map(abs, theirs["logits"]))
+        assert "results differ" in gpu.apart(ours, theirs, 0.05)
+
+
+def test_parts_on_a_gpu_go_on_after_a_failure_and_after_ten_minutes(tmp_path):
+    """Run `.ci/gpu` with a Python that fails in the tests and takes too long for the scan."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho ran "$@"\ncase "$*" in "-m pytest"*) exit 3;; *ssd.py*) sleep 60;; esac\n')
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "LIMIT": "3", "RESULTS": str(tmp_path)}
+    command = [str(BENCHMARK.parents[1] / ".ci" / "gpu")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1, done.stderr
+    said = [line.removeprefix("==> make gpu: ") for line in done.stdout.splitlines()[-5:]]
+    assert said[:2] == ["tests: FAILED with exit status 3", "scan: STOPPED after ten minutes"]
+    assert [line.partition(" in ")[0] for line in said[2:]] == [
+        f"{part}: passed" for part in ("models", "codestral", "training")
+    ]
+    assert done.stdout.count("ran benchmarks/gpu.py reading") == 2
+    done = subprocess.run([*command, "nothing"], capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 2
+    assert 'no part "nothing"; choose among' in done.stderr
 
 
 def test_without_a_gpu_it_says_so():

@@ -119,12 +119,13 @@ def test_what_triton_refuses(capability, dtype, sizes, reason):
 
 
 def test_other_versions_of_triton_are_refused_with_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton_call, "_version", {"jax": "0.11.2", "triton": "3.7.1"}.get)
+    monkeypatch.setattr(triton_call, "_version", {"jax": "0.12.0.1", "triton": "3.6.0"}.get)
     reason = triton_gpu.unsupported(problem(gpu("8.0")))
-    assert "jax-triton is not installed, triton is 3.7.1" in reason
-    assert "pip install 'jax[cuda13]==0.11.2' 'jax-triton==0.3.1' 'triton==3.6.0'" in reason
-    monkeypatch.setattr(triton_call, "_version", triton_call.TESTED.get)
-    assert triton_gpu.unsupported(problem(gpu("8.0"))) is None
+    assert "jax-triton is not installed, triton is 3.6.0" in reason
+    assert "pip install 'jax[cuda13]==0.11.2' 'jax-triton==0.4.1' 'triton==3.7.1'" in reason
+    for found in ({"jax": "0.11.2", "triton": "3.7.1"}, {"jax": "0.12.3", "triton": "3.9.0"}):
+        monkeypatch.setattr(triton_call, "_version", {"jax-triton": "0.4.1", **found}.get)
+        assert triton_gpu.unsupported(problem(gpu("8.0"))) is None
 
 
 @pytest.mark.parametrize(

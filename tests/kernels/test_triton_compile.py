@@ -43,7 +43,7 @@ def test_compiles_within_its_budget(capability, index):
         assert kernel["atomics"] == 0, kernel
 
 
-@pytest.mark.parametrize("cache", ["set", "unset"])
+@pytest.mark.parametrize("cache", [pytest.param("set", marks=pytest.mark.smoke), "unset"])
 def test_lowers_through_jax_triton(cache, tmp_path):
     """And the folder in which all of the process's Triton kernels are kept stays what it was."""
     script = SCRIPT.with_name("triton_lowering.py")
