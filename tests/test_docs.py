@@ -62,7 +62,8 @@ _Loader.add_multi_constructor("tag:yaml.org,2002:python/name:", lambda loader, s
 
 
 @pytest.mark.parametrize(
-    "module", ["", "config", "generation", "layers", "lora", "models", "ops", "training", "weights"]
+    "module",
+    ["", "config", "evaluation", "generation", "layers", "lora", "models", "ops", "training", "weights"],
 )
 def test_every_public_name_is_in_the_reference(module):
     entries = re.findall(r"^::: ([\w.]+)$", "".join(page.read_text() for page in PAGES), re.MULTILINE)

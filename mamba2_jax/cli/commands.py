@@ -1,4 +1,4 @@
-"""Define the commands of `mamba2-jax`: `generate`, `chat`, `info`, `convert` and `finetune`.
+"""Define the commands of `mamba2-jax`; `evaluate` and `perplexity` are in `cli.evaluate_options`.
 
 Each command imports its dependencies when it runs, so that `--help` and a mistyped option answer at once.
 """
@@ -14,10 +14,15 @@ from typing import Annotated, Literal, TypeAlias
 import tyro
 from tyro.conf import Positional, UseAppendAction, arg, subcommand
 
+from mamba2_jax.cli.errors import MISTAKES as _MISTAKES
+from mamba2_jax.cli.errors import CommandError
+from mamba2_jax.cli.errors import tell as _tell
+from mamba2_jax.cli.evaluate_options import Evaluate, Perplexity
+
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
-    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert or fine-tune it. "
-    "`mamba2-jax --version` prints the version."
+    "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert, fine-tune or "
+    "evaluate it. `mamba2-jax --version` prints the version."
 )
 
 _Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
@@ -203,18 +208,14 @@ class Finetune:
         _finetune([])
 
 
-class CommandError(Exception):
-    """User error; its message is printed without a traceback."""
-
-
-_MISTAKES = (OSError, ValueError, NotImplementedError, ImportError)
-
 Command = (
     Annotated[Generate, subcommand("generate")]
     | Annotated[Chat, subcommand("chat")]
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[Evaluate, subcommand("evaluate")]
+    | Annotated[Perplexity, subcommand("perplexity")]
 )
 
 
@@ -277,7 +278,3 @@ def _read_prompt(prompt: str) -> str:
     if not text:
         raise CommandError("the prompt on stdin is empty; give it at least one character")
     return text
-
-
-def _tell(message: object) -> None:
-    print(message, file=sys.stderr, flush=True)

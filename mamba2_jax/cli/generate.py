@@ -40,17 +40,30 @@ def load(options: Any, tell: Callable[[object], None]) -> Loaded:
         OSError: the checkpoint or the tokenizer does not exist.
         ValueError: invalid options or checkpoint files; the message names them.
     """
+    folder = find_folder(options)
+    settings = chosen_settings(options, folder)
+    return Loaded(*load_model(options, folder, tell), settings)
+
+
+def find_folder(options: Any) -> pathlib.Path:
+    """Return the folder of the model that `--model` or `--adapter` names, downloaded if it is on the hub."""
     folder = resolve_folder(base_folder(options.model, options.adapter))
     refuse_other_folders(folder)
-    settings = chosen_settings(options, folder)
+    return folder
+
+
+def load_model(
+    options: Any, folder: pathlib.Path, tell: Callable[[object], None], *, sharding: Any = None
+) -> tuple[Mamba2ForCausalLM, Any]:
+    """Load a model with its adapter, and its tokenizer, by the options `tokenizer`, `dtype` and `adapter`."""
     tokenizer = load_tokenizer(options.tokenizer or folder)
     dtype = None if options.dtype == "auto" else options.dtype
-    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell)
+    model = Mamba2ForCausalLM.from_pretrained(folder, dtype=dtype, report=tell, sharding=sharding)
     if options.adapter is not None:
         load_lora(model, options.adapter)
     for note in special_token_ids(tokenizer, model.config).notes:
         tell(f"note: {note}")
-    return Loaded(model, tokenizer, settings)
+    return model, tokenizer
 
 
 def stream_options(options: Any, settings: dict[str, Any], turn: int = 0) -> dict[str, Any]:
