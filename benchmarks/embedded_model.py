@@ -37,6 +37,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer
+from mamba2_jax.tokenizer import train_tokenizer
 from mamba2_jax.training import (
     CheckpointConfig,
     Checkpoints,
@@ -58,7 +59,6 @@ PROMPTS = (
     "    def __init__(self, name):\n        ",
     "try:\n    import json\nexcept ",
 )
-END, PAD = "<|endoftext|>", "<|pad|>"
 LIBRARY = pathlib.Path(sysconfig.get_paths()["stdlib"])
 
 
@@ -135,23 +135,8 @@ def read_library() -> tuple[dict[str, str], dict[str, str]]:
 
 def make_tokenizer(texts: list[str], vocab_size: int, folder: pathlib.Path):
     """Train byte-pair encoding on the training files, once; a second call finds it in the folder."""
-    import transformers
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
     if not (folder / "tokenizer.json").exists():
-        tokenizer = Tokenizer(models.BPE())
-        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END, PAD],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts, trainer)
-        transformers.PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=PAD, padding_side="left"
-        ).save_pretrained(folder)
+        train_tokenizer(texts, vocab_size).save_pretrained(folder)
     return load_tokenizer(folder)
 
 

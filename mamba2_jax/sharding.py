@@ -22,6 +22,7 @@ import math
 import re
 import warnings
 from collections.abc import Iterable
+from operator import attrgetter
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -30,7 +31,14 @@ from mamba2_jax.config.leaves import Leaf
 from mamba2_jax.config.table import leaf_at, weight_at
 from mamba2_jax.mesh import BATCH, axis_size, make_mesh
 
-__all__ = ["make_mesh", "parameter_shardings", "parameter_spec", "splits_batch", "token_sharding"]
+__all__ = [
+    "make_mesh",
+    "parameter_shardings",
+    "parameter_spec",
+    "splits_batch",
+    "state_spec",
+    "token_sharding",
+]
 
 # First word of a leaf's axis name -> the mesh axis that shards the axis; all other axes are whole.
 _CUT_BY = {
@@ -100,6 +108,38 @@ def parameter_shardings(paths: Iterable[str], config: Mamba2Config, mesh: Mesh) 
         reasons = "; ".join(f"{why}: {', '.join(sorted(names))}" for why, names in whole.items())
         warnings.warn(f"kept whole on every device, because {reasons}", stacklevel=2)
     return {path: NamedSharding(mesh, parameter_spec(path, config, mesh)) for path in paths}
+
+
+# Array of a cache, `(b, ...)` -> the axis that `tensor` shards, and the units between which it cuts.
+_STATES = {
+    "ssm": (1, "num_heads"),
+    "x": (2, "num_heads"),
+    "BC": (3, "n_groups"),
+    "q": (2, "attn_cfg.num_heads"),
+    **dict.fromkeys(("k", "v", "keys", "values"), (2, "attn_cfg.num_heads_kv")),
+}
+
+
+def state_spec(path: str, batch: int, config: Mamba2Config, mesh: Mesh) -> PartitionSpec:
+    """Look up the `PartitionSpec` of an array of a cache: rows over `data` and `fsdp`, heads over `tensor`.
+
+    Args:
+        path: dot-joined path in `Mamba2Cache`, such as `ssm.0` or `conv.0.x`.
+        batch: number of rows.
+        config: config of the model.
+        mesh: mesh with axes from `AXES`.
+
+    Returns:
+        One entry per axis up to the last one that is sharded.
+    """
+    rows = BATCH if splits_batch(mesh, batch) else None
+    name = "ssm" if path.startswith("ssm.") else path.rpartition(".")[2]
+    if name not in _STATES:
+        return PartitionSpec(rows)
+    axis, units = _STATES[name]
+    if attrgetter(units)(config) % axis_size(mesh, "tensor"):
+        return PartitionSpec(rows)
+    return PartitionSpec(rows, *(None,) * (axis - 1), "tensor")
 
 
 _BY_DESIGN = "fewer groups than devices"

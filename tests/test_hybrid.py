@@ -74,6 +74,20 @@ class TestExactness:
         for row in range(2):
             caches_agree(cache[row], whole.cache[row])
 
+    @pytest.mark.parametrize("context", [0, 3, 7])
+    def test_rolling_buffers_show_a_piece_the_last_tokens_before_it(self, context, ids):
+        """Keys of one layer depend on their token alone, so that the piece with these tokens is an oracle."""
+        model = make({"d_conv": 0}, attn_layer_idx=(0,), num_hidden_layers=1)
+        cache = Mamba2Cache.zeros(model.config, 2, capacity=context)
+        read = jax.jit(lambda ids, cache: model.backbone.forward(ids, None, None, cache, None, rolling=True))
+        for start, end in ((0, 5), (5, 10), (10, 11), (11, 16)):
+            out = read(ids[:, start:end], cache)
+            seen = max(0, start - context)
+            want = model.backbone(ids[:, seen:end]).last_hidden_state[:, start - seen :]
+            assert relative(out.last_hidden_state, want) < TOLERANCE
+            cache = out.cache
+        assert cache.position.tolist() == [16, 16]
+
     def test_a_padded_row_equals_the_row_alone_and_goes_on_like_it(self, model, ids):
         mask = np.ones((2, LENGTH), int)
         mask[0, :7] = mask[1, 13:] = 0  # left, right

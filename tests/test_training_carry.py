@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import jax_model, random_ids, relative
+from models import SIZES, jax_model, random_ids, random_jax_model, relative
 from training_runs import arrays_of, run_config, tiny_model, tokenizer, words
 
-from mamba2_jax import Mamba2ForCausalLM
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.training import (
     CheckpointConfig,
     DataConfig,
-    MeshOptions,
     OptimConfig,
     Trainer,
     TrainState,
@@ -33,9 +32,15 @@ TOLERANCE = 1e-5  # float32 sums in another order
 ROWS, LENGTH, PIECES = 2, 96, 3
 
 
-@pytest.fixture(scope="module")
-def parts():
-    return split_model(jax_model(num_hidden_layers=1))
+ATTENTION = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 8, "d_conv": 4, "rotary_emb_dim": 4}
+
+
+@pytest.fixture(scope="module", params=["mamba2", "hybrid"])
+def parts(request):
+    if request.param == "mamba2":
+        return split_model(jax_model(num_hidden_layers=1))
+    config = Mamba2Config(**{**SIZES, "attn_layer_idx": (1,), "attn_cfg": ATTENTION})
+    return split_model(random_jax_model(config))
 
 
 def whole_and_pieces():
@@ -54,16 +59,18 @@ def whole_and_pieces():
 
 @partial(jax.jit, static_argnames=("structure", "optimizer", "passes"))
 def moved(params, frozen, batch, structure, optimizer, passes=False):
-    """The gradient of a step, as what plain descent at a rate of 1 takes off, and the step's loss."""
-    cache = Mamba2Cache.zeros(jax_model(num_hidden_layers=1).config, ROWS)
+    """The gradient of a step, from what plain descent takes off, and the step's loss."""
+    config = structure.merge(params, frozen).config
+    cache = Mamba2Cache.zeros(config, ROWS, capacity=LENGTH)
     state = TrainState.start(params, optimizer, jax.random.key(0), cache)
     new, metrics = train_step(
         state, frozen, batch, structure=structure, optimizer=optimizer, pass_gradient=passes
     )
-    return jax.tree.map(jnp.subtract, params, new.params), metrics
+    return jax.tree.map(lambda before, after: (before - after) / RATE, params, new.params), metrics
 
 
-SGD = optax.sgd(1.0)
+RATE = 1024.0  # so large that the differences are not those of the weights' rounding
+SGD = optax.sgd(RATE)
 
 
 def test_the_loss_of_pieces_adds_up_to_that_of_the_whole(parts):
@@ -71,7 +78,8 @@ def test_the_loss_of_pieces_adds_up_to_that_of_the_whole(parts):
     whole, cut = whole_and_pieces()
     model = structure.merge(params, frozen)
     want, count = loss_fn(model, whole)
-    cache, score = Mamba2Cache.zeros(model.config, ROWS), jax.jit(loss_and_cache)
+    cache = Mamba2Cache.zeros(model.config, ROWS, capacity=LENGTH)
+    score = jax.jit(loss_and_cache)
     nats, tokens = 0.0, 0
     for i in range(PIECES):
         piece = {name: array[i] for name, array in cut.items() if name != "continues"}
@@ -230,7 +238,8 @@ def test_a_carried_state_and_a_trained_one_are_in_the_checkpoint(tmp_path):
     [
         ({"pass_gradient": True}, "pass_gradient needs carry_state and accumulate above 1"),
         ({"train_initial_state": True}, "train_initial_state needs data.rows='pad'"),
-        ({"mesh": MeshOptions(fsdp=2)}, "carry_state and train_initial_state are for one device"),
+        ({"attention_context": 8, "carry_state": False}, "attention_context=8 needs carry_state"),
+        ({"attention_context": 8}, "attention_context=8, but the model has no attention layers"),
         ({"tokens_per_turn": 32}, "tokens_per_turn=32 splits the rows that carry_state keeps together"),
     ],
 )

@@ -22,7 +22,7 @@ from mamba2_jax.cli.evaluate_options import Evaluate, Perplexity
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
     "Mamba-2 in JAX: generate text from a checkpoint, or chat with it; describe, convert, fine-tune or "
-    "evaluate it. `mamba2-jax --version` prints the version."
+    "evaluate it, or train a new one. `mamba2-jax --version` prints the version."
 )
 
 _Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
@@ -205,7 +205,18 @@ class Finetune:
 
     def run(self) -> None:
         """Report the missing options; `main` passes given options to `cli.finetune` directly."""
-        _finetune([])
+        _train("finetune", [])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrain:
+    """Train a new model on texts, from random weights, with a tokenizer of its own if wanted."""
+
+    # A stub for `--help`, as `Finetune`.
+
+    def run(self) -> None:
+        """Report the missing options; `main` passes given options to `cli.pretrain` directly."""
+        _train("pretrain", [])
 
 
 Command = (
@@ -214,6 +225,7 @@ Command = (
     | Annotated[Info, subcommand("info")]
     | Annotated[Convert, subcommand("convert")]
     | Annotated[Finetune, subcommand("finetune")]
+    | Annotated[Pretrain, subcommand("pretrain")]
     | Annotated[Evaluate, subcommand("evaluate")]
     | Annotated[Perplexity, subcommand("perplexity")]
 )
@@ -239,8 +251,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         # without PyTorch installed, transformers advises at each start to install it
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-        if arguments[:1] == ["finetune"]:
-            return _finetune(arguments[1:])
+        if arguments[:1] in (["finetune"], ["pretrain"]):
+            return _train(arguments[0], arguments[1:])
         tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
         sys.stdout.flush()
     except CommandError as error:
@@ -257,11 +269,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(arguments: list[str]) -> int:
-    from mamba2_jax.cli.finetune import finetune
+def _train(name: str, arguments: list[str]) -> int:
+    if name == "finetune":
+        from mamba2_jax.cli.finetune import finetune as run
+    else:
+        from mamba2_jax.cli.pretrain import pretrain as run
 
     try:
-        return finetune(arguments, f"{PROGRAM} finetune", _tell)
+        return run(arguments, f"{PROGRAM} {name}", _tell)
     except (*_MISTAKES, FloatingPointError) as error:
         raise CommandError(str(error)) from error
 

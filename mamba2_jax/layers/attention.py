@@ -184,7 +184,7 @@ class AttentionMixer(nnx.Module):
                 "AttentionMixer: state.attention, rows.past or rows.positions is None; take the model's"
             )
         batch, length, _ = hidden.shape
-        one_token = length == 1 and kept.keys.shape[1] > 0
+        one_token = length == 1 and kept.keys.shape[1] > 0 and rows.rolling is None
         q, k, v, mlp = self._project(hidden)
         conv = state.conv
         if self.conv1d is not None:
@@ -226,6 +226,8 @@ class AttentionMixer(nnx.Module):
         scale = self.attention.softmax_scale
         if kept.keys.shape[1] == 0:  # nothing is cached
             y = causal_attention(q, k, v, segment_ids=rows.marks, scale=scale)
+            if rows.rolling is not None:
+                return y, kept
             if rows.mask is None:
                 return y, KeyValues(k, v)
             empty = jnp.zeros_like(k)
@@ -234,7 +236,7 @@ class AttentionMixer(nnx.Module):
         if one_token:
             y = attention_step(q[:, 0], after.keys, after.values, positions[:, 0] + 1, scale=scale)[:, None]
         else:
-            before = (kept.keys, kept.values, past)
+            before = (kept.keys, kept.values, jnp.minimum(past, kept.keys.shape[1]))
             y = causal_attention(q, k, v, past=before, segment_ids=rows.marks, scale=scale)
         # Inside jit no error can be raised: NaN marks rows that overflowed their buffer.
         return jnp.where(full[:, None, None, None], jnp.nan, y), after
@@ -258,6 +260,11 @@ def _keep(
         counts = counts & (document == last)
         goes_on = (last == 1)[..., None, None]  # a new document drops the cached one
         kept = KeyValues(jnp.where(goes_on, kept.keys, 0), jnp.where(goes_on, kept.values, 0))
-    full = jnp.any(counts & (positions >= capacity), axis=1)
-    slots = jnp.where(counts, positions, capacity)  # out of bounds: dropped
+    if rows.rolling is None:
+        full, slots = jnp.any(counts & (positions >= capacity), axis=1), positions
+    else:
+        end = jnp.where(counts, positions, -1).max(axis=1, keepdims=True)
+        counts &= positions > end - capacity  # of tokens for the same slot, the last
+        full, slots = jnp.zeros(positions.shape[:1], bool), positions % capacity
+    slots = jnp.where(counts, slots, capacity)  # out of bounds: dropped
     return KeyValues(write_slots(kept.keys, k, slots), write_slots(kept.values, v, slots)), full

@@ -15,10 +15,20 @@ from mamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
 
 
 class Embedding(Adaptable):
-    """Embedding table `(v, d)`, initialized from a normal distribution of standard deviation `std`."""
+    """Embedding table or output head `(v, d)`.
 
-    def __init__(self, vocab_size: int, width: int, std: float, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        self.weight = nnx.Param(std * jax.random.normal(rngs.params(), (vocab_size, width), param_dtype))
+    Initialized from a normal distribution of standard deviation `std`; without one, as a linear layer of
+    PyTorch, uniformly in `+-1 / sqrt(d)`.
+    """
+
+    def __init__(
+        self, vocab_size: int, width: int, std: float | None, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
+        shape = (vocab_size, width)
+        if std is None:
+            self.weight = uniform(rngs, shape, 1 / math.sqrt(width), param_dtype)
+        else:
+            self.weight = nnx.Param(std * jax.random.normal(rngs.params(), shape, param_dtype))
 
     def __call__(self, ids: Int[Array, "*b"], *, dtype: DTypeLike) -> Float[Array, "*b d"]:
         """Look up the embeddings of token ids, in `dtype`."""

@@ -54,6 +54,16 @@ class EveryState:
     """
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Rolling:
+    """Mark in `Rows`: key/value buffers keep the last tokens of a document, as many as their capacity.
+
+    Token `i` overwrites slot `i % capacity`. Each token of a call sees the call's tokens up to itself, and
+    the buffer as before the call.
+    """
+
+
 class Rows(NamedTuple):
     """Mask and segment ids of a batch's tokens; None: no padding, and one document per row."""
 
@@ -62,6 +72,7 @@ class Rows(NamedTuple):
     past: Int[Array, " b"] | None = None  # for attention: cached tokens of each row's first document,
     positions: Int[Array, "b l"] | None = None  # and each token's position in its document
     every_state: EveryState | None = None  # needs tokens without padding
+    rolling: Rolling | None = None
 
     @property
     def marks(self) -> Array | None:

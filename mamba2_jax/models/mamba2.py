@@ -14,7 +14,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Head
 from mamba2_jax.layers.block import Mamba2Block
 from mamba2_jax.layers.parts import Embedding, RMSNorm, scaled
-from mamba2_jax.layers.state import EveryState, LayerState, Rows
+from mamba2_jax.layers.state import EveryState, LayerState, Rolling, Rows
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.inputs import (
     batch_and_length,
@@ -150,11 +150,13 @@ class Mamba2Model(PretrainedModel):
         wrap_block: Callable[[Callable], Callable] | None = None,
         every_state: bool = False,
         output_expert_load: bool = False,
+        rolling: bool = False,
     ) -> Mamba2Output:
         """Run `__call__` without argument checks and without `jit`, for callers that are jitted themselves.
 
         `wrap_block` transforms the function that runs one block; training passes remat policies. With
-        `every_state` the cache holds the states after each token, for `Mamba2Cache.after_token`.
+        `every_state` the cache holds the states after each token, for `Mamba2Cache.after_token`. With
+        `rolling`, full buffers of attention layers drop a document's first tokens: `layers.state.Rolling`.
         """
         run_block = _run_block_with_load if output_expert_load else _run_block
         run_block = run_block if wrap_block is None else wrap_block(run_block)
@@ -168,7 +170,8 @@ class Mamba2Model(PretrainedModel):
 
         if self.config.attends:
             rows = rows._replace(past=cache.position, positions=_positions(cache.position, rows, length))
-
+        if rolling:
+            rows = rows._replace(rolling=Rolling())
         if every_state:
             rows = rows._replace(every_state=EveryState())
 
@@ -222,7 +225,8 @@ class Mamba2ForCausalLM(PretrainedModel):
         )
         shape = (config.vocab_size, config.hidden_size)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else Embedding(*shape, config.initializer_range, param_dtype, rngs)
+        std = None if config.family == "mamba2" else config.initializer_range  # the original's is linear
+        self.lm_head = None if tied else Embedding(*shape, std, param_dtype, rngs)
         self.head = Head()  # no weights of its own
         self.head.multiplier = config.multipliers.logits
 

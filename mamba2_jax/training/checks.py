@@ -1,5 +1,6 @@
 """Checks of a run's options against its model, its devices and its output folder."""
 
+import importlib.util
 import pathlib
 from typing import Any
 
@@ -9,28 +10,51 @@ from jax.sharding import Mesh
 from mamba2_jax.mesh import BATCH, axis_size
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.sharding import splits_batch
+from mamba2_jax.training.carry import new_initial_state
 from mamba2_jax.training.config import TrainConfig
-from mamba2_jax.training.folder import TOKENS
+from mamba2_jax.training.folder import TOKENIZER, TOKENS
+from mamba2_jax.training.result import form_of_result
+
+
+def check_run(config: TrainConfig, model: Mamba2ForCausalLM, output: pathlib.Path, eval_data: Any) -> None:
+    """Refuse options that fit neither the output folder, nor the model, nor one another."""
+    check_output(config, output)
+    check_evaluation(config, eval_data)
+    check_states(config, model)
+    check_result(config, model)
 
 
 def check_output(config: TrainConfig, output: pathlib.Path) -> None:
-    """Refuse an output folder that holds anything but tokens, unless the run resumes."""
+    """Refuse an output folder that holds anything but tokens and a tokenizer, unless the run resumes."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"{output}: is a file; name a folder")
     used = {path.name for path in output.iterdir()} if output.is_dir() else set()
-    if not config.resume and used - {TOKENS}:
+    if not config.resume and used - {TOKENS, TOKENIZER}:
         raise FileExistsError(
             f"{output}: is not empty; go on from what is in it with resume, or name another folder"
         )
 
 
+def check_result(config: TrainConfig, model: Mamba2ForCausalLM) -> None:
+    """Refuse a model that could not be saved, before it is trained."""
+    saves_adapter = config.lora.config() is not None and not config.lora.merge
+    if saves_adapter or form_of_result(model) == "transformers" or importlib.util.find_spec("torch"):
+        return
+    raise ImportError(
+        "Trainer: the model can be saved in the form of state-spaces alone, for which PyTorch is missing: "
+        "pip install 'mamba2-jax-flax[torch]'"
+    )
+
+
 def check_states(config: TrainConfig, model: Mamba2ForCausalLM) -> None:
-    """Refuse to carry or train the states of a model with attention."""
-    if model.config.attends and (config.carry_state or config.train_initial_state):
+    """Refuse options of states that the model does not have."""
+    if config.attention_context is not None and not model.config.attends:
         raise ValueError(
-            "Trainer: carry_state and train_initial_state are for models without attention, whose keys "
-            "and values grow with the text"
+            f"Trainer: attention_context={config.attention_context}, but the model has no attention layers; "
+            "its state is of one size"
         )
+    if config.train_initial_state and not new_initial_state(model.config):
+        raise ValueError("Trainer: train_initial_state, but the model has no Mamba-2 layers")
 
 
 def check_mesh(config: TrainConfig, mesh: Mesh | None) -> None:

@@ -14,6 +14,7 @@ from mamba2_jax.mesh import make_mesh
 from mamba2_jax.ops.checks import check_choice
 from mamba2_jax.training.checkpoint import CheckpointConfig
 from mamba2_jax.training.data import DataConfig
+from mamba2_jax.training.lanes import Curriculum
 from mamba2_jax.training.loss import REMAT, TOKENS_PER_SLICE
 from mamba2_jax.training.optim import OptimConfig
 
@@ -142,8 +143,14 @@ class TrainConfig:
     row."""
     pass_gradient: bool = False
     """With `carry_state` and `accumulate`: let the gradient flow from piece to piece of one step."""
+    curriculum: tuple[str, ...] = ()
+    """With `carry_state`: shorter rows at first, as LENGTH:STEPS, e.g. 64:500 128:500; then rows of
+    `data.max_length`. Rows go on over the changes."""
+    attention_context: int | None = None
+    """With `carry_state` in a model with attention: tokens before a piece that attention layers see, beside
+    those of the piece (None: the whole document, exact; 0: none). The buffers take memory of this length."""
     train_initial_state: bool = False
-    """Also train the state that a document begins with; needs `data.rows` pad."""
+    """Also train the state that a document begins with, of the Mamba-2 layers; needs `data.rows` pad."""
     seed: int = 0
     """Seed of the data order, new adapters and dropout."""
     max_skipped: int = 5
@@ -194,9 +201,35 @@ class TrainConfig:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"TrainConfig: seed={self.seed} must lie in 0..{2**32 - 1}")
 
+    @property
+    def row_lengths(self) -> Curriculum:
+        """Return the curriculum as pairs of tokens and steps."""
+        pairs = [text.split(":") for text in self.curriculum]
+        for text, pair in zip(self.curriculum, pairs, strict=True):
+            if len(pair) != 2 or not all(n.isdecimal() for n in pair) or int(pair[0]) < 2 or int(pair[1]) < 1:
+                raise ValueError(
+                    f"TrainConfig: curriculum: {text!r} must be LENGTH:STEPS, at least 2 tokens and 1 step"
+                )
+        return tuple((int(length), int(steps)) for length, steps in pairs)
+
     def _check_states(self) -> None:
         if self.pass_gradient and not (self.carry_state and self.accumulate > 1):
             raise ValueError("TrainConfig: pass_gradient needs carry_state and accumulate above 1")
+        if self.curriculum and not self.carry_state:
+            raise ValueError(
+                "TrainConfig: curriculum needs carry_state, so that short rows go on in the next batch"
+            )
+        lengths = [*(length for length, _ in self.row_lengths), self.data.max_length]
+        if lengths != sorted(set(lengths)):
+            raise ValueError(
+                f"TrainConfig: curriculum={' '.join(self.curriculum)} with data.max_length="
+                f"{self.data.max_length}: each length must be above the one before"
+            )
+        if self.attention_context is not None and not (self.carry_state and self.attention_context >= 0):
+            raise ValueError(
+                f"TrainConfig: attention_context={self.attention_context} needs carry_state, and 0 or more "
+                "tokens"
+            )
         if self.train_initial_state and self.data.rows != "pad":
             raise ValueError(
                 f"TrainConfig: train_initial_state needs data.rows='pad', not {self.data.rows!r}: packed "
@@ -206,10 +239,6 @@ class TrainConfig:
             raise ValueError(
                 f"TrainConfig: tokens_per_turn={self.tokens_per_turn} splits the rows that carry_state keeps "
                 "together; leave one out"
-            )
-        if (self.carry_state or self.train_initial_state) and self.mesh != MeshOptions():
-            raise ValueError(
-                "TrainConfig: carry_state and train_initial_state are for one device; leave mesh.* at 1"
             )
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mamba2_jax.files import refuse_remote
-from mamba2_jax.processes import is_first
+from mamba2_jax.processes import is_first, place
 from mamba2_jax.sharding import token_sharding
 from mamba2_jax.training.config import TrainConfig
 from mamba2_jax.training.data import (
@@ -21,7 +21,7 @@ from mamba2_jax.training.data import (
     load_documents,
     make_pipeline,
 )
-from mamba2_jax.training.lanes import Lanes
+from mamba2_jax.training.lanes import Curriculum, Lanes
 
 _MANY = 500_000  # documents; counting the steps then takes half a minute or more
 
@@ -64,7 +64,8 @@ class Feed:
         config = self._config
         epochs = (config.epochs or 1) if config.steps is None else None
         if config.carry_state:
-            return self._lanes(self.documents, config.accumulate, config.data.shuffle, epochs)
+            lengths = config.row_lengths
+            return self._lanes(self.documents, config.accumulate, config.data.shuffle, epochs, lengths)
         own = self._own_rows()
         own = None if own is None else np.tile(own, config.accumulate)
         return make_pipeline(
@@ -92,6 +93,17 @@ class Feed:
     def tokens_of(self, batch: Batch) -> int:
         """Count the tokens of a batch in all processes, padding excluded: `segment_ids` has every row."""
         return int((batch["segment_ids"] != 0).sum())
+
+    def placed(self, batch: Batch) -> dict[str, Any]:
+        """Shard a batch `(b, l)` or `(a, b, l)`, and `continues` of its rows, over the mesh, if any."""
+        if self._mesh is None:
+            return batch
+        *parts, rows, tokens = batch["input_ids"].shape
+        spec = (*(None for _ in parts), *token_sharding(self._mesh, rows, tokens).spec)
+        return {
+            name: place(array, NamedSharding(self._mesh, PartitionSpec(*spec[: array.ndim])))
+            for name, array in batch.items()
+        }
 
     @property
     def _rows(self) -> int:
@@ -136,12 +148,20 @@ class Feed:
             own[index[0]] = True
         return own
 
-    def _lanes(self, documents: Documents, pieces: int, shuffle: bool, epochs: int | None) -> Lanes:
+    def _lanes(
+        self,
+        documents: Documents,
+        pieces: int,
+        shuffle: bool,
+        epochs: int | None,
+        curriculum: Curriculum = (),
+    ) -> Lanes:
         config = self._config
         return Lanes(
             documents,
             rows=config.batch_size,
             length=config.data.max_length,
+            curriculum=curriculum,
             pieces=pieces,
             pad=config.data.rows == "pad",
             shuffle=shuffle,

@@ -11,6 +11,35 @@ import numpy as np
 from mamba2_jax.ops.cross_entropy import IGNORED_LABEL
 from mamba2_jax.training.data import Batch
 
+Curriculum = tuple[tuple[int, int], ...]
+"""Pairs of the tokens of a row and the number of steps that have rows of this length."""
+
+
+def length_of_step(step: int, curriculum: Curriculum, final: int) -> int:
+    """Return the tokens of a row in a step, from 0; `final` after the curriculum.
+
+    >>> [length_of_step(step, ((64, 2), (128, 1)), 256) for step in range(5)]
+    [64, 64, 128, 256, 256]
+    """
+    for length, steps in curriculum:
+        if step < steps:
+            return length
+        step -= steps
+    return final
+
+
+def steps_left(step: int, steps: int, curriculum: Curriculum, final: int) -> float:
+    """Return the steps after the first `step` ones, counted in steps of the length of the last of these.
+
+    >>> steps_left(2, 5, ((64, 2), (128, 1)), 256)
+    10.0
+    """
+    tokens = begin = 0
+    for length, count in (*curriculum, (final, steps)):
+        tokens += length * max(0, min(begin + count, steps) - max(begin, step))
+        begin += count
+    return tokens / length_of_step(step - 1, curriculum, final)
+
 
 class Lanes(Iterator[Batch]):
     """Iterator of batches; deterministic given the documents and the seed, and resumable.
@@ -24,6 +53,7 @@ class Lanes(Iterator[Batch]):
         documents: sequence of dicts of `input_ids` and `labels`, each of any length.
         rows: lanes.
         length: tokens of a piece.
+        curriculum: pairs of tokens of a piece and number of batches, before those of `length`.
         pieces: pieces per batch.
         pad: begin every document in a new piece; otherwise right after the document before.
         shuffle: read the documents of each epoch in another order.
@@ -37,13 +67,15 @@ class Lanes(Iterator[Batch]):
         *,
         rows: int,
         length: int,
+        curriculum: Curriculum = (),
         pieces: int = 1,
         pad: bool = False,
         shuffle: bool = False,
         seed: int = 0,
         epochs: int | None = 1,
     ):
-        self._documents, self._length, self._pieces, self._pad = documents, length, pieces, pad
+        self._documents, self._pieces, self._pad = documents, pieces, pad
+        self._final, self._curriculum, self._made = length, curriculum, 0  # batches
         self._shuffle, self._seed, self._epochs = shuffle, seed, epochs
         self._taken = 0  # documents given to a lane so far
         self._lanes: list[list[int] | None] = [None] * rows  # document and the next token in it
@@ -54,16 +86,18 @@ class Lanes(Iterator[Batch]):
         """Return the next batch."""
         if all(lane is None for lane in self._lanes) and self._document() is None:
             raise StopIteration
+        self._length = length_of_step(self._made, self._curriculum, self._final)
         parts = [self._batch() for _ in range(self._pieces)]
+        self._made += 1
         return parts[0] if self._pieces == 1 else {k: np.stack([p[k] for p in parts]) for k in parts[0]}
 
     def get_state(self) -> dict[str, Any]:
         """Return the position in the documents as JSON values."""
-        return {"taken": self._taken, "lanes": self._lanes}
+        return {"taken": self._taken, "lanes": self._lanes, "made": self._made}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a position that `get_state` returned."""
-        self._taken = state["taken"]
+        self._taken, self._made = state["taken"], state.get("made", 0)
         self._lanes = [None if lane is None else list(lane) for lane in state["lanes"]]
 
     def _document(self) -> int | None:

@@ -12,6 +12,7 @@ from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.data import Batch
 from mamba2_jax.training.diagnosis import first_not_finite
 from mamba2_jax.training.evaluate import Evaluation
+from mamba2_jax.training.lanes import Curriculum, length_of_step, steps_left
 from mamba2_jax.training.metrics import Metrics, peak_memory
 from mamba2_jax.training.progress import Show
 from mamba2_jax.training.signals import StopSignals
@@ -32,6 +33,9 @@ class Plan:
 
     steps: int
     """Steps of the whole run."""
+    curriculum: Curriculum
+    max_length: int
+    """Tokens of a row after the curriculum."""
     eval_every: int
     save_every: int
     max_skipped: int
@@ -88,6 +92,10 @@ class Loop:
         if step == 0 < plan.steps:
             self._evaluate(step, state)
         while step < plan.steps and not stop.asked(step):
+            lengths = [length_of_step(i, plan.curriculum, plan.max_length) for i in (step - 1, step)]
+            if lengths[0] != lengths[1]:  # another shape to compile for
+                self._settle(state)
+                self._speed.restart()
             batch = plan.arrange(next(batches))
             state, metrics = update(
                 state,
@@ -151,7 +159,8 @@ class Loop:
         left = {"save": _count_due(step, plan.save_every, plan.steps)}
         if plan.evaluate is not None:
             left["evaluate"] = _count_due(step, plan.eval_every, plan.steps)
-        return self._speed.seconds_left(plan.steps - step, left)
+        steps = steps_left(step, plan.steps, plan.curriculum, plan.max_length)
+        return self._speed.seconds_left(steps, left)
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         if self._plan.evaluate is None:

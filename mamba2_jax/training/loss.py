@@ -90,12 +90,14 @@ def loss_and_cache(
     remat: str = "none",
     tokens_per_slice: int = TOKENS_PER_SLICE,
     balance: float = 0.0,
+    rolling: bool = False,
 ) -> tuple[Float[Array, ""], tuple[Int[Array, ""], Mamba2Cache]]:
     """Compute `loss_fn`, and the state after the batch, from which a next piece of the same rows goes on.
 
     The losses of the pieces of a row add up to that of the row. The gradient flows through the cache; cut it
     with `jax.lax.stop_gradient` (truncated backpropagation through time). The cache of a hybrid's attention
-    layers must have room for all tokens: `cache.reserve(capacity)`.
+    layers must have room for all tokens, `cache.reserve(capacity)`, unless `rolling`: then they attend to
+    the piece and to as many tokens before it as there is room for.
 
     Returns:
         nats: as for `loss_fn`.
@@ -111,7 +113,7 @@ def loss_and_cache(
         targets = next_token_targets(labels, join_rows(attention_mask, segment_ids))
     if balance and model.config.experts_cfg is None:
         raise ValueError(f"loss_fn: balance={balance}, but the model has no experts; leave it at 0")
-    options = {"wrap_block": REMAT[remat], "output_expert_load": bool(balance)}
+    options = {"wrap_block": REMAT[remat], "output_expert_load": bool(balance), "rolling": rolling}
     out = model.backbone.forward(input_ids, attention_mask, segment_ids, cache, None, **options)
     width = max(1, tokens_per_slice // input_ids.shape[0])
 

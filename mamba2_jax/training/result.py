@@ -1,10 +1,10 @@
-"""Saving the result of a run: a checkpoint in transformers' form, or an adapter in PEFT's format."""
+"""Saving the result of a run: a checkpoint, in transformers' form if it can be, or an adapter in PEFT's."""
 
 import pathlib
 import tempfile
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from mamba2_jax.files import TOKENIZER_FILES
 from mamba2_jax.lora import merge_lora, save_lora, unmerge_lora
@@ -12,6 +12,20 @@ from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.training.config import LoraOptions
 from mamba2_jax.training.folder import ADAPTER, MODEL, choose_checkpoint
+
+
+def form_of_result(model: Mamba2ForCausalLM) -> Literal["transformers", "state-spaces"]:
+    """Return the form in which a model is saved: the original's, if transformers lacks an option of it.
+
+    Raises:
+        NotImplementedError: neither has it.
+    """
+    try:
+        model.config.to_dict()
+    except NotImplementedError:
+        model.config.to_state_spaces_dict()
+        return "state-spaces"
+    return "transformers"
 
 
 def save_result(
@@ -55,10 +69,11 @@ def save_result(
             if max(tokenizer.get_vocab().values()) >= model.config.vocab_size:  # no reason to lose a run
                 report("note: the tokenizer is not saved, as it has ids beyond the model's vocab_size")
                 is_new = False
-        model.save_pretrained(folder, dtype=dtype, tokenizer=beside if is_new else None)
+        form = form_of_result(model)
+        model.save_pretrained(folder, format=form, dtype=dtype, tokenizer=beside if is_new else None)
     if adapters:
         unmerge_lora(model)
-    report(f"model: {folder}")
+    report(f"model: {folder}" + ("" if form == "transformers" else f", in the form {form}"))
 
 
 def _came_with(model: Mamba2ForCausalLM, tokenizer: Any) -> bool:

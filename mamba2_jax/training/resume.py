@@ -39,6 +39,8 @@ def identity(config: TrainConfig, *, data: str, base: str, dtype: str, steps: in
         "eval_share": config.data.eval_share,
         "carry_state": config.carry_state,
         "pass_gradient": config.pass_gradient,
+        "attention_context": config.attention_context,
+        "curriculum": list(config.curriculum),
         "train_initial_state": config.train_initial_state,
         "balance_loss": config.balance_loss,
         "dtype": dtype,

@@ -39,13 +39,18 @@ _OPERATIONS_OF_A_STATE = 5  # per element of the recurrence: decay, input and su
 class Speed:
     """Clock of a run's steps that leaves out compiling, evaluating and saving.
 
-    The first step after construction compiles and is not measured.
+    The first step after construction, or `restart`, compiles and is not measured.
     """
 
     def __init__(self):
         self._steps: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # tokens, seconds
         self._since: float | None = None  # when the step that is now running began
         self._aside: dict[str, float] = {}  # seconds of the last evaluation and checkpoint
+
+    def restart(self) -> None:
+        """Forget the steps so far and leave out the next one, which compiles."""
+        self._steps.clear()
+        self._since = None
 
     def step_done(self, tokens: int) -> None:
         """Record that a step of `tokens` tokens, padding excluded, has just ended."""
@@ -70,11 +75,11 @@ class Speed:
             return None
         return sum(tokens for tokens, _ in self._steps) / sum(seconds for _, seconds in self._steps)
 
-    def seconds_left(self, steps: int, asides: Mapping[str, int]) -> float | None:
+    def seconds_left(self, steps: float, asides: Mapping[str, int]) -> float | None:
         """Estimate the time to the end of the run.
 
         Args:
-            steps: steps left.
+            steps: steps left, in steps of the length of those measured.
             asides: blocks left, by the name given to `aside`; each is taken to last as long as the last one.
 
         Returns:

@@ -104,7 +104,8 @@ class TrainState:
     """Total steps skipped because the loss or a gradient was not finite."""
     skipped_in_a_row: Int[Array, ""]
     cache: Mamba2Cache | None = None
-    """The model's state after the last batch, from which rows go on in the next; None: every batch is new."""
+    """The model's state after the last batch, from which rows go on in the next; None: every batch is new.
+    Attention layers keep as many of each row's last tokens as their buffers hold."""
 
     @classmethod
     def start(
@@ -191,9 +192,11 @@ def _train_step(
     def summed_loss(params: Params, part: Mapping[str, Array], index: Array | int, cache: Mamba2Cache | None):
         model = structure.merge(params, frozen)
         set_dropout_key(model, jax.random.fold_in(key, index))
-        start = initial_cache(params, model.config, part["input_ids"].shape[0], model.dtype)
+        capacity = 0 if cache is None else cache.capacity or 0
+        start = initial_cache(params, model.config, part["input_ids"].shape[0], model.dtype, capacity)
         begin = start if cache is None else begin_or_go_on(cache, start, part.get("continues"))
         options = {"remat": remat, "tokens_per_slice": tokens_per_slice, "balance": balance}
+        options["rolling"] = cache is not None
         nats, (tokens, after) = loss_and_cache(model, part, begin, **options)
         return nats, (tokens, None if cache is None else after)
 
@@ -269,7 +272,9 @@ def eval_piece(
 ) -> tuple[Float[Array, ""], Int[Array, ""], Mamba2Cache]:
     """Compute `eval_step` for a piece of rows that go on from a cache; also return the cache after it."""
     model = structure.merge(params, frozen)
-    start = initial_cache(params, model.config, batch["input_ids"].shape[0], model.dtype)
+    rows = batch["input_ids"].shape[0]
+    start = initial_cache(params, model.config, rows, model.dtype, cache.capacity or 0)
     begin = begin_or_go_on(cache, start, batch.get("continues"))
-    nats, (tokens, after) = loss_and_cache(model, batch, begin, tokens_per_slice=tokens_per_slice)
+    options = {"tokens_per_slice": tokens_per_slice, "rolling": True}
+    nats, (tokens, after) = loss_and_cache(model, batch, begin, **options)
     return nats, tokens, after

@@ -9,17 +9,15 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
 
 from mamba2_jax.lora import add_lora, load_lora
 from mamba2_jax.lora.attach import adapter_names
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.processes import is_first, meet, place
-from mamba2_jax.sharding import token_sharding
-from mamba2_jax.training.carry import initial_cache, new_initial_state
+from mamba2_jax.processes import fetch, is_first, meet
+from mamba2_jax.training.carry import empty_cache, initial_cache, new_initial_state
 from mamba2_jax.training.checkpoint import Checkpoints
-from mamba2_jax.training.checks import check_evaluation, check_mesh, check_output, check_states
+from mamba2_jax.training.checks import check_mesh, check_run
 from mamba2_jax.training.checksums import fingerprint
 from mamba2_jax.training.config import TrainConfig, spacing
 from mamba2_jax.training.data import Batch, Documents, Source
@@ -96,9 +94,7 @@ class Trainer:
         self._options = plain(config) if options is None else options
         self._report = report if is_first() else lambda message: None
         self._output = pathlib.Path(config.output).expanduser()
-        check_output(config, self._output)
-        check_evaluation(config, eval_data)
-        check_states(config, model)
+        check_run(config, model, self._output, eval_data)
         self._mesh = config.mesh.make()
         check_mesh(config, self._mesh)
         self._base = fingerprint(base_arrays(model))
@@ -117,7 +113,7 @@ class Trainer:
         self.steps = config.steps or self._feed.count_steps()
         self._structure, self._trained, self._frozen = split_model(model)
         if config.train_initial_state:
-            self._trained |= new_initial_state(model.config)
+            self._trained |= new_initial_state(model.config, self._mesh)
         self._optimizer = make_optimizer(config.optim, self._trained, self.steps)
 
     def fit(self) -> TrainResult:
@@ -160,7 +156,7 @@ class Trainer:
             checkpoints.close()
         self._update_model(state)
         if stop.received is None:
-            initial_state = self.initial_state()
+            initial_state = jax.tree.map(fetch, self.initial_state())
             if initial_state is not None and is_first():
                 initial_state.save(self._output / INITIAL_STATE, self.model)
             replaced = self.config.data.chat_template is not None
@@ -179,6 +175,8 @@ class Trainer:
         peak = peak_operations(device, self.model.dtype)
         return Plan(
             steps=self.steps,
+            curriculum=config.row_lengths,
+            max_length=config.data.max_length,
             # the best checkpoint is chosen by its evaluation
             eval_every=config.eval_every
             or (save_every if config.checkpoint.keep_best else spacing(self.steps)),
@@ -196,7 +194,7 @@ class Trainer:
             },
             arrange=self._arranged,
             count_tokens=self._feed.tokens_of,
-            place=self._placed,
+            place=self._feed.placed,
             evaluate=None if self._feed.held_out is None else self.evaluate,
             extra={"run": self._identity(), "model": describe_model(self.model)},
             sharded=self._mesh is not None,
@@ -214,15 +212,17 @@ class Trainer:
         if self._feed.held_out is None:
             raise ValueError("evaluate: there is no evaluation data; give eval_data or data.eval_share")
         params = self._trained if params is None else params
-        held_out, config, cache = self._feed.held_out, self.config, self._empty_cache()
+        held_out, config = self._feed.held_out, self.config
+        cache = self._empty_cache(held_out)
         options = {"structure": self._structure, "tokens_per_slice": config.tokens_per_slice}
 
         def score(batch: Batch) -> tuple[Any, Any]:
             nonlocal cache
             with self.model.backbone.on_its_device():
+                placed = self._feed.placed(batch)
                 if cache is None:
-                    return eval_step(params, self._frozen, self._placed(batch), **options)
-                *sums, cache = eval_piece(params, self._frozen, batch, cache, **options)
+                    return eval_step(params, self._frozen, placed, **options)
+                *sums, cache = eval_piece(params, self._frozen, placed, cache, **options)
                 return sums[0], sums[1]
 
         return evaluate(self._feed.eval_batches(), score, int(held_out.num_bytes.sum()))
@@ -244,25 +244,25 @@ class Trainer:
             tokens = tokens_in_cache(self.model.config.hidden_size)
         return rows_in_turn(batch, tokens) if tokens else batch
 
-    def _empty_cache(self) -> Mamba2Cache | None:
-        """Return the state before the first batch, if rows carry it on."""
+    def _empty_cache(self, documents: Documents) -> Mamba2Cache | None:
+        """Return the state before the first batch of the documents, if rows carry it on."""
         if not self.config.carry_state:
             return None
-        return Mamba2Cache.zeros(self.model.config, self.config.batch_size, self.model.dtype)
-
-    def _placed(self, batch: Batch) -> dict[str, Any]:
-        """Shard a batch `(b, l)` or `(a, b, l)` over the mesh, if there is one."""
-        if self._mesh is None:
-            return batch
-        *parts, rows, tokens = batch["input_ids"].shape
-        sharding = token_sharding(self._mesh, rows, tokens)
-        sharding = NamedSharding(self._mesh, PartitionSpec(*(None for _ in parts), *sharding.spec))
-        return {name: place(array, sharding) for name, array in batch.items()}
+        context, longest = self.config.attention_context, documents.longest
+        context = longest if context is None else min(context, longest)
+        rows = self.config.batch_size
+        return empty_cache(self.model.config, rows, self.model.dtype, context, self._mesh)
 
     def _start(self, checkpoints: Checkpoints) -> tuple[TrainState, Any]:
         """Return the initial state and batch iterator, or those restored from the newest checkpoint."""
         params = {name: array.copy() for name, array in self._trained.items()}  # steps donate the buffers
-        key, cache = jax.random.key(self.config.seed), self._empty_cache()
+        key, cache = jax.random.key(self.config.seed), self._empty_cache(self._feed.documents)
+        if cache is not None and cache.capacity is not None:
+            size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache.attention))
+            self._report(
+                f"attention layers keep {cache.capacity} tokens of each row, {size / 1e6:.1f} MB in all; "
+                "attention_context limits it"
+            )
         state = TrainState.start(params, self._optimizer, key, cache)
         if self._mesh is not None:
             state = state.to_mesh(self._mesh)

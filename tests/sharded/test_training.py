@@ -8,13 +8,14 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec
 from meshes import error, mesh_cases, small_config
 from training_runs import run_config, texts_file, tokenizer
 
-from mamba2_jax import Mamba2ForCausalLM, generate
+from mamba2_jax import Mamba2Cache, Mamba2ForCausalLM, generate
 from mamba2_jax.mesh import make_mesh
 from mamba2_jax.sharding import parameter_shardings
-from mamba2_jax.training import CheckpointConfig, LoraOptions, MeshOptions, Trainer
+from mamba2_jax.training import CheckpointConfig, DataConfig, LoraOptions, MeshOptions, OptimConfig, Trainer
 from mamba2_jax.training.metrics import METRICS_FILE, read_metrics
 
 TOLERANCE = 1e-5  # float32 sums in another order
@@ -102,6 +103,36 @@ def test_adapters_and_accumulation_on_a_mesh(alone, tmp_path):
     losses, trainer = train(tmp_path / "run", 2, MeshOptions(tensor=2, fsdp=2, data=2), **changes)
     np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
     assert all("lora" in name for name in trainer._trained)
+
+
+def test_carried_and_trained_states_on_a_mesh(tmp_path, monkeypatch):
+    """A hybrid's, with the gradient passed from piece to piece, also over borders of `sequence`."""
+    end = tokenizer().eos_token_id
+    attention = {"num_heads": 4, "num_heads_kv": 2, "head_dim": 8, "d_conv": 4, "rotary_emb_dim": 4}
+    hybrid = {"attn_layer_idx": (1,), "attn_cfg": attention, "vocab_size": 32}
+    config = small_config(2, **hybrid, bos_token_id=end, eos_token_id=end, pad_token_id=end)
+    monkeypatch.setitem(globals(), "make_model", lambda _: Mamba2ForCausalLM(config, rngs=nnx.Rngs(0)))
+    changes = {
+        "data": DataConfig(max_length=16, rows="pad", eval_share=0.1),
+        "batch_size": 4, "accumulate": 2, "steps": 4,
+        # where a gradient is nearly 0, as that of a bias of all keys, Adam would make a step of rounding
+        "optim": OptimConfig(learning_rate=1e-2, eps=1e-3),
+        "carry_state": True, "pass_gradient": True, "train_initial_state": True, "attention_context": 20,
+    }  # fmt: skip
+    want, alone = train(tmp_path / "alone", 2, MeshOptions(), **changes)
+    losses, trainer = train(tmp_path / "run", 2, MeshOptions(data=2, sequence=2, tensor=2), **changes)
+    np.testing.assert_allclose(losses, want, rtol=TOLERANCE)
+    np.testing.assert_allclose(trainer.evaluate().loss, alone.evaluate().loss, rtol=TOLERANCE)
+    for name, array in alone._trained.items():
+        assert error(trainer._trained[name], array) < 10 * TOLERANCE, name
+    assert trainer._trained["initial_state.0"].sharding.spec == PartitionSpec("tensor")
+    cache = trainer._empty_cache(trainer._feed.documents)
+    for state, axis in ((cache.ssm[0], 1), (cache.conv[0].BC, 3), (cache.attention[1].keys, 2)):
+        assert state.addressable_shards[0].data.shape[0] == 2
+        assert state.addressable_shards[0].data.shape[axis] == state.shape[axis] // 2
+    file = tmp_path / "run" / "initial_state.safetensors"
+    saved = Mamba2ForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    assert error(Mamba2Cache.load(file, saved).ssm[0], alone.initial_state().ssm[0]) < 10 * TOLERANCE
 
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(tmp_path):

@@ -14,6 +14,7 @@ from mamba2_jax.training.data.config import DataConfig
 from mamba2_jax.training.data.documents import Documents, Report, load_documents
 from mamba2_jax.training.data.pipeline import Batch, count_batches, eval_batches, make_pipeline
 from mamba2_jax.training.data.records import Source
+from mamba2_jax.training.data.texts import iterate_texts
 
 __all__ = [
     "Batch",
@@ -23,6 +24,7 @@ __all__ = [
     "Source",
     "count_batches",
     "eval_batches",
+    "iterate_texts",
     "load_documents",
     "make_pipeline",
 ]

@@ -97,6 +97,14 @@ class Documents(Sequence[dict[str, np.ndarray]]):
         """Highest token id."""
         return int(self.tokens.max()) if self.files is None else self.files.highest
 
+    @property
+    def longest(self) -> int:
+        """Length of the longest document in tokens."""
+        lengths = np.diff(self.starts)
+        if self.held_out is not None:
+            lengths = np.delete(lengths, self.held_out) if self.is_rest else lengths[self.held_out]
+        return int(lengths.max())
+
     def fingerprint(self) -> str:
         """Return the SHA-256 of the content, by which a resumed run verifies its data."""
         return self._fingerprint
