@@ -5,9 +5,13 @@
 'def add(a, b):'
 """
 
+import contextlib
 import dataclasses
+import json
+import logging
 import pathlib
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from mamba2_jax import hub
@@ -18,7 +22,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids", "train_tokenizer"]
+__all__ = ["SpecialTokenIds", "load_tokenizer", "special_token_ids", "token_bytes", "train_tokenizer"]
 
 _END, _PAD = "<|endoftext|>", "<|pad|>"
 
@@ -71,6 +75,8 @@ def load_tokenizer(
             "--tokenizer EleutherAI/gpt-neox-20b on the command line, or a folder with its tokenizer.json"
         )
     try:
+        with _without_advice():
+            import transformers  # noqa: F401
         if has_json:
             return _load_from_json(folder)
         if has_vocabulary:
@@ -80,6 +86,21 @@ def load_tokenizer(
         raise ValueError(
             f"{folder}: its tokenizer cannot be loaded ({type(error).__name__}: {error}); download it again"
         ) from error
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Drop the message that transformers logs when it is imported without PyTorch; tokenizers need none."""
+    logger = logging.getLogger("transformers")
+
+    def keep(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("PyTorch was not found")
+
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)
 
 
 def _load_from_json(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
@@ -189,6 +210,39 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token=_END, eos_token=_END, pad_token=_PAD, padding_side="left"
     )
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase") -> dict[int, bytes]:
+    """Return the bytes that each token id adds to a text; special tokens are left out.
+
+    Raises:
+        ValueError: a tokenizer of neither byte-level nor sentencepiece's kind.
+    """
+    decoder = getattr(getattr(tokenizer, "backend_tokenizer", None), "decoder", None)
+    state = {} if decoder is None else json.loads(decoder.__getstate__())
+    kinds = {part["type"] for part in state.get("decoders", [state] if state else [])}
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace"}:
+        raise ValueError("token_bytes: not a byte-level or sentencepiece tokenizer, whose tokens have bytes")
+    added = tokenizer.added_tokens_decoder
+    table = _byte_level_alphabet() if "ByteLevel" in kinds else None
+    found = {}
+    for token, index in tokenizer.get_vocab().items():
+        if index in added:
+            if not added[index].special:
+                found[index] = added[index].content.encode()
+        elif table is None:
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+            found[index] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+        elif all(letter in table for letter in token):
+            found[index] = bytes(table[letter] for letter in token)
+    return found
+
+
+def _byte_level_alphabet() -> dict[str, int]:
+    """Return the byte for which each letter stands in a byte-level vocabulary: GPT-2's table."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 def special_token_ids(tokenizer: "PreTrainedTokenizerBase", config: Mamba2Config) -> SpecialTokenIds:

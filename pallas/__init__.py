@@ -14,6 +14,8 @@
   neighbour's number and dt = 0.
 - `ssd_step(x, dt, A, B, C, state, D) -> (y, state)`: one token of the scan, shapes as in
   `mamba2_jax.ops.ssd_step`, dtypes as above; the new state has the dtype of `state`.
+- `mixer_step(inputs, state, weights, mask, *, dt_limits, eps) -> (result, state)`: as in
+  `mamba2_jax.ops.mixer_step`, a float32 SSM state, and the norm after the gate. Not differentiable.
 - `unsupported(problem: Problem) -> str | None`: why the kernel cannot run `problem` on this device, and which
   implementation can; None if it can run.
 """
@@ -59,4 +61,6 @@ KERNELS: dict[str, dict[str, Kernel]] = {
         "triton": Kernel("mamba2_jax.pallas.triton_gpu.scan", "ssd", automatic=()),
     },
     "ssd_step": {},
+    # Never selected by default: benchmarks/results has no run of it on a GPU yet.
+    "mixer_step": {"mosaic_gpu": Kernel("mamba2_jax.pallas.mosaic_gpu.mixer", "mixer_step", automatic=())},
 }

@@ -24,6 +24,7 @@ DOORS = {
     "ops.experts.experts",
     "ops.experts.experts_sharded",
     "ops.gate.silu_gate",
+    "ops.mixer_step.mixer_step",
     "ops.rms_norm.gated_rms_norm",
     "ops.rms_norm.rms_norm",
     "ops.scan.api.ssd",

@@ -93,6 +93,9 @@ class TestFiles:
         np.testing.assert_array_equal(model(more, cache=again).logits, model(more, cache=cache).logits)
         assert read_notes(tmp_path / "a" / "state") == {"who": "näme", "list": "[1]"}
         assert [file.name for file in (tmp_path / "a").iterdir()] == ["state"]
+        (tmp_path / "ordinary").touch()
+        modes = [(tmp_path / name).stat().st_mode for name in ("a/state", "ordinary")]
+        assert modes[0] == modes[1]
 
     def test_the_fingerprint_is_that_of_what_decides_the_states(self, model):
         same = random_jax_model(HYBRID.replace(chunk_size=8, eos_token_id=5))

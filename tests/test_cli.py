@@ -3,18 +3,24 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer, stream
 from mamba2_jax.cli import commands as cli
 from mamba2_jax.cli.generate import chosen_settings, prepare
 from mamba2_jax.cli.kernels import describe_kernels
+from mamba2_jax.cli.waiting import cache_folder, keep_compiled, working
+from mamba2_jax.generation.options import Options
+from mamba2_jax.generation.streaming import start_streams
 from mamba2_jax.hub import EMBEDDED_MODEL
 
 PROMPT = "import os\n"
@@ -73,6 +79,73 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
     assert texts[2] == PROMPT + text[: min(text.find(s) for s in "\ne" if s in text)] + "\n"
 
 
+def test_a_draft_and_constraints(capsys, tmp_path):
+    options = ["--max-new-tokens", "24", "--temperature", "1", "--regex", "([a-c]{2}é){3};", "--ban", "c"]
+    assert run("generate", PROMPT, *options, "--draft", "prompt-lookup") == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch("([ab]{2}é){3};\n", out)
+    assert "tokens per call of the model" in err
+    (tmp_path / "schema.json").write_text('{"enum": ["left", "right"]}')
+    for schema in ('{"enum": ["left", "right"]}', str(tmp_path / "schema.json")):
+        assert run("generate", PROMPT, "--max-new-tokens", "24", "--json-schema", schema) == 0
+        assert capsys.readouterr().out.strip() in ('"left"', '"right"')
+
+
+def test_several_texts_of_beams(capsys, folder):
+    change(folder / "generation_config.json", do_sample=True, temperature=0.7)  # for others
+    options = ["--max-new-tokens", "8", "--num-beams", "2", "--num-return-sequences", "2", "--stop", ":"]
+    assert run("generate", PROMPT, "--model", str(folder), "--dtype", "float32", *options) == 0
+    out, err = capsys.readouterr()
+    model, tokenizer = Mamba2ForCausalLM.from_pretrained(dtype="float32"), load_tokenizer()
+    beams = Options(max_new_tokens=8, num_beams=2, num_return_sequences=2)
+    texts = start_streams("test", model, tokenizer, tokenizer.encode(PROMPT), ":", beams)
+    first, second = (text if text.endswith("\n") else text + "\n" for text in map("".join, texts))
+    assert out == f"--- 1 of 2 ---\n{first}--- 2 of 2 ---\n{second}"
+    assert "compiling included" in err
+
+
+def test_compiled_programs_are_kept_for_the_next_start(tmp_path, monkeypatch):
+    given = jax.config.jax_compilation_cache_dir
+    assert given  # of these tests, which the command leaves alone
+    names = ("compilation_cache_dir", "compilation_cache_max_size", "persistent_cache_min_compile_time_secs")
+    before = {f"jax_{name}": getattr(jax.config, f"jax_{name}") for name in names}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    try:
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir == given
+        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_enable_compilation_cache", False)
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+        jax.config.update("jax_enable_compilation_cache", True)
+        keep_compiled()
+        (folder,) = (tmp_path / "mamba2_jax" / "compiled").iterdir()
+        assert jax.config.jax_compilation_cache_dir == str(folder)
+        assert jax.config.jax_compilation_cache_max_size > 0
+        jax.config.update("jax_compilation_cache_dir", None)
+        (tmp_path / "file").touch()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # where nothing can be written
+        keep_compiled()
+        assert jax.config.jax_compilation_cache_dir is None
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        for name, value in before.items():
+            jax.config.update(name, value)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder().is_relative_to(Path.home())
+
+
+def test_a_status_line_is_for_terminals_only(capsys, monkeypatch):
+    with working("reading"):
+        pass
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    with working("reading"):
+        pass
+    out, err = capsys.readouterr()
+    assert (out, "reading" in err) == ("", True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -95,6 +168,20 @@ def test_prompt_from_stdin_echo_stop_and_seed(capsys, from_stdin):
         (["generate", "x", "--max-new-tokens", "1.5"], "--max-new-tokens"),
         (["generate", "x", "--seed", "-1"], "--seed -1 must lie in"),
         (["generate", "x", "--stop", ""], "--stop is empty"),
+        (["generate", "x", "--ban", ""], "--ban is empty"),
+        (["generate", "x", "--regex", "(a"], "match_regex: '(a' cannot be followed"),
+        (["generate", "x", "--json-schema", "/no/such"], "/no/such"),
+        (["generate", "x", "--json-schema", "{"], "match_json_schema: the schema cannot be followed"),
+        (["generate", "x", "--regex", "a", "--json-schema", "{}"], "--regex and --json-schema: a text"),
+        (["generate", "x", "--draft", "/no/such"], "/no/such: no such folder"),
+        (["generate", "x", "--num-draft-tokens", "2"], "--num-draft-tokens needs --draft"),
+        (["generate", "x", "--draft", "prompt-lookup", "--num-draft-tokens", "0"], "num_draft_tokens=0"),
+        (["generate", "x", "--length-penalty", "2"], "--length-penalty needs --num-beams above 1"),
+        (["generate", "x", "--num-beams", "0"], "num_beams=0 must be at least 1"),
+        (["generate", "x", "--num-beams", "2", "--temperature", "1"], "does not go with temperature"),
+        (["generate", "x", "--best-of", "2"], "best_of=2 greedy texts of a prompt would be the same"),
+        (["generate", "x", "--num-return-sequences", "2"], "num_return_sequences=2 greedy texts"),
+        (["chat", "--num-return-sequences", "2"], "Unrecognized options"),
         (["generate", "x", "--chat"], "no chat template; give a file of one with --chat-template"),
         (["generate", "x", "--chat", "--chat-template", "/no/such"], "/no/such"),
         (["generate", "x", "--system", "Be brief."], "--system needs --chat"),
@@ -193,7 +280,7 @@ def test_the_tokenizer_s_end_wins_over_the_config_s_and_joins_the_generation_con
     begin, _ = prepare(cli.Generate("x", model=str(folder)), "x", cli._tell)
     err = capsys.readouterr().err
     assert "note: eos_token_id: the config says 5, the tokenizer 0; using 0" in err
-    assert begin(1)._eos == ends
+    assert begin(1)[0]._eos == ends
 
 
 def test_info_of_the_embedded_model(capsys):

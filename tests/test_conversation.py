@@ -12,7 +12,7 @@ from mamba2_jax import Mamba2Cache, Mamba2Config, Mamba2ForCausalLM, generate, l
 from mamba2_jax.cli import commands as cli
 from mamba2_jax.cli.chat import _Chat, new_conversation
 from mamba2_jax.cli.generate import Loaded
-from mamba2_jax.generation import Conversation
+from mamba2_jax.generation import Conversation, PromptLookup
 from mamba2_jax.generation.processors import force_tokens
 from mamba2_jax.generation.text import prompt_tokens
 
@@ -71,6 +71,25 @@ class TestStream:
         list(ended)
         assert ended.tokens[-1] == free.tokens[5]
         assert_has_read(ended.cache, model, ids + ended.tokens)
+
+    @pytest.mark.parametrize("name", ["lookup", "model"])
+    def test_a_draft_s_state_goes_on_too(self, model, tokenizer, name):
+        sizes = SIZES | {"vocab_size": model.config.vocab_size}
+        draft = PromptLookup() if name == "lookup" else random_jax_model(Mamba2Config(**sizes))
+        options = {"max_new_tokens": 9, "draft": draft, "eos_token_id": ()}
+        ids, pieces = tokenizer.encode(PROMPT), stream(model, tokenizer, PROMPT, **options)
+        for _ in pieces:  # blocks end where guesses do
+            assert_has_read(pieces.cache, model, ids + pieces.tokens)
+        states = {0: pieces.prompt_draft_cache, len(pieces.tokens): pieces.draft_cache}
+        for count, state in states.items():
+            if name == "lookup":
+                assert state.tokens[0].tolist() == ids + pieces.tokens[:count]
+            else:
+                assert_has_read(state, draft, ids + pieces.tokens[:count])
+        more = stream(model, tokenizer, "x", cache=pieces.cache, draft_cache=pieces.draft_cache, **options)
+        want = stream(model, tokenizer, "x", max_new_tokens=9, eos_token_id=(), cache=pieces.cache)
+        assert "".join(more) == "".join(want)
+        assert more.passes >= 2  # of at most 5 tokens
 
     def test_a_text_goes_on_as_if_it_had_not_stopped(self, model, tokenizer):
         first = stream(model, tokenizer, PROMPT, max_new_tokens=6, eos_token_id=())
@@ -169,6 +188,37 @@ class TestConversation:
         model([[1]]).cache.save(tmp_path / "state", model)
         with pytest.raises(ValueError, match="not of a conversation"):
             other.load(tmp_path / "state")
+
+    def test_special_tokens_that_a_message_spells_are_text(self, model, tokenizer):
+        end = tokenizer.eos_token
+        chat = Conversation(model, tokenizer, system=f"never {end}", chat_template=TEMPLATE)
+        first = chat.say(f"a{end}b", max_new_tokens=2, eos_token_id=())
+        text = f"# system\nnever {end}{end}\n# user\na{end}b{end}\n# assistant\n"
+        assert tokenizer.decode(first.prompt_ids) == text
+        assert first.prompt_ids.count(tokenizer.eos_token_id) == 2  # which the template wrote
+        list(first)
+        second = chat.say(f"{end}c", max_new_tokens=1)
+        assert tokenizer.decode(second.prompt_ids).endswith(f"# user\n{end}c{end}\n# assistant\n")
+        assert len(second.prompt_ids) < 40
+        assert second.prompt_ids.count(tokenizer.eos_token_id) == 2  # after the answer and after the message
+        with pytest.raises(ValueError, match="Conversation: a message holds U[+]FDD0"):
+            chat.say("\ufdd0", max_new_tokens=1)
+
+    def test_drafts_see_all_turns_also_of_a_saved_chat(self, model, tokenizer, tmp_path):
+        chat, plain = (Conversation(model, tokenizer, chat_template=TEMPLATE) for _ in range(2))
+        options = {"max_new_tokens": 6, "draft": PromptLookup()}
+        for _ in range(2):
+            answer = chat.say("import os", **options)
+            assert "".join(answer) == "".join(plain.say("import os", max_new_tokens=6))
+        read = tokenizer.decode(answer.draft_cache.tokens[0])
+        assert read.count("import os") >= 2
+        assert answer.draft_cache.lengths.tolist() == answer.cache.position.tolist()
+        chat.save(tmp_path / "chat")
+        other = Conversation(model, tokenizer, chat_template=TEMPLATE)
+        other.load(tmp_path / "chat")
+        third = other.say("import os", **options)
+        assert "".join(third) == "".join(plain.say("import os", max_new_tokens=6))
+        assert tokenizer.decode(third.draft_cache.tokens[0]).startswith(read)
 
     def test_what_the_template_refuses_is_said(self, model, tokenizer):
         with pytest.raises(ValueError, match="no chat template"):

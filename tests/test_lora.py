@@ -260,6 +260,8 @@ def test_peft_reads_what_we_write(rslora, tmp_path):
     add_lora(model, config, rngs=nnx.Rngs(0))
     randomise(model)
     save_lora(model, tmp_path, base_model="some/base")
+    (tmp_path / "ordinary").touch()
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
     base = transformers.Mamba2ForCausalLM.from_pretrained(checkpoint())
     theirs = peft.PeftModel.from_pretrained(base, tmp_path)
     with torch.no_grad():

@@ -11,6 +11,7 @@ from models import SIZES, random_ids, random_jax_model, relative
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
 from mamba2_jax.generation import decoding, prefill, request
+from mamba2_jax.generation.options import Options
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.search import check_search
 from mamba2_jax.hub import EMBEDDED_MODEL
@@ -81,7 +82,7 @@ def test_pieces_and_buffers_are_few_and_waste_little():
 
 def test_memory_does_not_grow_with_the_prompt():
     model = random_jax_model(Mamba2Config(**SIZES))
-    search = check_search("test", model, temperature=0.0, **SEARCH)
+    search = check_search("test", model, Options(max_new_tokens=16))
 
     def temporaries(length: int) -> int:
         padded = prefill.padded_length(length)
@@ -90,6 +91,7 @@ def test_memory_does_not_grow_with_the_prompt():
             model,
             None,
             (ids, ids, None, None),
+            None,
             make_sampler("test"),
             (),
             None,
@@ -105,19 +107,6 @@ def test_memory_does_not_grow_with_the_prompt():
 
     short, long = temporaries(4096), temporaries(65536)
     assert long < 1.1 * short
-
-
-SEARCH = {
-    "num_return_sequences": 1,
-    "best_of": None,
-    "num_beams": 1,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "draft": None,
-    "num_draft_tokens": 4,
-    "has_ids": True,
-    "return_logprobs": False,
-}
 
 
 def test_embeddings_continue_as_their_ids_do(model):

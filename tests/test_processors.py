@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import pytest
 from models import SIZES, random_ids, random_jax_model
 
 from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
+from mamba2_jax.generation import PromptLookup
+from mamba2_jax.generation.constraints import ban_words, match_json_schema, match_regex
 from mamba2_jax.generation.decoding import _generate
 from mamba2_jax.generation.processors import ban_tokens, end_after, follow_automaton, force_tokens
 
@@ -88,31 +91,66 @@ def test_what_are_no_ids_is_named(make, ids):
         make(ids)
 
 
-def test_a_json_schema_by_outlines_core():
-    """The README's example: outlines-core turns a schema into an automaton over the tokenizer's ids."""
-    outlines_core = pytest.importorskip("outlines_core")
-    model, tokenizer = Mamba2ForCausalLM.from_pretrained(dtype="float32"), load_tokenizer()
-    schema = {
-        "type": "object",
-        "properties": {"name": {"type": "string", "maxLength": 8}, "size": {"type": "integer"}},
-        "required": ["name", "size"],
-    }
-    pattern = outlines_core.json_schema.build_regex_from_schema(json.dumps(schema))
-    end = tokenizer.eos_token_id
-    words = {}  # the tokens' bytes by GPT-2's table, as the tokenizer's file has them
-    for token in range(len(tokenizer)):
-        text = tokenizer.decode([token])
-        if token not in tokenizer.all_special_ids and text and "\ufffd" not in text:
-            words.setdefault(text, []).append(token)
-    index = outlines_core.Index(pattern, outlines_core.Vocabulary(end, words))
-    processor = follow_automaton(
-        index.get_transitions(),
-        index.get_initial_state(),
-        index.get_final_states(),
-        vocab_size=model.config.vocab_size,
-        eos=end,
-    )
-    options = {"temperature": 1.0, "key": jax.random.key(0), "max_new_tokens": 60}
-    text = "".join(stream(model, tokenizer, "x = ", logits_processors=[processor], **options))
-    assert re.fullmatch(pattern, text)
-    assert set(json.loads(text)) == {"name", "size"}
+@pytest.fixture(scope="module")
+def embedded():
+    return Mamba2ForCausalLM.from_pretrained(dtype="float32"), load_tokenizer()
+
+
+class TestConstraints:
+    sampled = {"temperature": 1.0, "key": jax.random.key(0)}
+
+    def test_a_banned_word_does_not_occur_however_it_is_cut(self, embedded):
+        model, tokenizer = embedded
+        words = ["abab", "bac", "é"]
+        processor = ban_words(model, tokenizer, words)
+        table = np.asarray(processor.args[0])
+        rng = np.random.default_rng(0)
+        texts = ["".join(rng.choice(list("abcé "), 6)) for _ in range(200)]
+        cut = [[*tokenizer.encode(text[:3]), *tokenizer.encode(text[3:])] for text in texts]
+        banned = 0
+        for text, tokens in zip(texts, cut, strict=True):
+            state = 0
+            for token in tokens:
+                state = -1 if state < 0 else table[state, token]
+            assert (state < 0) == any(word in text for word in words)
+            banned += state < 0
+        assert 20 < banned < 180
+        free = "".join(stream(model, tokenizer, "x = ", max_new_tokens=12))
+        word = free[2:4]
+        processor = ban_words(model, tokenizer, [word])
+        text = "".join(stream(model, tokenizer, "x = ", max_new_tokens=12, logits_processors=[processor]))
+        assert word in free
+        assert word not in text
+
+    def test_a_text_matches_a_regular_expression(self, embedded):
+        model, tokenizer = embedded
+        processor = match_regex(model, tokenizer, r"(ab|é{2}c)+;")
+        options = {**self.sampled, "max_new_tokens": 40, "logits_processors": [processor]}
+        text = "".join(stream(model, tokenizer, "x = ", **options))
+        assert re.fullmatch("(ab|é{2}c)+;", text)
+        assert "".join(stream(model, tokenizer, "x = ", draft=PromptLookup(1), **options)).endswith(";")
+
+    def test_a_text_is_json_of_a_schema(self, embedded):
+        model, tokenizer = embedded
+        schema = {
+            "type": "object",
+            "properties": {"name": {"type": "string", "maxLength": 8}, "size": {"type": "integer"}},
+            "required": ["name", "size"],
+        }
+        processor = match_json_schema(model, tokenizer, schema)
+        options = {**self.sampled, "max_new_tokens": 60, "logits_processors": [processor]}
+        text = "".join(stream(model, tokenizer, "x = ", **options))
+        assert set(json.loads(text)) == {"name", "size"}
+
+    def test_what_cannot_be_followed_is_told(self, embedded, monkeypatch):
+        for words in ([], [""], "word", [3]):
+            with pytest.raises(ValueError, match="ban_words: wants a list of words"):
+                ban_words(*embedded, words)
+        with pytest.raises(ValueError, match=r"match_regex: '\(a' cannot be followed"):
+            match_regex(*embedded, "(a")
+        for schema in ("{", '{"type": "nonsense"}', {"type": object}):
+            with pytest.raises(ValueError, match="match_json_schema: the schema cannot be followed"):
+                match_json_schema(*embedded, schema)
+        monkeypatch.setitem(sys.modules, "outlines_core", None)
+        with pytest.raises(ImportError, match="needs outlines-core: pip install"):
+            match_regex(*embedded, "a")

@@ -8,7 +8,8 @@ from flax import nnx
 from models import SIZES, jax_model, random_ids, random_jax_model, relative, torch_model
 
 from mamba2_jax import Mamba2Config, generate
-from mamba2_jax.generation.speculative import Guesses, PromptLookup, accept
+from mamba2_jax.generation.drafts import Guesses, PromptLookup, TokenHistory
+from mamba2_jax.generation.speculative import accept
 
 NEW = 12
 HYBRID = Mamba2Config(**SIZES).replace(
@@ -170,6 +171,50 @@ class TestDrafts:
         chosen = np.take_along_axis(logits, np.asarray(both.tokens)[..., None], -1)[..., 0]
         assert (chosen >= fourth - 1e-4).all()  # the rounding of another order of sums
 
+    @pytest.mark.parametrize("name", ["itself", "lookup"])
+    def test_it_goes_on_with_what_was_read_before(self, model, drafts, prompts, name):
+        ids, mask = prompts
+        draft, options = drafts[name], {"max_new_tokens": NEW, "eos_token_id": (), "num_draft_tokens": 3}
+        first = generate(model, ids, mask, draft=draft, **options)
+        more = random_ids(2, 3, seed=4)
+        want = generate(model, more, cache=first.cache, **options)
+        went_on = {"cache": first.cache, "draft": draft, "draft_cache": first.draft_cache}
+        seeing = generate(model, more, **went_on, **options)
+        np.testing.assert_array_equal(seeing.tokens, want.tokens)
+        read = [*ids[0, 3:], *first.tokens[0].tolist(), *more[0], *seeing.tokens[0].tolist()]
+        if name == "itself":
+            with pytest.warns(UserWarning, match="draft has not seen what cache has read"):
+                blind = generate(model, more, cache=first.cache, draft=draft, **options)
+            np.testing.assert_array_equal(blind.tokens, want.tokens)
+            assert seeing.passes.tolist() == [-(-(NEW - 1) // 4)] * 2  # every guess is right
+            assert (blind.passes > seeing.passes).any()
+            for mine in (seeing.cache, seeing.draft_cache):
+                for one, other in zip(jax.tree.leaves(mine), jax.tree.leaves(want.cache), strict=True):
+                    assert relative(one, other) < 1e-5
+        else:
+            history = seeing.draft_cache
+            assert history.tokens[0, : int(history.lengths[0])].tolist() == read
+
+    def test_lookup_finds_what_was_read_before(self, model, prompts):
+        forced = np.asarray(prompts[0][1, :4])
+
+        def repeat(tokens, count, logits):
+            return jnp.where(jnp.arange(96) == jnp.asarray(forced)[count % 4], 100.0, logits)
+
+        options = {"draft": PromptLookup(), "num_draft_tokens": 3, "eos_token_id": ()}
+        first = generate(model, prompts[0][1:], max_new_tokens=1, **options)
+        got = generate(
+            model,
+            forced[None, -1:],
+            max_new_tokens=5,
+            cache=first.cache,
+            draft_cache=first.draft_cache,
+            logits_processors=[repeat],
+            **options,
+        )
+        np.testing.assert_array_equal(got.tokens[0], [*forced, forced[0]])
+        assert got.passes.tolist() == [1]
+
     @pytest.mark.parametrize("sure", [False, True], ids=["drawn", "looked up"])
     def test_accepted_and_replaced_tokens_follow_the_models_distribution(self, sure):
         count, vocab = 10_000, 5
@@ -223,5 +268,16 @@ def test_a_draft_of_another_vocabulary_or_with_embeddings_is_refused(model, ids)
     embeds = model.backbone.embeddings(jnp.asarray(ids), dtype=model.dtype)
     with pytest.raises(ValueError, match="a draft reads input_ids"):
         generate(model, inputs_embeds=embeds, max_new_tokens=2, draft=PromptLookup())
+    history = TokenHistory(np.ones((1, 4), np.int32), np.array([4], np.int32))
+    for options, message in (
+        ({"draft_cache": history}, "draft_cache needs draft"),
+        (
+            {"draft_cache": history, "draft": model},
+            "draft_cache is a TokenHistory; a draft Mamba2ForCausalLM",
+        ),
+        ({"draft_cache": history, "draft": PromptLookup()}, "draft_cache has 1 rows, the prompts have 2"),
+    ):
+        with pytest.raises(ValueError, match=f"^generate: {message}"):
+            generate(model, ids, max_new_tokens=2, **options)
     with pytest.raises(ValueError, match="PromptLookup: ngram=0"):
         PromptLookup(0)

@@ -3,9 +3,12 @@
 from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
+from models import SIZES, random_jax_model
 
-from mamba2_jax import Mamba2ForCausalLM, generate, load_tokenizer, stream
+from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer, stream
+from mamba2_jax.generation import PromptLookup
 from mamba2_jax.generation.streaming import TextStream
 from mamba2_jax.generation.text import REPLACEMENT, IncrementalDecoder
 
@@ -113,9 +116,64 @@ def test_text_is_not_held_back_longer_than_a_stop_string_needs(tokenizer):
     assert pieces.num_tokens == 1
 
 
+class TestOptionsOfGenerate:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def model(cls, tokenizer):
+        return random_jax_model(Mamba2Config(**SIZES | {"vocab_size": len(tokenizer), "eos_token_id": 0}))
+
+    options = {"temperature": 0.9, "key": jax.random.key(5), "eos_token_id": ()}
+
+    def whole(self, model, tokenizer, **options):
+        return generate(model, [tokenizer.encode(PROMPT)], vocab_size=len(tokenizer), **options)
+
+    def test_a_draft_writes_generate_s_text_and_tells_its_passes(self, model, tokenizer):
+        options = {"max_new_tokens": 20, "draft": PromptLookup(), "return_logprobs": True, **self.options}
+        pieces = stream(model, tokenizer, PROMPT, **options)
+        text = "".join(pieces)
+        new = self.whole(model, tokenizer, **options)
+        assert pieces.tokens == new.tokens[0].tolist()
+        assert text == tokenizer.decode(pieces.tokens)
+        assert [pieces.passes] == new.passes.tolist()
+        np.testing.assert_allclose(pieces.logprobs, new.logprobs[0], atol=1e-4)
+
+    def test_beams_and_the_best_of_several_come_as_a_whole(self, model, tokenizer):
+        beams = {"max_new_tokens": 6, "num_beams": 2, "eos_token_id": ()}
+        pieces = stream(model, tokenizer, PROMPT, **beams)
+        assert pieces.comes_whole
+        text = "".join(pieces)
+        assert text == tokenizer.decode(self.whole(model, tokenizer, **beams).tokens[0])
+        cut = stream(model, tokenizer, PROMPT, stop=text[3:5], **beams)
+        assert "".join(cut) == text[: text.index(text[3:5])]
+        assert cut.finish_reason == "stop"
+        assert cut.cache.position.tolist() == [len(cut.prompt_ids) + cut.num_tokens]
+        best = stream(model, tokenizer, PROMPT, max_new_tokens=6, best_of=2, **self.options)
+        assert best.comes_whole
+        assert "".join(best) == tokenizer.decode(best.tokens)
+        assert best.num_tokens == 6
+
+    def test_messages_are_answered_under_the_chat_template(self, model):
+        tokenizer = load_tokenizer()
+        messages = [{"role": "user", "content": "import os"}]
+        with pytest.raises(ValueError, match="no chat template"):
+            stream(model, tokenizer, messages, max_new_tokens=1)
+        tokenizer.chat_template = "{% for m in messages %}# {{ m.content }}<|endoftext|>{% endfor %}"
+        pieces = stream(model, tokenizer, messages, max_new_tokens=1)
+        assert pieces.prompt_ids == tokenizer.encode("# import os<|endoftext|>")
+        assert pieces.prompt_ids[-1] == tokenizer.eos_token_id
+
+    def test_what_makes_no_stream_is_told(self, model, tokenizer):
+        with pytest.raises(TypeError, match="^stream: there is no option 'temprature'; .* temperature"):
+            stream(model, tokenizer, PROMPT, max_new_tokens=2, temprature=1.0)
+
+
 BAD = {
+    "several texts": ({"num_return_sequences": 2}, "num_return_sequences=2: a stream is one text"),
+    "embeddings": ({"inputs_embeds": 0}, "inputs_embeds: a stream continues a text"),
+    "beams and sampling": ({"num_beams": 2, "temperature": 1.0}, "num_beams=2 does not go with temperature"),
     "empty prompt": ({"prompt": ""}, "prompt is empty"),
     "prompt kind": ({"prompt": [1, 2]}, "prompt must be a string"),
+    "no messages": ({"prompt": []}, "prompt must be a string, or messages"),
     "stop": ({"stop": [""]}, "stop=.* must be non-empty"),
     "budget": ({"max_new_tokens": 0}, "max_new_tokens=0"),
     "key": ({"temperature": 1.0}, "needs key"),

@@ -1,7 +1,10 @@
 import inspect
 import io
 import json
+import os
 import random
+import subprocess
+import sys
 import textwrap
 
 import pytest
@@ -11,7 +14,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.hub import EMBEDDED_MODEL
-from mamba2_jax.tokenizer import SpecialTokenIds, load_tokenizer, special_token_ids
+from mamba2_jax.tokenizer import SpecialTokenIds, load_tokenizer, special_token_ids, token_bytes
 
 CORPUS = (inspect.getsource(textwrap) + inspect.getsource(random) + "été naïve 汉字 x  y\n").splitlines(
     keepends=True
@@ -80,13 +83,33 @@ def neox_folder(tmp_path_factory):
 
 def test_embedded_tokenizer():
     tokenizer = load_tokenizer()
+    found = token_bytes(tokenizer)
     backend = tokenizers.Tokenizer.from_file(str(EMBEDDED_MODEL / "tokenizer.json"))
     for text in _texts():
         ids = tokenizer(text)["input_ids"]
         assert ids == backend.encode(text).ids
         assert tokenizer.decode(ids) == text
+        assert b"".join(found[index] for index in ids) == text.encode()
+    assert tokenizer.eos_token_id not in found
     config = Mamba2Config.from_pretrained()
     assert special_token_ids(tokenizer, config) == SpecialTokenIds(bos=0, eos=(0,), pad=1)
+
+
+def test_that_tokenizers_do_without_pytorch_is_not_advised():
+    code = """
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "torch" else find(name, *rest)
+from mamba2_jax import load_tokenizer
+load_tokenizer()
+import transformers
+assert not transformers.utils.is_torch_available()
+transformers.logging.get_logger("transformers").warning("another warning")
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_NO_ADVISORY_WARNINGS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert (done.stdout, done.stderr.strip()) == ("", "[transformers] another warning")
 
 
 @pytest.mark.parametrize("with_settings", [True, False])
@@ -143,10 +166,12 @@ def test_codestral_files_equal_sentencepiece(mistral_model, tmp_path):
 
 
 def _check_against_sentencepiece(tokenizer, processor):
+    found = token_bytes(tokenizer)
     for text in _texts():
         ids = tokenizer(text)["input_ids"]
         assert ids == [processor.bos_id(), *processor.encode(text)], text
         assert tokenizer.decode(ids, skip_special_tokens=True) == processor.decode(ids) == text
+        assert b"".join(found[index] for index in ids[1:]) == (f" {text}" if text else "").encode()
     pieces = ["<s>", "[INST]", "[/INST]"]
     assert tokenizer("[INST][/INST]")["input_ids"] == [processor.piece_to_id(piece) for piece in pieces]
     # Codestral's config file says 0 for all three

@@ -3,6 +3,9 @@
 import json
 import shutil
 
+import absl.logging
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from training_runs import model_folder, run_config, texts_file, tiny_model, tokenizer
@@ -10,7 +13,9 @@ from training_runs import model_folder, run_config, texts_file, tiny_model, toke
 from mamba2_jax import Mamba2ForCausalLM
 from mamba2_jax.cli import main
 from mamba2_jax.training import CheckpointConfig, DataConfig, LoraOptions, OptimConfig, Trainer
+from mamba2_jax.training.checkpoint import Checkpoints
 from mamba2_jax.training.metrics import read_metrics
+from mamba2_jax.training.step import TrainState
 
 IDS = np.random.default_rng(0).integers(0, 28, (2, 16))
 
@@ -170,3 +175,25 @@ def test_nothing_is_written_to_a_bucket(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="adapter, not a model"):
         Mamba2ForCausalLM.from_pretrained("a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_best_is_kept_and_one_that_was_not_evaluated_is_no_cause_to_warn(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(absl.logging, "warning", lambda *words: told.append(words))
+    zero = jnp.int32(0)
+
+    def save(checkpoints, losses):
+        for step, loss in losses.items():
+            state = TrainState(jnp.int32(step), {"a": jnp.ones(3)}, (), jax.random.key(0), zero, zero)
+            checkpoints.save(state, {}, loss)
+            checkpoints.wait()
+        return checkpoints.steps()
+
+    checkpoints = Checkpoints(tmp_path / "c", CheckpointConfig(keep=1))
+    assert save(checkpoints, {1: 0.5, 2: float("nan"), 3: 0.4, 4: 0.9, 5: None}) == [3, 5]
+    checkpoints.close()
+    again = Checkpoints(tmp_path / "c", CheckpointConfig(keep=1))
+    assert save(again, {6: None, 7: 0.6}) == [3, 7]
+    assert save(again, {8: 0.4}) == [8]  # of equal ones the newest
+    again.close()
+    assert not [words for words in told if "metric" in str(words)]

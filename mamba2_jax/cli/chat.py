@@ -1,11 +1,11 @@
 """Run `mamba2-jax chat`: read messages line by line, stream the answers, and keep the history as a state."""
 
-import pathlib
 import sys
 from collections.abc import Callable
 from typing import Any
 
-from mamba2_jax.cli.generate import Loaded, load, stream_options
+from mamba2_jax.cli.generate import Loaded, chat_template, load, stream_options
+from mamba2_jax.cli.waiting import working
 from mamba2_jax.generation.conversation import Conversation
 
 COMMANDS = """/reset      forget the conversation, but for --system
@@ -31,11 +31,7 @@ def start_chat(options: Any, tell: Callable[[object], None]) -> Callable[[], Non
 
 def new_conversation(options: Any, loaded: Loaded) -> Conversation:
     """Start a conversation with the options `--system` and `--chat-template`."""
-    template = options.chat_template
-    if template is not None:
-        template = pathlib.Path(template).read_text(encoding="utf-8")
-    elif not loaded.tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; give a file of one with --chat-template")
+    template = chat_template(options, loaded.tokenizer)
     return Conversation(loaded.model, loaded.tokenizer, system=options.system, chat_template=template)
 
 
@@ -74,10 +70,13 @@ class _Chat:
                 self._tell(error)
 
     def _answer(self, text: str) -> None:
-        options = stream_options(self._options, self._loaded.settings, turn=self._turn)
+        options = stream_options(self._options, self._loaded, turn=self._turn)
         self._turn += 1
-        answer = self._conversation.say(text, **options)
+        answer = self._conversation.say(text, stop=self._options.stop, **options)
         try:
+            with working("reading" if self._turn > 1 else "compiling, and reading"):
+                piece = next(answer, "")
+            print(piece, end="", flush=True)
             for piece in answer:
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:

@@ -9,15 +9,17 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 import tyro
-from tyro.conf import Positional, UseAppendAction, arg, subcommand
+from tyro.conf import Positional, arg, subcommand
 
 from mamba2_jax.cli.errors import MISTAKES as _MISTAKES
 from mamba2_jax.cli.errors import CommandError
 from mamba2_jax.cli.errors import tell as _tell
 from mamba2_jax.cli.evaluate_options import Evaluate, Perplexity
+from mamba2_jax.cli.text_options import Count, Path, TextOptions
+from mamba2_jax.cli.waiting import working
 
 PROGRAM = "mamba2-jax"
 DESCRIPTION = (
@@ -25,54 +27,9 @@ DESCRIPTION = (
     "evaluate it, or train a new one. `mamba2-jax --version` prints the version."
 )
 
-_Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
-_Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
-_Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _TextOptions:
-    """Options of the commands that write text."""
-
-    model: _Path = None
-    """Folder or hub id of the checkpoint (None: the adapter's base, else the embedded model)."""
-    adapter: _Path = None
-    """Folder or hub id of a LoRA adapter for the model."""
-    tokenizer: _Path = None
-    """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
-    max_new_tokens: _Count = None
-    """Maximum number of new tokens (None: the checkpoint's, else 128)."""
-    temperature: _Number = None
-    """Sampling temperature; 0 is greedy."""
-    top_k: _Count = None
-    """Sample from the k most likely tokens; 0 is no limit."""
-    top_p: _Number = None
-    """Sample from the most likely tokens that together reach this probability."""
-    min_p: _Number = None
-    """Sample from tokens with at least this fraction of the top token's probability."""
-    repetition_penalty: _Number = None
-    """Above 1 penalizes tokens that the text already contains."""
-    seed: int = 0
-    """Random seed; the same seed gives the same text."""
-    stop: UseAppendAction[tuple[str, ...]] = ()
-    """Stop string: ends the text and is not printed; may be repeated."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
-    system: Annotated[str | None, arg(metavar="TEXT")] = None
-    """System message of the chat."""
-    chat_template: Annotated[str | None, arg(metavar="FILE")] = None
-    """File with a Jinja chat template (None: the tokenizer's own)."""
-
-    def check(self) -> None:
-        """Raise CommandError for options that need no model to be seen as wrong."""
-        if not 0 <= self.seed < 2**32:
-            raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
-        if "" in self.stop:
-            raise CommandError("--stop is empty; give it at least one character")
-
 
 @dataclasses.dataclass(frozen=True)
-class Generate(_TextOptions):
+class Generate(TextOptions):
     """Continue a prompt and stream the text to stdout.
 
     Options that are not given default to the checkpoint's generation_config.json, if it has one, else to
@@ -85,6 +42,8 @@ class Generate(_TextOptions):
     """Answer the prompt as a message, under the chat template."""
     echo: bool = False
     """Print the prompt before the text."""
+    num_return_sequences: Count = None
+    """Print so many texts, sampled or of as many beams, each under a line with its number."""
 
     def run(self) -> None:
         """Stream the text to stdout; notes and timings go to stderr."""
@@ -94,7 +53,8 @@ class Generate(_TextOptions):
             if value is not None and not self.chat:
                 raise CommandError(f"{option} needs --chat")
 
-        from mamba2_jax.cli.generate import prepare, write_and_time
+        with working("starting"):
+            from mamba2_jax.cli.generate import prepare, write_and_time
 
         try:
             begin, max_new_tokens = prepare(self, prompt, _tell)
@@ -106,7 +66,7 @@ class Generate(_TextOptions):
 
 
 @dataclasses.dataclass(frozen=True)
-class Chat(_TextOptions):
+class Chat(TextOptions):
     """Chat with a model: a line is a message, and `/help` lists the commands.
 
     The history is kept as a state, so that each turn reads only what is new; `/save` keeps it for another
@@ -120,7 +80,8 @@ class Chat(_TextOptions):
         """Answer lines of stdin on stdout; notes go to stderr."""
         self.check()
 
-        from mamba2_jax.cli.chat import start_chat
+        with working("starting"):
+            from mamba2_jax.cli.chat import start_chat
 
         try:
             run = start_chat(self, _tell)
@@ -133,9 +94,9 @@ class Chat(_TextOptions):
 class Info:
     """Describe a checkpoint: config, number of parameters, memory and files. Reads no weights."""
 
-    path: Positional[_Path] = None
+    path: Positional[Path] = None
     """Folder or hub id of a checkpoint or an adapter (None: the embedded Python-writing model)."""
-    adapter: _Path = None
+    adapter: Path = None
     """Folder or hub id of a LoRA adapter, described too."""
     kernels: bool = False
     """Show instead which implementation of the scan runs on the devices of this machine, and why."""
@@ -175,15 +136,15 @@ class Convert:
     """Stored dtype; A_log, dt_bias and D are never narrowed."""
     max_shard_size: Annotated[str, arg(metavar="SIZE")] = "5GB"
     """Maximum bytes per weight file, for the form transformers."""
-    tokenizer: _Path = None
+    tokenizer: Path = None
     """Folder or hub id whose tokenizer is copied (None: the source's, if it has one)."""
     allow_non_finite: bool = False
     """Accept weights that hold NaN or infinity."""
     overwrite: bool = False
     """Replace the checkpoint in a non-empty folder; its other files are kept."""
-    adapter: _Path = None
+    adapter: Path = None
     """Folder or hub id of a LoRA adapter to merge into the source; this holds the model in memory."""
-    base: _Path = None
+    base: Path = None
     """Folder or hub id of the model below the adapter in SRC (None: the one that it was trained on)."""
 
     def run(self) -> None:
@@ -249,8 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments == ["--version"]:
             print(PROGRAM, importlib.metadata.version("mamba2-jax-flax"), flush=True)
             return 0
-        # without PyTorch installed, transformers advises at each start to install it
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         if arguments[:1] in (["finetune"], ["pretrain"]):
             return _train(arguments[0], arguments[1:])
         tyro.cli(Command, prog=PROGRAM, description=DESCRIPTION, args=arguments).run()
@@ -270,10 +229,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(name: str, arguments: list[str]) -> int:
-    if name == "finetune":
-        from mamba2_jax.cli.finetune import finetune as run
-    else:
-        from mamba2_jax.cli.pretrain import pretrain as run
+    with working("starting"):
+        if name == "finetune":
+            from mamba2_jax.cli.finetune import finetune as run
+        else:
+            from mamba2_jax.cli.pretrain import pretrain as run
 
     try:
         return run(arguments, f"{PROGRAM} {name}", _tell)

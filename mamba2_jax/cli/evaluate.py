@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mamba2_jax import evaluation
 from mamba2_jax.cli.generate import find_folder, load_model
+from mamba2_jax.cli.waiting import keep_compiled, working
 from mamba2_jax.mesh import AXES, make_mesh
 
 HUMAN_EVAL, NUM_PROBLEMS = "humaneval", 164
@@ -114,7 +115,10 @@ def parse_mesh(text: str | None) -> Any:
 def _load(options: Any, tell: Callable[[object], None]) -> tuple[Any, Any]:
     if options.batch_size < 1:
         raise ValueError(f"--batch-size {options.batch_size} must be at least 1")
-    return load_model(options, find_folder(options), tell, sharding=parse_mesh(options.mesh))
+    keep_compiled()
+    folder = find_folder(options)
+    with working("loading the model"):
+        return load_model(options, folder, tell, sharding=parse_mesh(options.mesh))
 
 
 def _run_harness(options: Any, tasks: list[str], model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -1,26 +1,24 @@
 """Define the commands `evaluate` and `perplexity`; `cli.evaluate` runs them."""
 
 import dataclasses
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
 from mamba2_jax.cli.errors import MISTAKES, CommandError, tell
-
-_Path: TypeAlias = Annotated[str | None, arg(metavar="PATH")]
-_Number: TypeAlias = Annotated[float | None, arg(metavar="FLOAT")]
-_Count: TypeAlias = Annotated[int | None, arg(metavar="INT")]
+from mamba2_jax.cli.text_options import Count, Number, Path
+from mamba2_jax.cli.waiting import working
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreOptions:
     """Options of the commands that score a model."""
 
-    model: _Path = None
+    model: Path = None
     """Folder or hub id of the checkpoint (None: the adapter's base, else the embedded model)."""
-    adapter: _Path = None
+    adapter: Path = None
     """Folder or hub id of a LoRA adapter for the model."""
-    tokenizer: _Path = None
+    tokenizer: Path = None
     """Folder or hub id of the tokenizer (None: the checkpoint's own)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute dtype; auto is bfloat16 if the weights are stored in bfloat16, else float32."""
@@ -44,11 +42,11 @@ class Evaluate(ScoreOptions):
     """Tasks, groups or patterns of the harness, YAML files of tasks, or humaneval; separated by commas."""
     include_path: Annotated[UseAppendAction[tuple[str, ...]], arg(metavar="FOLDER")] = ()
     """Folder with tasks of your own; may be repeated."""
-    num_fewshot: _Count = None
+    num_fewshot: Count = None
     """Examples before each question (None: the task's number)."""
-    limit: _Number = None
+    limit: Number = None
     """Use the first so many items of each task only; below 1, a fraction of the items."""
-    max_length: _Count = None
+    max_length: Count = None
     """Cut texts to so many tokens, as other backends do (None: no limit)."""
     add_bos_token: bool | None = None
     """Whether texts begin with the tokenizer's special tokens (None: as the tokenizer does)."""
@@ -62,7 +60,7 @@ class Evaluate(ScoreOptions):
     """Run programs that the model writes on this machine; humaneval and some tasks of the harness need it."""
     num_samples: int = 1
     """Of humaneval: samples per problem; above 1, pass@10 and pass@100 are estimated too."""
-    temperature: _Number = None
+    temperature: Number = None
     """Of humaneval: sampling temperature (None: 0, which is greedy, for one sample, else 0.2)."""
 
     def run(self) -> None:
@@ -70,7 +68,8 @@ class Evaluate(ScoreOptions):
         if not 0 <= self.seed < 2**32:
             raise CommandError(f"--seed {self.seed} must lie in 0..{2**32 - 1}")
 
-        from mamba2_jax.cli.evaluate import evaluate
+        with working("starting"):
+            from mamba2_jax.cli.evaluate import evaluate
 
         try:
             evaluate(self, tell)
@@ -92,7 +91,8 @@ class Perplexity(ScoreOptions):
 
     def run(self) -> None:
         """Print the table to stdout; progress goes to stderr."""
-        from mamba2_jax.cli.evaluate import measure_perplexity
+        with working("starting"):
+            from mamba2_jax.cli.evaluate import measure_perplexity
 
         try:
             measure_perplexity(self, tell)

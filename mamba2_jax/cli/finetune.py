@@ -14,6 +14,7 @@ import tyro
 from tyro.conf import arg
 
 from mamba2_jax import Mamba2ForCausalLM, load_tokenizer
+from mamba2_jax.cli.waiting import keep_compiled, working
 from mamba2_jax.hub import resolve_folder
 from mamba2_jax.processes import is_first, start_processes
 from mamba2_jax.training import LoraOptions, TrainConfig, Trainer, TrainResult, keep_freed_memory
@@ -81,6 +82,7 @@ class Finetune:
         """Train and return the result; `tell` receives messages for the user, one line each."""
         self._check()
         self.processes.start()
+        keep_compiled()
         if self.processes.coordinator is None and self.train.mesh == MeshOptions():
             keep_freed_memory()
         if not is_first():
@@ -119,11 +121,12 @@ class Finetune:
     def _loaded(self, tell: Callable[[str], None]) -> tuple[Mamba2ForCausalLM, Any]:
         """Load the model and its tokenizer."""
         folder = resolve_folder(self.model, self.revision)
-        tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
         dtype = None if self.dtype == "auto" else self.dtype
-        model = Mamba2ForCausalLM.from_pretrained(
-            folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
-        )
+        with working("loading the model"):
+            tokenizer = load_tokenizer(folder if self.tokenizer is None else self.tokenizer)
+            model = Mamba2ForCausalLM.from_pretrained(
+                folder, dtype=dtype, sharding=self.train.mesh.make(), report=lambda report: tell(str(report))
+            )
         return model, tokenizer
 
     def _new(self, tell: Callable[[str], None]) -> tuple[Mamba2ForCausalLM, Any]:

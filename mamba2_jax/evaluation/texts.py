@@ -12,6 +12,7 @@ import numpy as np
 from mamba2_jax.evaluation.plan import Progress, padded_length, padded_rows, plan_batches
 from mamba2_jax.evaluation.scores import ContextReader, chunks, on_every_device, pad_rows
 from mamba2_jax.generation.loop import decode, prefill
+from mamba2_jax.generation.options import SAMPLING, Options
 from mamba2_jax.generation.request import Request, check_request
 from mamba2_jax.generation.state import DecodeState
 from mamba2_jax.generation.streaming import end_ids
@@ -54,8 +55,11 @@ def generate_texts(
         The new texts, in the order of the prompts.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an invalid argument; the message names it.
     """
+    for name in sampling.keys() - SAMPLING:
+        raise TypeError(f"generate_texts: there is no option {name!r}; those of sampling are {SAMPLING}")
     special = special_token_ids(tokenizer, model.config)
     options = {
         "max_new_tokens": max_new_tokens,
@@ -89,7 +93,7 @@ def _read_prompts(model, reader: ContextReader, batch, options: dict) -> tuple[D
     mask = pad_rows([[1] * len(context) for context in batch.contexts], count, length, 0)
     mask[len(batch.contexts) :, 0] = 1  # a prompt has at least one token
     cache = None if head is None else head.repeat(count)
-    request = check_request("generate_texts", model, ids, mask, cache, **options)
+    request = check_request("generate_texts", model, ids, mask, Options(cache=cache, **options))
     with model.backbone.on_its_device():
         state = _prefill(
             model,

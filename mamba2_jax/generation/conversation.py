@@ -13,8 +13,9 @@ import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from mamba2_jax.generation.streaming import TextStream, stream
-from mamba2_jax.generation.text import text_after
+from mamba2_jax.generation.drafts import Draft, DraftState, draft_state_of
+from mamba2_jax.generation.streaming import TextStream, start_streams, stream_options
+from mamba2_jax.generation.text import render_chat, rendered_tokens, text_after
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.cache_file import read_notes
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -27,6 +28,8 @@ class _Read(NamedTuple):
 
     text: str
     cache: Mamba2Cache | None
+    draft: Draft | None = None
+    draft_cache: DraftState | None = None
 
 
 class Conversation:
@@ -74,35 +77,50 @@ class Conversation:
         self._messages = [] if self._system is None else [{"role": "system", "content": self._system}]
         self._prompt = ""
         self._states: Sequence[_Read] = ()
+        self._draft: Draft | None = None  # of the last turn
 
-    def say(self, text: str, *, max_new_tokens: int, **options: Any) -> TextStream:
+    def say(
+        self, text: str, *, max_new_tokens: int, stop: str | Sequence[str] = (), **options: Any
+    ) -> TextStream:
         """Add a message of the user and return the answer as a stream, which may be left at any time.
 
         Args:
-            text: the message.
+            text: the message; special tokens that it spells are text.
             max_new_tokens: maximum number of new tokens.
-            **options: options of `stream`.
+            stop: stop strings; the answer ends before the first of them.
+            **options: options of `stream`; `cache` and `draft_cache` are the conversation's own.
 
         Raises:
             ValueError: an option of `stream`, or a message that the template refuses.
         """
         self._settle()
         messages = [*self._messages, {"role": "user", "content": text}]
-        prompt = self._render(messages)
+        try:
+            prompt, spelled = render_chat(self._tokenizer, messages, self._template)
+        except ValueError as error:
+            raise ValueError(f"Conversation: {error}") from error
         known = [read for read in self._states if prompt.startswith(read.text) and prompt != read.text]
         read = max(known, key=lambda read: len(read.text), default=_Read("", None))
-        rest = prompt[len(read.text) :]
-        answer = stream(
-            self._model,
+        given = {"max_new_tokens": max_new_tokens, "cache": read.cache, **options}
+        draft = given.get("draft")
+        if read.text and draft is not None:
+            given["draft_cache"] = self._draft_cache_after(read, draft)
+        begin = len(read.text)
+        ids = rendered_tokens(
             self._tokenizer,
-            rest,
-            max_new_tokens=max_new_tokens,
-            cache=read.cache,
-            add_special_tokens=False,
-            **options,
+            prompt[begin:],
+            [(max(first, begin) - begin, last - begin) for first, last in spelled if last > begin],
         )
-        self._messages, self._prompt, self._answer = messages, prompt, answer
+        options_of_all = stream_options(given)
+        (answer,) = start_streams("stream", self._model, self._tokenizer, ids, stop, options_of_all)
+        self._messages, self._prompt, self._answer, self._draft = messages, prompt, answer, draft
         return answer
+
+    def _draft_cache_after(self, read: _Read, draft: Draft) -> DraftState:
+        """Return the draft's state after a text; reads the text anew if another draft, or none, was used."""
+        if read.draft is draft and read.draft_cache is not None:
+            return read.draft_cache
+        return draft_state_of(draft, rendered_tokens(self._tokenizer, read.text, ()))
 
     def save(self, file: str | os.PathLike[str]) -> None:
         """Write messages and state as one file of `Mamba2Cache.save`.
@@ -146,16 +164,6 @@ class Conversation:
         self._messages.append({"role": "assistant", "content": shown})
         raw = text_after(self._tokenizer, answer.prompt_ids, answer.tokens, special=True)
         self._states = (
-            _Read(self._prompt, answer.prompt_cache),
-            _Read(self._prompt + raw, answer.cache),
+            _Read(self._prompt, answer.prompt_cache, self._draft, answer.prompt_draft_cache),
+            _Read(self._prompt + raw, answer.cache, self._draft, answer.draft_cache),
         )
-
-    def _render(self, messages: list[dict[str, str]]) -> str:
-        from jinja2 import TemplateError
-
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=True
-            )
-        except TemplateError as error:
-            raise ValueError(f"Conversation: the chat template refuses the messages: {error}") from error

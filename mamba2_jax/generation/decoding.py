@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 
 from mamba2_jax.generation.beams import beam_search
+from mamba2_jax.generation.drafts import Draft, DraftState, start_draft
 from mamba2_jax.generation.loop import decode, prefill
+from mamba2_jax.generation.options import Options
 from mamba2_jax.generation.processors import Processor
 from mamba2_jax.generation.request import check_request
 from mamba2_jax.generation.sampling import Sampler
-from mamba2_jax.generation.search import Search, check_search, take_best
-from mamba2_jax.generation.speculative import PromptLookup, decode_speculatively, start_draft
+from mamba2_jax.generation.search import Search, best_rows
+from mamba2_jax.generation.speculative import begin, finish, speculate
 from mamba2_jax.generation.state import DecodeState
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -42,6 +44,8 @@ class GenerateOutput:
     """Of beam search: sum of log-probabilities / length ** length_penalty; of `best_of`: their mean."""
     passes: Int[Array, " b"] | None = None
     """With a `draft`: calls of the model per row; tokens per call are `(lengths - 1) / passes`."""
+    draft_cache: DraftState | None = None
+    """With a `draft`: its state after the same tokens as `cache`; pass both on to continue."""
 
 
 def generate(
@@ -68,8 +72,9 @@ def generate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | Literal["never"] = False,
-    draft: Mamba2ForCausalLM | PromptLookup | None = None,
+    draft: Draft | None = None,
     num_draft_tokens: int = 4,
+    draft_cache: DraftState | None = None,
 ) -> GenerateOutput:
     """Continue each prompt up to an eos token or `max_new_tokens`. Also works inside your own `jit`.
 
@@ -101,12 +106,13 @@ def generate(
         early_stopping: True ends a prompt's beam search once `num_beams` texts have ended; "never" only once
             no better one can come; False decides that by the current length.
         draft: a smaller model of the same vocabulary, or `PromptLookup()`, to guess tokens that the model
-            checks several at a time: the same greedy text, or the same distribution of sampled ones. A
-            draft model sees this call's prompt, not what `cache` has read.
+            checks several at a time: the same greedy text, or the same distribution of sampled ones.
         num_draft_tokens: tokens guessed per call of the model.
+        draft_cache: state of the draft after what `cache` has read, from the same earlier call; of tokens
+            read without a draft, `draft(tokens).cache`, or `TokenHistory(tokens, lengths)` for a lookup.
 
     Returns:
-        `GenerateOutput(tokens, lengths, logprobs, cache, scores, passes)`.
+        `GenerateOutput(tokens, lengths, logprobs, cache, scores, passes, draft_cache)`.
 
     Raises:
         ValueError: an invalid argument; the message names it.
@@ -117,10 +123,21 @@ def generate(
     >>> generate(model, ids, max_new_tokens=5).tokens.shape
     (1, 5)
     """
-    search = check_search(
-        "generate",
-        model,
+    options = Options(
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        eos_token_id=eos_token_id,
+        pad_token_id=pad_token_id,
+        vocab_size=vocab_size,
+        key=key,
+        cache=cache,
+        return_logprobs=return_logprobs,
+        inputs_embeds=inputs_embeds,
+        logits_processors=logits_processors,
         num_return_sequences=num_return_sequences,
         best_of=best_of,
         num_beams=num_beams,
@@ -128,39 +145,20 @@ def generate(
         early_stopping=early_stopping,
         draft=draft,
         num_draft_tokens=num_draft_tokens,
-        has_ids=inputs_embeds is None,
-        return_logprobs=return_logprobs,
+        draft_cache=draft_cache,
     )
-    request = check_request(
-        "generate",
-        model,
-        input_ids,
-        attention_mask,
-        cache,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=eos_token_id,
-        pad_token_id=pad_token_id,
-        vocab_size=vocab_size,
-        key=key,
-        inputs_embeds=inputs_embeds,
-        logits_processors=logits_processors,
-        slack=search.num_draft_tokens + 1,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
+    request = check_request("generate", model, input_ids, attention_mask, options)
     with model.backbone.on_its_device():
         out = _generate(
             model,
-            draft,
+            request.draft,
             (request.input_ids, request.attention_mask, request.cache, request.inputs_embeds),
+            request.draft_cache,
             request.sampler,
             request.processors,
             request.key,
             jnp.asarray(request.budget, jnp.int32),
-            search=search,
+            search=request.search,
             size=request.size,
             piece=request.piece,
             capacity=request.capacity,
@@ -179,6 +177,7 @@ def _generate(
     model,
     draft,
     prompts: tuple,
+    draft_cache,
     sampler: Sampler,
     processors,
     key,
@@ -205,23 +204,47 @@ def _generate(
         pad=pad,
         with_logprobs=search.needs_logprobs,
     )
-    passes = scores = None
+    if draft is not None:
+        draft_cache = start_draft(draft, input_ids, mask, draft_cache, piece=piece, capacity=capacity)
+    return write_texts(
+        model, draft, state, draft_cache, sampler, processors, key, budget, search=search, eos=eos, pad=pad
+    )
+
+
+def write_texts(
+    model: Mamba2ForCausalLM,
+    draft: Draft | None,
+    state: DecodeState,
+    draft_cache: DraftState | None,
+    sampler: Sampler,
+    processors: tuple[Processor, ...],
+    key: Array | None,
+    budget: Int[Array, ""],
+    *,
+    search: Search,
+    eos: tuple[int, ...],
+    pad: int,
+) -> GenerateOutput:
+    """Write the texts that `search` wants after prompts that model and draft have read; call inside `jit`."""
     if search.num_beams > 1:
         state, scores = beam_search(model, state, sampler, processors, budget, search, eos=eos, pad=pad)
-        return _output(state, search, scores=scores)
+        return GenerateOutput(state.tokens, state.lengths, None, state.cache, scores)
+    passes = scores = None
     state = state.repeat(search.candidates)
-    if draft is None:
+    if draft is None or draft_cache is None:
         state = decode(model, state, sampler, key, budget, processors, eos=eos, pad=pad)
     else:
-        start = start_draft(draft, input_ids, mask, piece=piece, capacity=capacity, copies=search.candidates)
-        state, passes = decode_speculatively(
-            model, state, start, sampler, key, budget, processors, num_draft=search.num_draft_tokens, eos=eos
+        forked = jax.tree.map(lambda leaf: jnp.repeat(leaf, search.candidates, axis=0), draft_cache)
+        start = begin(state, forked, sampler, key, processors, eos=eos)
+        number = search.num_draft_tokens
+        done = speculate(
+            model, draft, start, sampler, key, budget, budget, processors, num_draft=number, eos=eos
         )
+        passes = done.passes
+        state, draft_cache = finish(model, draft, done)
     if search.candidates > search.num_return_sequences:
-        state, scores = take_best(state, search)
-    return _output(state, search, scores=scores, passes=passes)
-
-
-def _output(state: DecodeState, search: Search, scores=None, passes=None) -> GenerateOutput:
+        rows, scores = best_rows(state, search)
+        state = state.take(rows)
+        passes, draft_cache = jax.tree.map(lambda leaf: leaf[rows], (passes, draft_cache))
     logprobs = state.logprobs if search.return_logprobs else None
-    return GenerateOutput(state.tokens, state.lengths, logprobs, state.cache, scores, passes)
+    return GenerateOutput(state.tokens, state.lengths, logprobs, state.cache, scores, passes, draft_cache)

@@ -51,7 +51,7 @@ def follow_automaton(
     final: Sequence[int],
     *,
     vocab_size: int,
-    eos: int,
+    eos: int | Sequence[int],
 ) -> Processor:
     """Constrain the text to a finite automaton over token ids, such as a regular expression or JSON schema.
 
@@ -62,17 +62,23 @@ def follow_automaton(
         start: state before the first token.
         final: states in which the text may end.
         vocab_size: width of the logits.
-        eos: id that ends the text, allowed in final states only.
+        eos: id or ids that end the text, allowed in final states only.
     """
+    stops = [*eos] if isinstance(eos, Sequence) else [eos]
     states = sorted({start, *final, *transitions, *(s for to in transitions.values() for s in to.values())})
     number = {state: index for index, state in enumerate(states)}
     table = np.full((len(states), vocab_size), -1, np.int32)
     for state, tokens in transitions.items():
         table[number[state], [*tokens]] = [number[to] for to in tokens.values()]
-    table[:, eos] = -1
-    ends = [number[state] for state in final]
-    table[ends, eos] = ends
-    return Partial(_follow, jnp.asarray(table), jnp.asarray(number[start], jnp.int32))
+    table[:, stops] = -1
+    ends = np.array([number[state] for state in final])
+    table[ends[:, None], stops] = ends[:, None]
+    return follow_table(table, number[start])
+
+
+def follow_table(table: Int[np.ndarray, "states v"], start: int) -> Processor:
+    """Constrain the text to a finite automaton: next state by state and token id, -1: not allowed."""
+    return Partial(_follow, jnp.asarray(table, jnp.int32), jnp.asarray(start, jnp.int32))
 
 
 def as_pytrees(name: str, processors: Sequence[Any]) -> tuple[Any, ...]:

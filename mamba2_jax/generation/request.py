@@ -1,7 +1,7 @@
 """Validation of the arguments of `generate` and `stream`, and padding of prompts to bucketed lengths."""
 
 import operator
-from collections.abc import Sequence
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.config import Mamba2Config
+from mamba2_jax.generation.drafts import Draft, DraftState, check_draft_cache
+from mamba2_jax.generation.options import Options
 from mamba2_jax.generation.prefill import PIECE, padded_length, piece_size
 from mamba2_jax.generation.processors import as_pytrees
 from mamba2_jax.generation.sampling import Sampler, make_sampler, positive_integer
+from mamba2_jax.generation.search import Search, check_search
 from mamba2_jax.models.cache import Mamba2Cache, bucket
 from mamba2_jax.models.inputs import batch_and_length, check_inputs
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
@@ -44,24 +46,13 @@ class Request:
     """Token ids that end a row."""
     pad: int
     """Token id that fills a row after its end."""
+    search: Search
+    draft: Draft | None
+    draft_cache: DraftState | None
 
 
 def check_request(
-    name: str,
-    model: Mamba2ForCausalLM,
-    input_ids,
-    attention_mask,
-    cache,
-    *,
-    max_new_tokens,
-    eos_token_id,
-    pad_token_id,
-    vocab_size,
-    key,
-    inputs_embeds=None,
-    logits_processors: Sequence[Any] = (),
-    slack: int = 0,
-    **sampling,
+    name: str, model: Mamba2ForCausalLM, input_ids: Any, attention_mask: Any, options: Options
 ) -> Request:
     """Check the arguments of the function `name`, and pad concrete prompts to a bucketed length.
 
@@ -70,16 +61,7 @@ def check_request(
         model: the model.
         input_ids: `(b, l)`.
         attention_mask: `(b, l)` of 0/1, or None.
-        cache: with `b` rows, or None.
-        max_new_tokens: see `generate`.
-        eos_token_id: see `generate`.
-        pad_token_id: see `generate`.
-        vocab_size: see `generate`.
-        key: see `generate`.
-        inputs_embeds: see `generate`.
-        logits_processors: see `generate`.
-        slack: tokens beyond the budget that the model may read and forget.
-        **sampling: temperature and filters, see `generate`.
+        options: the options.
 
     Returns:
         The request; concrete prompts are padded on the right to `(b, bucket(l))`.
@@ -88,52 +70,74 @@ def check_request(
         ValueError: an invalid argument; the message names it.
     """
     config = model.config
+    search = check_search(name, model, options)
     input_ids, attention_mask, _, cache, inputs_embeds = check_inputs(
-        name, config, input_ids, attention_mask, None, cache, inputs_embeds
+        name, config, input_ids, attention_mask, None, options.cache, options.inputs_embeds
     )
     if attention_mask is not None and is_concrete(attention_mask):
         empty = np.flatnonzero(~np.asarray(attention_mask).any(axis=1))
         if empty.size:
             raise ValueError(f"{name}: row {empty[0]} has no token: its attention_mask is all 0")
+    vocab_size = options.vocab_size
     if vocab_size is not None and positive_integer(name, "vocab_size", vocab_size) > config.vocab_size:
         raise ValueError(f"{name}: vocab_size={vocab_size} is above the model's {config.vocab_size}")
-    eos, pad = _end_and_pad(name, model, eos_token_id, pad_token_id)
-    if vocab_size is not None and eos_token_id is not None and max(eos, default=0) >= vocab_size:
+    eos, pad = _end_and_pad(name, model, options.eos_token_id, options.pad_token_id)
+    if vocab_size is not None and options.eos_token_id is not None and max(eos, default=0) >= vocab_size:
         raise ValueError(
             f"{name}: eos_token_id={max(eos)} lies outside the ids 0..{vocab_size - 1} that can be chosen"
         )
     vocab_size = config.unpadded_vocab_size if vocab_size is None else vocab_size
-    sampler = make_sampler(name, vocab_size=vocab_size, ends=eos, **sampling)
+    sampler = make_sampler(name, vocab_size=vocab_size, ends=eos, **options.sampling)
+    key = options.key
     if sampler.temperature is None:
         key = None
     elif not _is_key(key):
         raise ValueError(f"{name}: sampling (temperature above 0) needs key, one like jax.random.key(0)")
-    _, length = batch_and_length(input_ids, inputs_embeds)
+    batch, length = batch_and_length(input_ids, inputs_embeds)
+    draft_cache = check_draft_cache(name, options.draft, options.draft_cache, batch)
+    if options.draft is not None and draft_cache is None and _has_read(cache):
+        warnings.warn(
+            f"{name}: the draft has not seen what cache has read, so that fewer of its guesses may be right; "
+            "give draft_cache too",
+            stacklevel=3,
+        )
     piece = length if length <= PIECE else piece_size(length)
     if all(is_concrete(given) for given in (input_ids, attention_mask, inputs_embeds)):
         length = padded_length(length)
         input_ids, attention_mask, inputs_embeds = _pad(input_ids, attention_mask, inputs_embeds, pad, length)
-    budget = positive_integer(name, "max_new_tokens", max_new_tokens)
+    budget = positive_integer(name, "max_new_tokens", options.max_new_tokens)
     return Request(
         input_ids=input_ids,
         attention_mask=attention_mask,
         cache=cache,
         inputs_embeds=inputs_embeds,
         sampler=sampler,
-        processors=as_pytrees(name, logits_processors),
+        processors=as_pytrees(name, options.logits_processors),
         key=key,
         budget=budget,
         size=max(16, 1 << (budget - 1).bit_length()),
         piece=bucket(piece) if piece < length else length,
-        capacity=_capacity(config, cache, length, budget + slack),
+        # the model may read a guess for each token drafted, and forget it
+        capacity=_capacity(model, options.draft, cache, length, budget + search.num_draft_tokens + 1),
         eos=eos,
         pad=pad,
+        search=search,
+        draft=options.draft,
+        draft_cache=draft_cache,
     )
 
 
-def _capacity(config: Mamba2Config, cache: Mamba2Cache | None, length: int, budget: int) -> int:
+def _has_read(cache: Mamba2Cache | None) -> bool:
+    """Return whether a cache has read tokens; False for a tracer, whose values are not known."""
+    return cache is not None and is_concrete(cache.position) and bool(np.any(cache.position))
+
+
+def _capacity(
+    model: Mamba2ForCausalLM, draft: Any, cache: Mamba2Cache | None, length: int, budget: int
+) -> int:
     """Return the key/value slots needed for cached tokens, prompt and new tokens; 0 without attention."""
-    if not config.attends:
+    configs = [given.config for given in (model, draft) if isinstance(given, Mamba2ForCausalLM)]
+    if not any(config.attends for config in configs):
         return 0
     past = 0
     if cache is not None:

@@ -7,12 +7,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.generation.drafts import PromptLookup
+from mamba2_jax.generation.options import Options
 from mamba2_jax.generation.sampling import positive_integer
-from mamba2_jax.generation.speculative import PromptLookup
 from mamba2_jax.generation.state import DecodeState
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.ops.checks import check_choice, is_concrete
-from mamba2_jax.typing import Array, Float
+from mamba2_jax.typing import Array, Float, Int
 
 
 @dataclass(frozen=True)
@@ -30,38 +31,31 @@ class Search:
     return_logprobs: bool
 
     @property
+    def decodes_whole(self) -> bool:
+        """Return whether no text is known before all are complete."""
+        return self.num_beams > 1 or self.candidates > 1
+
+    @property
     def needs_logprobs(self) -> bool:
         """Return whether log-probabilities are to be computed."""
         return self.return_logprobs or self.candidates > self.num_return_sequences
 
 
-def check_search(
-    name: str,
-    model: Mamba2ForCausalLM,
-    *,
-    temperature: Any,
-    num_return_sequences: int,
-    best_of: int | None,
-    num_beams: int,
-    length_penalty: float,
-    early_stopping: bool | Literal["never"],
-    draft: Any,
-    num_draft_tokens: int,
-    has_ids: bool,
-    return_logprobs: bool,
-) -> Search:
+def check_search(name: str, model: Mamba2ForCausalLM, options: Options) -> Search:
     """Check the options of the function `name` against each other.
 
     Raises:
         ValueError: an invalid option, or two that exclude each other; the message names them.
     """
-    count = positive_integer(name, "num_return_sequences", num_return_sequences)
-    beams = positive_integer(name, "num_beams", num_beams)
+    best_of, draft = options.best_of, options.draft
+    count = positive_integer(name, "num_return_sequences", options.num_return_sequences)
+    beams = positive_integer(name, "num_beams", options.num_beams)
     candidates = count if best_of is None else positive_integer(name, "best_of", best_of)
-    greedy = is_concrete(temperature) and temperature == 0
-    check_choice(name, "early_stopping", early_stopping, (True, False, "never"))
-    if not isinstance(length_penalty, int | float) or not math.isfinite(length_penalty):
-        raise ValueError(f"{name}: length_penalty={length_penalty!r} must be a finite number")
+    greedy = is_concrete(options.temperature) and options.temperature == 0
+    check_choice(name, "early_stopping", options.early_stopping, (True, False, "never"))
+    penalty = options.length_penalty
+    if not isinstance(penalty, int | float) or not math.isfinite(penalty):
+        raise ValueError(f"{name}: length_penalty={penalty!r} must be a finite number")
     if candidates < count:
         raise ValueError(f"{name}: best_of={candidates} is less than num_return_sequences={count}")
     if beams > 1:
@@ -69,7 +63,7 @@ def check_search(
             "temperature": not greedy,
             "best_of": best_of is not None,
             "draft": draft is not None,
-            "return_logprobs": return_logprobs,
+            "return_logprobs": options.return_logprobs,
         }
         for option, given in excluded.items():
             if given:
@@ -85,15 +79,17 @@ def check_search(
             "num_beams"
         )
     if draft is not None:
-        _check_draft(name, model, draft, has_ids)
+        _check_draft(name, model, draft, options.inputs_embeds is None)
     return Search(
         num_return_sequences=count,
         candidates=candidates,
         num_beams=beams,
-        length_penalty=float(length_penalty),
-        early_stopping=early_stopping,
-        num_draft_tokens=0 if draft is None else positive_integer(name, "num_draft_tokens", num_draft_tokens),
-        return_logprobs=return_logprobs,
+        length_penalty=float(penalty),
+        early_stopping=options.early_stopping,
+        num_draft_tokens=0
+        if draft is None
+        else positive_integer(name, "num_draft_tokens", options.num_draft_tokens),
+        return_logprobs=options.return_logprobs,
     )
 
 
@@ -111,12 +107,12 @@ def _check_draft(name: str, model: Mamba2ForCausalLM, draft: Any, has_ids: bool)
         )
 
 
-def take_best(state: DecodeState, search: Search) -> tuple[DecodeState, Float[Array, " n"]]:
-    """Take each prompt's texts of the highest mean log-probability, best first; also return the means."""
+def best_rows(state: DecodeState, search: Search) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
+    """Return the rows of each prompt's texts of highest mean log-probability, best first, and the means."""
     if state.logprobs is None:
-        raise ValueError("take_best: the state has no log-probabilities; start it with with_logprobs=True")
+        raise ValueError("best_rows: the state has no log-probabilities; start it with with_logprobs=True")
     means = state.logprobs.sum(axis=1) / state.lengths
     means = means.reshape(-1, search.candidates)
     scores, best = jax.lax.top_k(means, search.num_return_sequences)
     rows = jnp.arange(means.shape[0])[:, None] * search.candidates + best
-    return state.take(rows.reshape(-1)), scores.reshape(-1)
+    return rows.reshape(-1), scores.reshape(-1)

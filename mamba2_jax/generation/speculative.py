@@ -9,193 +9,98 @@ ties within rounding. Each row then takes the state after its last accepted toke
 Source: Leviathan et al. 2023, arXiv:2211.17192.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from mamba2_jax.generation.drafts import (
+    Context,
+    Draft,
+    DraftState,
+    Guesses,
+    TokenHistory,
+    after_guesses,
+    fold,
+    guess,
+    read_by_draft,
+    write,
+)
 from mamba2_jax.generation.loop import keys_of_rows, logprob_of
-from mamba2_jax.generation.prefill import read_prompts, to_the_left
 from mamba2_jax.generation.processors import Processor, bind_rows
 from mamba2_jax.generation.sampling import Sampler, choose_token, token_probabilities
 from mamba2_jax.generation.state import DecodeState
-from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.typing import Array, Bool, Float, Int
+from mamba2_jax.typing import Array, Float, Int
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class PromptLookup:
-    """Draft without a model: guesses what followed the last tokens earlier in prompt and text.
+class Speculation(NamedTuple):
+    """Carry of speculative decoding: both states have read all tokens but the last written one."""
 
-    Args:
-        ngram: the longest sequence of last tokens that is looked up; then shorter ones.
-    """
-
-    ngram: int = field(default=3, metadata={"static": True})
-
-    def __post_init__(self) -> None:
-        """Check the length."""
-        if not isinstance(self.ngram, int) or self.ngram < 1:
-            raise ValueError(f"PromptLookup: ngram={self.ngram!r} must be an integer of at least 1")
+    state: DecodeState
+    draft: Any
+    """State of the draft, `DraftState`."""
+    last: Int[Array, " b"]
+    """The last written token."""
+    passes: Int[Array, " b"]
+    """Calls of the model."""
 
 
-class Guesses(NamedTuple):
-    """Drafted tokens, and what the draft needs to go on."""
-
-    tokens: Int[Array, "b k"]
-    probabilities: Float[Array, "b k v"]
-    """Distributions from which the tokens were drawn."""
-    caches: Mamba2Cache | None
-    """States of a draft model after the last token and each guess."""
-
-
-class ModelDraft(NamedTuple):
-    """A draft model and its state, which has read all but the last written token."""
-
-    model: Mamba2ForCausalLM
-    cache: Mamba2Cache
-
-    def guess(self, last: Int[Array, " b"], num_draft: int, context: "_Context") -> Guesses:
-        """Decode `num_draft` tokens after `last`."""
-
-        def one_token(carry, index):
-            cache, token, tokens, seen = carry
-            out = self.model.backbone.forward(token[:, None], None, None, cache, None)
-            process = bind_rows(context.processors, tokens, context.counts + index)
-            logits = self.model.logits(out.last_hidden_state[:, 0])
-            keys = None if context.keys is None else _fold(context.keys, index)
-            token = choose_token(logits, context.sampler, seen, keys, process)
-            probabilities = token_probabilities(logits, context.sampler, seen, process)
-            tokens = _write(tokens, token[:, None], context.counts + index)
-            seen = None if seen is None else seen.at[jnp.arange(len(token)), token].set(True)
-            return (out.cache, token, tokens, seen), (token, probabilities, out.cache)
-
-        start = (self.cache, last, context.tokens, context.seen)
-        # one more than the guesses: the state after the last one, should all be accepted
-        _, (tokens, probabilities, caches) = jax.lax.scan(one_token, start, jnp.arange(num_draft + 1))
-        tokens, probabilities, states = jax.tree.map(
-            lambda a: jnp.moveaxis(a, 0, 1), (tokens, probabilities, caches)
-        )
-        # keys and values have no axis of tokens: slots beyond a row's position are unused
-        states = replace(states, attention=jax.tree.map(lambda a: a[-1], caches.attention))
-        return Guesses(tokens[:, :-1], probabilities[:, :-1], states)
-
-    def after(self, guesses: Guesses, index: Int[Array, " b"], active: Bool[Array, " b"]) -> "ModelDraft":
-        """Go back to the state after guess `index`; rows that are not active keep theirs."""
-        if guesses.caches is None:
-            raise ValueError("ModelDraft.after: the guesses have no states; give those of this draft")
-        return self._replace(cache=guesses.caches.after_token(index).where(active, self.cache))
-
-
-class LookupDraft(NamedTuple):
-    """Prompts `(b, l)`, without padding on the left, and their lengths."""
-
-    lookup: PromptLookup
-    prompts: Int[Array, "b l"]
-    lengths: Int[Array, " b"]
-
-    def guess(self, last: Int[Array, " b"], num_draft: int, context: "_Context") -> Guesses:
-        """Return the tokens after the latest earlier occurrence of the longest suffix that occurs twice."""
-        length = self.prompts.shape[1]
-        position = jnp.arange(length + context.tokens.shape[1])
-        new = jnp.clip(position - self.lengths[:, None], 0, context.tokens.shape[1] - 1)
-        text = jnp.where(
-            position < self.lengths[:, None],
-            self.prompts[:, jnp.minimum(position, length - 1)],
-            jnp.take_along_axis(context.tokens, new, axis=1),
-        )  # (b, l + new)
-        known = self.lengths + context.counts  # (b,)
-        best = jnp.full(known.shape, -1)
-        for size in range(1, self.lookup.ngram + 1):
-            matches = position + size < known[:, None]  # a token follows, so it is not the suffix itself
-            for back in range(1, size + 1):
-                suffix = jnp.take_along_axis(text, jnp.maximum(known - back, 0)[:, None], axis=1)
-                matches &= jnp.roll(text, back - size, axis=1) == suffix
-            matches &= (known > size)[:, None]
-            latest = jnp.where(matches, position + size, -1).max(axis=1)
-            best = jnp.where(latest >= 0, latest, best)
-        index = jnp.clip(best[:, None] + jnp.arange(num_draft), 0, text.shape[1] - 1)
-        tokens = jnp.take_along_axis(text, index, axis=1)
-        return Guesses(tokens, jax.nn.one_hot(tokens, context.vocab_size), None)
-
-    def after(self, guesses: Guesses, index: Int[Array, " b"], active: Bool[Array, " b"]) -> "LookupDraft":
-        """Return the draft itself: it has no state."""
-        return self
-
-
-class _Context(NamedTuple):
-    """What a draft knows of the rows: new tokens and their counts, ids seen, and options."""
-
-    tokens: Int[Array, "b new"]
-    counts: Int[Array, " b"]
-    seen: Bool[Array, "b v"] | None
-    keys: Array | None
-    sampler: Sampler
-    processors: tuple[Processor, ...]
-    vocab_size: int
-
-
-def start_draft(
-    draft: Mamba2ForCausalLM | PromptLookup,
-    input_ids: Int[Array, "b l"],
-    mask: Array | None,
-    *,
-    piece: int,
-    capacity: int,
-    copies: int,
-) -> ModelDraft | LookupDraft:
-    """Show the prompts to a draft, with `copies` rows of each; call inside `jit`."""
-    if isinstance(draft, PromptLookup):
-        mask = jnp.ones(input_ids.shape, bool) if mask is None else mask != 0
-        prompts, lengths = to_the_left(input_ids, mask)
-        return LookupDraft(draft, jnp.repeat(prompts, copies, axis=0), jnp.repeat(lengths, copies))
-    cache, _ = read_prompts(draft, input_ids, mask, None, piece=piece, capacity=capacity)
-    return ModelDraft(draft, cache.repeat(copies))
-
-
-def decode_speculatively(
-    model: Mamba2ForCausalLM,
+def begin(
     state: DecodeState,
-    draft: ModelDraft | LookupDraft,
+    draft_state: DraftState,
+    sampler: Sampler,
+    key: Array | None,
+    processors: tuple[Processor, ...] = (),
+    *,
+    eos: tuple[int, ...],
+) -> Speculation:
+    """Choose the first token after prompts that model and draft have read; call inside `jit`."""
+    zero = jnp.zeros(state.lengths.shape, jnp.int32)
+    row_keys = keys_of_rows(key, len(zero))
+    keys = None if row_keys is None else fold(row_keys, zero)
+    first = choose_token(state.logits, sampler, state.seen, keys, bind_rows(processors, state.tokens, zero))
+    state = _add(state, first[:, None], zero + 1, state.logits[:, None], jnp.asarray(eos, jnp.int32))
+    return Speculation(state, draft_state, first, zero)
+
+
+def speculate(
+    model: Mamba2ForCausalLM,
+    draft: Draft,
+    start: Speculation,
     sampler: Sampler,
     key: Array | None,
     budget: Int[Array, ""],
+    until: Int[Array, ""],
     processors: tuple[Processor, ...] = (),
     *,
     num_draft: int,
     eos: tuple[int, ...],
-) -> tuple[DecodeState, Int[Array, " b"]]:
+) -> Speculation:
     """Decode as `loop.decode`, several tokens per call of the model; call inside `jit`.
 
-    Returns:
-        The state after exactly the written tokens, and the calls of the model per row.
+    Goes on until each row has ended or has `until` new tokens, or a few more, up to `budget`.
     """
-    batch, vocab = state.logits.shape
+    batch, vocab = start.state.logits.shape
     row_keys = keys_of_rows(key, batch)
     ends = jnp.asarray(eos, jnp.int32)
-    zero = jnp.zeros((batch,), jnp.int32)
-
-    keys = None if row_keys is None else _fold(row_keys, zero)
-    first = choose_token(state.logits, sampler, state.seen, keys, bind_rows(processors, state.tokens, zero))
-    state = _add(state, first[:, None], zero + 1, state.logits[:, None], ends)
+    until = jnp.minimum(until, budget)
 
     def is_active(state):
-        return ~state.finished & (state.lengths < budget)
+        return ~state.finished & (state.lengths < until)
 
     def check_guesses(carry):
-        state, guesser, last, passes = carry
+        state, draft_state, last, passes = carry
         active = is_active(state)
-        keys = None if row_keys is None else _fold(row_keys, state.lengths)
-        context = _Context(state.tokens, state.lengths, state.seen, keys, sampler, processors, vocab)
-        guesses = guesser.guess(last, num_draft, context)
+        keys = None if row_keys is None else fold(row_keys, state.lengths)
+        context = Context(state.tokens, state.lengths, state.seen, keys, sampler, processors, vocab)
+        guesses = guess(draft, draft_state, last, num_draft, context)
         read = jnp.concatenate([last[:, None], guesses.tokens], axis=1)  # (b, k + 1)
         out = model.backbone.forward(read, None, None, state.cache, None, every_state=True)
         logits = model.logits(out.last_hidden_state)  # (b, k + 1, v)
         wanted = _probabilities(logits, guesses.tokens, context)
-        accepted, token = accept(wanted, guesses, None if keys is None else _fold(keys, num_draft + 1))
+        accepted, token = accept(wanted, guesses, None if keys is None else fold(keys, num_draft + 1))
 
         order = jnp.arange(num_draft + 1)
         padded = jnp.pad(guesses.tokens, ((0, 0), (0, 1)))
@@ -209,12 +114,19 @@ def decode_speculatively(
         cache = out.cache.after_token(index).where(active, state.cache)
         state = replace(_add(state, written, count, logits, ends), cache=cache)
         last = jnp.where(active, jnp.take_along_axis(written, index[:, None], axis=1)[:, 0], last)
-        return state, guesser.after(guesses, index, active), last, passes + active
+        return Speculation(state, after_guesses(draft_state, guesses, index, active), last, passes + active)
 
-    start = (state, draft, first, zero)
-    state, _, last, passes = jax.lax.while_loop(lambda carry: is_active(carry[0]).any(), check_guesses, start)
-    out = model.backbone.forward(last[:, None], None, None, state.cache, None)
-    return replace(state, cache=out.cache, logits=model.logits(out.last_hidden_state[:, 0])), passes
+    return jax.lax.while_loop(lambda carry: is_active(carry.state).any(), check_guesses, start)
+
+
+def finish(model: Mamba2ForCausalLM, draft: Draft, done: Speculation) -> tuple[DecodeState, DraftState]:
+    """Read the last written tokens too: return the states of model and draft after exactly the text."""
+    state = done.state
+    out = model.backbone.forward(done.last[:, None], None, None, state.cache, None)
+    state = replace(state, cache=out.cache, logits=model.logits(out.last_hidden_state[:, 0]))
+    if isinstance(done.draft, TokenHistory):  # of the prompts
+        return state, read_by_draft(draft, done.draft, state.tokens, state.lengths)
+    return state, read_by_draft(draft, done.draft, done.last[:, None], jnp.ones_like(state.lengths))
 
 
 def accept(
@@ -249,7 +161,7 @@ def accept(
 
 
 def _probabilities(
-    logits: Float[Array, "b n v"], guesses: Int[Array, "b k"], context: _Context
+    logits: Float[Array, "b n v"], guesses: Int[Array, "b k"], context: Context
 ) -> Float[Array, "b n v"]:
     """Compute the model's distributions, each after the guesses to its left."""
     batch, positions, vocab = logits.shape
@@ -261,7 +173,7 @@ def _probabilities(
         seen = (seen[:, None] | before).reshape(-1, vocab)
     process = None
     if context.processors:
-        tokens = jnp.repeat(_write(context.tokens, guesses, context.counts), positions, axis=0)
+        tokens = jnp.repeat(write(context.tokens, guesses, context.counts), positions, axis=0)
         counts = (context.counts[:, None] + jnp.arange(positions)).reshape(-1)
         process = bind_rows(context.processors, tokens, counts)
     return token_probabilities(flat, context.sampler, seen, process).reshape(batch, positions, vocab)
@@ -275,26 +187,14 @@ def _add(
     valid = order < count[:, None]
     logprobs, seen = state.logprobs, state.seen
     if logprobs is not None:
-        logprobs = _write(logprobs, logprob_of(logits, written), state.lengths, valid)
+        logprobs = write(logprobs, logprob_of(logits, written), state.lengths, valid)
     if seen is not None:
         seen = seen.at[jnp.arange(seen.shape[0])[:, None], written].max(valid)
     return replace(
         state,
-        tokens=_write(state.tokens, written, state.lengths, valid),
+        tokens=write(state.tokens, written, state.lengths, valid),
         lengths=state.lengths + count,
         finished=state.finished | (jnp.isin(written, ends) & valid).any(axis=1),
         logprobs=logprobs,
         seen=seen,
     )
-
-
-def _write(buffer: Array, values: Array, start: Int[Array, " b"], valid: Array | bool = True) -> Array:
-    """Write `values (b, n)` into the rows of `buffer` from `start` on; drop those invalid or outside."""
-    index = start[:, None] + jnp.arange(values.shape[1])
-    index = jnp.where(valid, index, buffer.shape[1])
-    return buffer.at[jnp.arange(buffer.shape[0])[:, None], index].set(values, mode="drop")
-
-
-def _fold(keys: Array, data: Any) -> Array:
-    """Fold a number, or one per row, into the keys of all rows."""
-    return jax.vmap(jax.random.fold_in, (0, 0 if jnp.ndim(data) else None))(keys, data)

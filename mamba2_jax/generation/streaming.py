@@ -1,42 +1,37 @@
 """Streaming generation: text is yielded during decoding, in chunks of whole characters."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mamba2_jax.generation.loop import decode, prefill
-from mamba2_jax.generation.processors import Processor
-from mamba2_jax.generation.request import Request, check_request
-from mamba2_jax.generation.state import DecodeState
-from mamba2_jax.generation.text import IncrementalDecoder, first_stop, possible_stop, prompt_tokens
+from mamba2_jax.generation.drafts import DraftState
+from mamba2_jax.generation.options import Options, make_options
+from mamba2_jax.generation.request import check_request
+from mamba2_jax.generation.sources import TokenSource, token_sources
+from mamba2_jax.generation.text import (
+    IncrementalDecoder,
+    first_stop,
+    possible_stop,
+    prompt_tokens,
+    render_chat,
+    rendered_tokens,
+)
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
 from mamba2_jax.tokenizer import SpecialTokenIds, special_token_ids
-from mamba2_jax.typing import Array
-
-TOKENS_PER_CALL = 4  # a call has about a millisecond of overhead
-SMALLEST_BUFFER = 1024  # tokens; every smaller budget runs the same program
 
 
 def stream(
     model: Mamba2ForCausalLM,
-    tokenizer,
-    prompt: str,
+    tokenizer: Any,
+    prompt: str | Sequence[Mapping[str, Any]],
     *,
     max_new_tokens: int,
     stop: str | Sequence[str] = (),
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float | None = None,
-    eos_token_id: int | tuple[int, ...] | None = None,
-    key: Array | None = None,
-    cache: Mamba2Cache | None = None,
-    logits_processors: Sequence[Processor] = (),
     add_special_tokens: bool = True,
+    **options: Any,
 ) -> "TextStream":
     """Continue a prompt and yield the new text in chunks while decoding.
 
@@ -44,24 +39,20 @@ def stream(
         model: the model.
         tokenizer: as `load_tokenizer` returns it.
         prompt: the text to continue. A bos token is added if the tokenizer adds one, except to a prompt that
-            begins with it, and with a `cache` that has read tokens.
+            begins with it, and with a `cache` that has read tokens. Or messages, dicts `role` and `content`,
+            to answer under the tokenizer's chat template; special tokens that they spell are text.
         max_new_tokens: maximum number of new tokens.
         stop: stop strings; the text ends before the first of them.
-        temperature: see `generate`.
-        top_k: see `generate`.
-        top_p: see `generate`.
-        min_p: see `generate`.
-        repetition_penalty: see `generate`.
-        eos_token_id: see `generate`; None: `end_ids` of the tokenizer and the model.
-        key: see `generate`.
-        cache: see `generate`.
-        logits_processors: see `generate`.
         add_special_tokens: False: the prompt has all special tokens that it needs, such as a chat template's.
+        **options: all others of `generate`, but `num_return_sequences` and `inputs_embeds`. By default,
+            `eos_token_id` is all end ids of the tokenizer and the model, and `vocab_size` the tokenizer's.
+            With `num_beams` or `best_of` the text comes as a whole at the end.
 
     Returns:
         An iterator over chunks of text, with attributes `tokens`, `num_tokens`, `finish_reason` and `cache`.
 
     Raises:
+        TypeError: an unknown option.
         ValueError: an invalid argument, named in the message; raised by this call, not by the iterator.
 
     >>> from mamba2_jax import load_tokenizer
@@ -72,119 +63,79 @@ def stream(
     (8, 'length')
     >>> more = "".join(stream(model, tokenizer, "\\n", max_new_tokens=8, cache=pieces.cache))
     """
+    given = stream_options({"max_new_tokens": max_new_tokens, **options})
+    if isinstance(prompt, str):
+        goes_on = isinstance(given.cache, Mamba2Cache) and bool(np.any(given.cache.position))
+        ids = prompt_tokens(tokenizer, prompt, goes_on=goes_on or not add_special_tokens)
+    elif _are_messages(prompt):
+        ids = rendered_tokens(tokenizer, *render_chat(tokenizer, prompt))
+    else:
+        raise ValueError(
+            f"stream: prompt must be a string, or messages with role and content, got {type(prompt).__name__}"
+        )
+    return start_streams("stream", model, tokenizer, ids, stop, given)[0]
+
+
+def stream_options(given: Mapping[str, Any]) -> Options:
+    """Make the options of a stream, which is one text.
+
+    Raises:
+        TypeError: an unknown option.
+        ValueError: an option of `generate` that means nothing here.
+    """
+    options = make_options("stream", given)
+    if options.num_return_sequences != 1:
+        raise ValueError(
+            f"stream: num_return_sequences={options.num_return_sequences!r}: a stream is one text; use "
+            "generate, or call stream with several keys"
+        )
+    if options.inputs_embeds is not None:
+        raise ValueError("stream: inputs_embeds: a stream continues a text; use generate")
+    return options
+
+
+def start_streams(
+    name: str,
+    model: Mamba2ForCausalLM,
+    tokenizer: Any,
+    ids: list[int],
+    stop: str | Sequence[str],
+    options: Options,
+) -> list["TextStream"]:
+    """Check the arguments of the function `name` and start a stream for each text that `options` want.
+
+    Raises:
+        ValueError: an invalid argument, named in the message.
+    """
     stops = (stop,) if isinstance(stop, str) else stop
     if not isinstance(stops, Sequence) or any(not isinstance(s, str) or not s for s in stops):
-        raise ValueError(f"stream: stop={stop!r} must be non-empty strings")
-    if not isinstance(prompt, str):
-        raise ValueError(f"stream: prompt must be a string, got {type(prompt).__name__}")
-    goes_on = isinstance(cache, Mamba2Cache) and bool(np.any(cache.position))
-    ids = prompt_tokens(tokenizer, prompt, goes_on=goes_on or not add_special_tokens)
+        raise ValueError(f"{name}: stop={stop!r} must be non-empty strings")
     if not ids:
-        raise ValueError("stream: prompt is empty; give it at least one character")
+        raise ValueError(f"{name}: prompt is empty; give it at least one character")
     special = special_token_ids(tokenizer, model.config)
-    request = check_request(
-        "stream",
-        model,
-        [ids],
-        None,
-        cache,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_ids(model, special) if eos_token_id is None else eos_token_id,
-        pad_token_id=special.pad,
-        vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        key=key,
-        logits_processors=logits_processors,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-    )
-    return TextStream(BlockDecoder(model, request), tokenizer, ids, tuple(stops), request.eos)
+    defaults = {
+        "eos_token_id": end_ids(model, special),
+        "pad_token_id": special.pad,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+    }
+    missing = {option: value for option, value in defaults.items() if getattr(options, option) is None}
+    request = check_request(name, model, [ids], None, dataclasses.replace(options, **missing))
+    return [
+        TextStream(source, tokenizer, ids, tuple(stops), request.eos)
+        for source in token_sources(model, request)
+    ]
+
+
+def _are_messages(prompt: Any) -> bool:
+    def is_message(message: Any) -> bool:
+        return isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message
+
+    return isinstance(prompt, Sequence) and len(prompt) > 0 and all(map(is_message, prompt))
 
 
 def end_ids(model: Mamba2ForCausalLM, special: SpecialTokenIds) -> tuple[int, ...]:
     """Return all ids that end a text: those of `generation_config.json`, then the tokenizer's or config's."""
     return tuple(dict.fromkeys((*model.generation_end_ids, *special.eos)))
-
-
-class BlockDecoder:
-    """Decode a request of one row in blocks of up to `TOKENS_PER_CALL` tokens, and keep the last states.
-
-    Args:
-        model: the model.
-        request: of one row.
-    """
-
-    def __init__(self, model: Mamba2ForCausalLM, request: Request):
-        self._model, self._request = model, request
-        self._before: DecodeState | None = None  # the state before the last block
-        self._state: DecodeState | None = None
-        self._prompt_cache: Mamba2Cache | None = None
-
-    def blocks(self) -> Iterator[list[int]]:
-        """Yield blocks of tokens; the first token alone, to show text early."""
-        request, made, block = self._request, 0, 1
-        while made < request.budget:
-            self._before = state = self._started()
-            limit = jnp.asarray(min(made + block, request.budget), jnp.int32)
-            with self._model.backbone.on_its_device():  # not around the `yield`, where the caller's code runs
-                self._state = state = _decode(
-                    self._model,
-                    state,
-                    request.sampler,
-                    request.key,
-                    limit,
-                    request.processors,
-                    eos=request.eos,
-                    pad=request.pad,
-                )
-            before, made, block = made, int(state.lengths[0]), TOKENS_PER_CALL
-            yield state.tokens[0, before:made].tolist()
-            if bool(state.finished[0]):
-                return
-
-    def cache_after(self, count: int) -> Mamba2Cache:
-        """Return the state after the prompt and `count` tokens, 0 or in the last block.
-
-        A block that a stop string cuts is read again up to there.
-        """
-        after = self._started()
-        if count == 0 and self._prompt_cache is not None:
-            return self._prompt_cache
-        if count == int(after.lengths[0]) or self._before is None:
-            return after.cache
-        before = self._before
-        done = int(before.lengths[0])
-        if count == done:
-            return before.cache
-        tokens = jax.lax.dynamic_slice_in_dim(after.tokens, done, TOKENS_PER_CALL, axis=1)
-        mask = (jnp.arange(TOKENS_PER_CALL) < count - done).astype(jnp.int32)[None]
-        return self._model.backbone(tokens, mask, cache=before.cache).cache
-
-    def _started(self) -> DecodeState:
-        """Return the current state; reads the prompt first."""
-        if self._state is not None:
-            return self._state
-        request = self._request
-        with self._model.backbone.on_its_device():
-            state = _prefill(
-                self._model,
-                request.input_ids,
-                request.attention_mask,
-                request.cache,
-                request.sampler,
-                size=max(request.size, SMALLEST_BUFFER),
-                piece=request.piece,
-                capacity=request.capacity,
-                pad=request.pad,
-            )
-        self._state, self._prompt_cache = state, state.cache
-        return state
-
-
-_prefill = jax.jit(prefill, static_argnames=("size", "piece", "capacity", "pad"))
-_decode = jax.jit(decode, static_argnames=("eos", "pad"))
 
 
 class TextStream(Iterator[str]):
@@ -205,7 +156,7 @@ class TextStream(Iterator[str]):
 
     def __init__(
         self,
-        source: BlockDecoder,
+        source: TokenSource,
         tokenizer,
         prompt_ids: list[int],
         stop: tuple[str, ...],
@@ -236,9 +187,35 @@ class TextStream(Iterator[str]):
         return self._source.cache_after(len(self.tokens))
 
     @property
+    def draft_cache(self) -> DraftState | None:
+        """Return the draft's state after the same tokens as `cache`; None without a draft."""
+        return self._source.draft_cache_after(len(self.tokens))
+
+    @property
+    def logprobs(self) -> list[float] | None:
+        """Return the log-probability of each of `tokens`, with `return_logprobs=True`."""
+        logprobs = self._source.logprobs
+        return None if logprobs is None else logprobs[: len(self.tokens)]
+
+    @property
+    def comes_whole(self) -> bool:
+        """Return whether the text comes as a whole at the end: with beams, or the best of several."""
+        return self._source.is_whole
+
+    @property
+    def passes(self) -> int | None:
+        """Return the calls of the model after the prompt, with a draft."""
+        return self._source.passes
+
+    @property
     def prompt_cache(self) -> Mamba2Cache:
         """Return the state after the prompt."""
         return self._source.cache_after(0)
+
+    @property
+    def prompt_draft_cache(self) -> DraftState | None:
+        """Return the draft's state after the prompt; None without a draft."""
+        return self._source.draft_cache_after(0)
 
     def _run(self, blocks: Iterator[list[int]], decoder: IncrementalDecoder) -> Iterator[str]:
         waiting = ""

@@ -1,7 +1,9 @@
 """Text from tokens one at a time: whole characters, stop strings, and the token ids of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from mamba2_jax.special_tokens import Span, marked, pieces, special_pattern, unmarked
 
 REPLACEMENT = "\ufffd"  # decoded from an incomplete character
 
@@ -15,6 +17,54 @@ def prompt_tokens(tokenizer: Any, prompt: str, *, goes_on: bool) -> list[int]:
     bos = getattr(tokenizer, "bos_token", None)
     begun = goes_on or (bos is not None and prompt.startswith(bos))
     return tokenizer(prompt, add_special_tokens=not begun)["input_ids"]
+
+
+def render_chat(
+    tokenizer: Any, messages: Sequence[Mapping[str, str]], template: str | None = None
+) -> tuple[str, list[Span]]:
+    """Render messages, up to where an answer begins, by a chat template; None: the tokenizer's.
+
+    Returns:
+        The text, and the spans of the special tokens in it that messages spell.
+
+    Raises:
+        ValueError: no template, or one that refuses the messages.
+    """
+    from jinja2 import TemplateError
+
+    template = template or tokenizer.chat_template
+    if not template:
+        raise ValueError("the tokenizer has no chat template; give chat_template")
+    pattern = special_pattern(tokenizer)
+    try:
+        contents = [{**message, "content": marked(message["content"], pattern)} for message in messages]
+    except ValueError as error:
+        raise ValueError(f"a message {error}") from None
+    try:
+        rendered = tokenizer.apply_chat_template(
+            contents, chat_template=template, tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise ValueError(f"the chat template refuses the messages: {error}") from error
+    text, spelled, _ = unmarked(rendered)
+    return text, spelled
+
+
+def rendered_tokens(tokenizer: Any, text: str, spelled: Sequence[Span]) -> list[int]:
+    """Tokenize what `render_chat` returns: special tokens that messages spell become ordinary ones."""
+    if not spelled:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    pattern = special_pattern(tokenizer)
+    if pattern is None:
+        raise ValueError("a text has spelled special tokens, but the tokenizer has none")
+    ids = []
+    for begin, end, special in pieces(text, spelled, pattern):
+        piece = text[begin:end]
+        if special:
+            ids.append(tokenizer.convert_tokens_to_ids(piece))
+        else:
+            ids += tokenizer(piece, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return ids
 
 
 def text_after(tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], *, special: bool) -> str:

@@ -18,10 +18,12 @@ from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.mamba2_inputs import CausalConv1d, InProjection
-from mamba2_jax.layers.parts import Projection, RMSNorm, keep_rows, residual_gain, scaled
+from mamba2_jax.layers.mamba2_step import each_token, matrices_alone, one_token
+from mamba2_jax.layers.parts import Projection, RMSNorm, residual_gain, scaled, split_pair
 from mamba2_jax.layers.piece import Piece, piece_config
 from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
-from mamba2_jax.ops import gated_rms_norm, silu_gate, ssd_step
+from mamba2_jax.ops import gated_rms_norm, silu_gate
+from mamba2_jax.ops.mixer_step import decay_rate, step_sizes
 from mamba2_jax.ops.pieces import own_group
 from mamba2_jax.ops.scan.sharded import ssd_of_a_piece
 from mamba2_jax.typing import Array, DTypeLike, Float
@@ -45,8 +47,8 @@ class Mamba2Mixer(Piece):
         use_conv_bias: bias of the convolution.
         dtype: compute dtype of the matrix products.
         param_dtype: dtype of the initial parameters.
-        ssd_implementation: `implementation` of `ops.ssd`. Not used for `ops.ssd_step`, which has no kernel:
-            a model with a named kernel still decodes.
+        ssd_implementation: `implementation` of `ops.ssd`; decoding prefers the kernel of this name of
+            `ops.mixer_step`, and uses the default where there is none or it cannot run.
         rngs: source of the initial values.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
@@ -159,16 +161,23 @@ class Mamba2Mixer(Piece):
         conv, ssm = state.conv, state.ssm
         if not isinstance(conv, ConvState) or ssm is None:
             raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
-        z, x, BC, dt = self.in_proj(hidden)
-        dt = self._step_sizes(dt, rows)
-        scan = self._one_token if hidden.shape[1] == 1 and part.num_pieces == 1 else self._sequence
-        scan = scan if rows.every_state is None else self._each_token
-        y, conv, ssm = scan(x, BC, dt, conv, ssm, rows, part)
-        y = self._gate(y, z, part)
+        if rows.every_state is not None:
+            y, state = each_token(self, self.in_proj(hidden), state, part)
+        elif hidden.shape[1] > 1 or part.num_pieces > 1:
+            y, state = self._sequence(*self.in_proj(hidden), conv, ssm, rows, part)
+        else:
+            mask = None if rows.mask is None else rows.mask[:, 0]
+            matrices = matrices_alone(self.in_proj, self.out_proj)
+            if matrices is not None:
+                update, state = one_token(self, hidden[:, 0], state, mask, part, matrices)
+                return scaled(update[:, None], self.multiplier), state
+            zx, BC, dt = self.in_proj(hidden)
+            y, state = one_token(self, (zx[:, 0], BC[:, 0], dt[:, 0]), state, mask, part)
+            y = y[:, None]
         beside = self.in_proj.mlp(hidden)
         if beside is not None:
             y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
-        return scaled(self.out_proj(y), self.multiplier), LayerState(conv, ssm, None)
+        return scaled(self.out_proj(y), self.multiplier), state
 
     def scan_inputs(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
@@ -176,19 +185,19 @@ class Mamba2Mixer(Piece):
         """Return the arguments x, dt, A, B, C and D that `mix` gives `ops.ssd` for a sequence."""
         if not isinstance(state.conv, ConvState):
             raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
-        _, x, BC, dt = self.in_proj(hidden)
-        dt = self._step_sizes(dt, rows)
-        x, BC, _ = self.conv1d(x, BC, state.conv, rows, num_pieces=1)
-        B, C = self._split_BC(BC, _ONE_DEVICE)
-        x = x.reshape(*dt.shape, self.head_dim)
-        return {"x": x, "dt": dt, "A": self._A(), "B": B, "C": C, "D": self.D[...]}
+        zx, BC, dt = self.in_proj(hidden)
+        return self._convolved(split_pair(zx)[1], BC, dt, state.conv, rows, _ONE_DEVICE)[0]
 
-    def _step_sizes(self, dt: Float[Array, "b l h"], rows: Rows) -> Float[Array, "b l h"]:
-        """Compute float32 step sizes from the projection's output."""
-        dt = jax.nn.softplus(dt + self.dt_bias[...].astype(dt.dtype))
-        dt = jnp.clip(dt, *self.time_step_limit)
-        # a masked token leaves the state unchanged
-        return dt if rows.mask is None else jnp.where(rows.mask[..., None], dt, 0.0)
+    def _convolved(
+        self, x, BC, dt, conv: ConvState, rows: Rows, part: Part
+    ) -> tuple[dict[str, Array], ConvState]:
+        """Return the arguments of `ops.ssd` by name, and the final state of the convolution."""
+        dt = step_sizes(dt, self.dt_bias[...], self.time_step_limit, rows.mask)
+        x, BC, conv = self.conv1d(x, BC, conv, rows, part.num_pieces)
+        B, C = self._split_BC(BC, part)
+        A = decay_rate(self.A_log[...], jnp.promote_types(self.dtype, jnp.float32))
+        x = x.reshape(*dt.shape, self.head_dim)
+        return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": self.D[...]}, conv
 
     def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
         if self.norm is None:
@@ -198,72 +207,37 @@ class Mamba2Mixer(Piece):
             z,
             self.norm.weight[...],
             eps=self.norm.eps,
-            num_groups=1 if part.devices_per_group > 1 else self._groups,
+            num_groups=1 if part.devices_per_group > 1 else self.num_groups,
             norm_before_gate=self.norm_before_gate,
-            combine=partial(part.mean_over_group, num_groups=self._groups),
+            combine=partial(part.mean_over_group, num_groups=self.num_groups),
         )
 
     def _sequence(
-        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
-    ) -> tuple[Array, ConvState, Array]:
-        x, BC, conv = self.conv1d(x, BC, conv, rows, part.num_pieces)
-        B, C = self._split_BC(BC, part)
+        self, zx, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
+    ) -> tuple[Array, LayerState]:
+        z, x = split_pair(zx)
+        scan, conv = self._convolved(x, BC, dt, conv, rows, part)
         y, after = ssd_of_a_piece(
-            x.reshape(*dt.shape, self.head_dim),
-            dt,
-            self._A(),
-            B,
-            C,
-            self.D[...],
-            ssm,
-            rows.segment_ids,
+            **scan,
+            initial_state=ssm,
+            segment_ids=rows.segment_ids,
             num_pieces=part.num_pieces,
             chunk_size=self.chunk_size,
             implementation=self.ssd_implementation,
         )
-        return y.reshape(x.shape), conv, after.astype(ssm.dtype)
-
-    def _one_token(
-        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
-    ) -> tuple[Array, ConvState, Array]:
-        x, BC, after = self.conv1d.step(x[:, 0], BC[:, 0], conv)
-        conv = keep_rows(rows.mask, after, conv)
-        B, C = self._split_BC(BC, part)
-        heads = x.reshape(x.shape[0], -1, self.head_dim)
-        y, ssm = ssd_step(heads, dt[:, 0], self._A(), B, C, ssm, D=self.D[...])
-        return y.reshape(x.shape[0], 1, -1), conv, ssm
-
-    def _each_token(
-        self, x, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
-    ) -> tuple[Array, ConvState, Array]:
-        """Run `_one_token` over a few tokens, and return the states after each of them, `(b, l, ...)`."""
-
-        def step(state, token):
-            conv, ssm = state
-            x, BC, dt = (a[:, None] for a in token)
-            y, conv, ssm = self._one_token(x, BC, dt, conv, ssm, Rows(), part)
-            return (conv, ssm), (y[:, 0], conv, ssm)
-
-        tokens = jax.tree.map(lambda a: jnp.moveaxis(a, 1, 0), (x, BC, dt))
-        _, after = jax.lax.scan(step, (conv, ssm), tokens)
-        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), after)
+        return self._gate(y.reshape(x.shape), z, part), LayerState(conv, after.astype(ssm.dtype), None)
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
         """Split BC into B and C, with only the groups of this device's heads."""
-        BC = BC.reshape(*BC.shape[:-1], self._groups, self.state_dim)
+        BC = BC.reshape(*BC.shape[:-1], self.num_groups, self.state_dim)
         if part.devices_per_group > 1:
             BC = own_group(BC, part.devices_per_group, axis=BC.ndim - 2)
         return [one.squeeze(-3) for one in jax.lax.split(BC, (1, 1), axis=BC.ndim - 3)]
 
     @property
-    def _groups(self) -> int:
+    def num_groups(self) -> int:
         """Return the number of groups of B and C; inside a `shard_map`, those of this device."""
         return self.in_proj.weight_BC.shape[-1] // self.state_dim
-
-    def _A(self) -> Float[Array, " h"]:
-        """Return A, finite: above `exp(88)` float32 overflows to inf, with the gradient inf * 0."""
-        A_log = self.A_log[...].astype(jnp.promote_types(self.dtype, jnp.float32))
-        return -jnp.exp(jnp.minimum(A_log, 88.0))
 
 
 def _initial_dt_bias(config: Mamba2Config, key: Array) -> Float[Array, " h"]:

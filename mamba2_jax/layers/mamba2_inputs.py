@@ -12,7 +12,7 @@ from mamba2_jax.config import Mamba2Config
 from mamba2_jax.layers.adaptable import Adaptable
 from mamba2_jax.layers.parts import scaled, scaled_pair, split_pair, uniform, value_of, zeros
 from mamba2_jax.layers.state import ConvState, Rows
-from mamba2_jax.ops import causal_conv1d_step, silu_gate
+from mamba2_jax.ops import silu_gate
 from mamba2_jax.ops.conv.sharded import convolve_a_piece
 from mamba2_jax.typing import Array, DTypeLike, Float
 
@@ -38,13 +38,13 @@ class InProjection(Adaptable):
         self.bias_BC = zeros((2, group_width), param_dtype) if config.use_bias else None
         self.bias_dt = zeros((heads,), param_dtype) if config.use_bias else None
 
-    def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array, Array]:
-        """Return z `(b, l, e)`, x `(b, l, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
+    def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array]:
+        """Return z and x `(b, l, 2, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
         of_z, of_x, of_B, of_C, of_dt = self.multipliers
         zx = scaled_pair(self.project(hidden, "_zx"), of_z, of_x).astype(self.dtype)
         BC = scaled_pair(self.project(hidden, "_BC"), of_B, of_C).astype(self.dtype)
         dt = scaled(self.project(hidden, "_dt"), of_dt)
-        return *split_pair(zx), BC, dt
+        return zx, BC, dt
 
     def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
         """Compute the gated MLP in parallel to the SSM, `silu(z0) * x0`; None if there is none."""
@@ -78,12 +78,4 @@ class CausalConv1d(Adaptable):
         convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
         x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, rows.marks)
         BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, rows.marks)
-        return x, BC, ConvState(x=state_x, BC=state_BC)
-
-    def step(
-        self, x: Float[Array, "b e"], BC: Float[Array, "b 2 gn"], state: ConvState
-    ) -> tuple[Array, Array, ConvState]:
-        """Convolve one token per row; return x, BC and the new state."""
-        x, state_x = causal_conv1d_step(x, self.taps("weight_x"), value_of(self.bias_x), state.x)
-        BC, state_BC = causal_conv1d_step(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC)
         return x, BC, ConvState(x=state_x, BC=state_BC)

@@ -8,7 +8,6 @@ import warnings
 
 import numpy as np
 from flax import nnx
-from safetensors.numpy import save_file
 
 from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora.attach import adapter_names, sites_of
@@ -17,6 +16,7 @@ from mamba2_jax.lora.full import adapter_values, full_weights, match_full
 from mamba2_jax.lora.peft import PREFIX, REFUSED_BY_PEFT, REFUSING_FAMILIES, peft_config, to_peft
 from mamba2_jax.processes import fetch, is_first, meet
 from mamba2_jax.weights.folder import locked
+from mamba2_jax.weights.safetensors_file import write_arrays
 from mamba2_jax.weights.table import assemble, written_name
 
 _NO_MODULES = ("A_log", "D", "dt_bias")  # parameters of a mixer; PEFT trains modules
@@ -80,7 +80,7 @@ def save_lora(
 def _write(folder: pathlib.Path, tensors: dict[str, np.ndarray], config: dict) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as part:  # a crash leaves the old files
-        save_file(tensors, f"{part}/{TENSORS_NAME}", metadata={"format": "pt"})
+        write_arrays(pathlib.Path(part, TENSORS_NAME), tensors, {"format": "pt"})
         pathlib.Path(part, CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
         with locked(folder):  # so that no tensors of one writer get the config of another
             for file in (TENSORS_NAME, CONFIG_NAME):

@@ -10,12 +10,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.flax import save_file
 
 from mamba2_jax.files import refuse_remote
 from mamba2_jax.lora.attach import sites_of
 from mamba2_jax.typing import Array
+from mamba2_jax.weights.safetensors_file import write_arrays
 
 _FORMAT = "mamba2_jax state 1"
 # Fields of the config that leave the states of given tokens as they are.
@@ -48,7 +49,8 @@ def save_states(
     metadata = {"format": _FORMAT, "model": fingerprint(model)} | {f"note.{k}": v for k, v in notes.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=file.parent, prefix=".saving-") as folder:
-        save_file(dict(states), f"{folder}/state", metadata=metadata)
+        arrays = {name: np.asarray(state) for name, state in states.items()}
+        write_arrays(pathlib.Path(folder, "state"), arrays, metadata)
         os.replace(f"{folder}/state", file)
 
 

@@ -70,7 +70,7 @@ class Mamba2Model(PretrainedModel):
         config: sizes and options.
         dtype: compute dtype of matrix products and activations.
         param_dtype: dtype of the initial parameters.
-        ssd_implementation: `implementation` of `ops.ssd`; decoding steps always use the default.
+        ssd_implementation: `implementation` of `ops.ssd`, and `preferred` of `ops.mixer_step`, which decodes.
         rngs: source of the initial values, such as `nnx.Rngs(0)`.
     """
 

@@ -6,8 +6,9 @@ detect bytes that change later, so a checksum of every array is stored too and c
 
 import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from orbax.checkpoint import checkpoint_managers
 from mamba2_jax.files import first_line
 from mamba2_jax.processes import is_first, meet
 from mamba2_jax.training.checksums import check_sums, checked_content, checksums
+from mamba2_jax.training.folder import eval_loss_of
 from mamba2_jax.training.step import TrainState
 from mamba2_jax.typing import Array
 
@@ -70,18 +72,17 @@ class Checkpoints:
     ):
         self._folder, self._warn = folder.absolute(), warn
         policies = checkpoint_managers.preservation_policy
-        preserved: list[Any] = [policies.LatestN(config.keep)]
-        if config.keep_best:
-            best = policies.BestN(get_metric_fn=_rank, n=1, keep_checkpoints_without_metrics=False)
-            preserved.append(best)
+        best = _KeepBest()
+        preserved: list[Any] = [policies.LatestN(config.keep), *([best] if config.keep_best else [])]
         self._manager = ocp.CheckpointManager(
             self._folder,
             options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(preserved),
-                best_fn=_rank if config.keep_best else None,  # without it, metrics are not stored
-                cleanup_tmp_directories=True,
+                preservation_policy=policies.AnyPreservationPolicy(preserved), cleanup_tmp_directories=True
             ),
         )
+        self._eval_losses = best.losses
+        for step in self.steps():
+            self._eval_losses[step] = eval_loss_of(self._folder / str(step))
 
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints in the folder, intact or damaged, in ascending order."""
@@ -109,9 +110,9 @@ class Checkpoints:
         text = json.dumps(content, sort_keys=True)
         meta = {"content": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
         args = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-        metrics = None if eval_loss is None else {"eval_loss": eval_loss}
+        self._eval_losses[step] = eval_loss
         try:
-            if not self._manager.save(step, args=args, metrics=metrics, force=True):
+            if not self._manager.save(step, args=args, force=True):
                 raise SaveError(f"{self._folder}: a checkpoint of step {step} already exists")
         except SaveError:
             raise
@@ -241,8 +242,21 @@ def read_checkpoint(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, Array
     return content, {name.removeprefix(_PARAMS): array for name, array in arrays.items()}
 
 
-def _rank(metrics: dict[str, float]) -> float:
-    return -metrics["eval_loss"]
+class _KeepBest:
+    """Policy of Orbax: preserve the checkpoint of the lowest evaluation loss; of equal ones, the newest.
+
+    Orbax's own policy wants metrics with every checkpoint, and warns about one that was not evaluated.
+    """
+
+    def __init__(self):
+        self.losses: dict[int, float | None] = {}
+        """Evaluation losses by step; None: not evaluated."""
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        losses = {info.step: self.losses.get(info.step) for info in checkpoints}
+        known = [(loss, -step) for step, loss in losses.items() if loss is not None and not math.isnan(loss)]
+        best = -min(known)[1] if known else None
+        return [info.step == best for info in checkpoints]
 
 
 def _check_same_run(path: pathlib.Path, stored: dict[str, Any], wanted: dict[str, Array]) -> None:

@@ -41,7 +41,7 @@ def choose_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
     steps = sorted((int(p.name) for p in (run / CHECKPOINTS).iterdir() if p.name.isdecimal()), reverse=True)
     if not steps:
         raise FileNotFoundError(f"{run / CHECKPOINTS}: holds no checkpoint yet")
-    losses = {step: _eval_loss(run / CHECKPOINTS / str(step)) for step in steps}
+    losses = {step: eval_loss_of(run / CHECKPOINTS / str(step)) for step in steps}
     known = {step: loss for step, loss in losses.items() if loss is not None}
     if known:
         best = min(known, key=known.__getitem__)
@@ -50,8 +50,9 @@ def choose_checkpoint(path: str | pathlib.Path) -> tuple[pathlib.Path, str]:
     return run / CHECKPOINTS / str(steps[0]), f"checkpoint of step {steps[0]}, the newest; none was evaluated"
 
 
-def _eval_loss(path: pathlib.Path) -> float | None:
+def eval_loss_of(path: pathlib.Path) -> float | None:
+    """Return the evaluation loss stored in a checkpoint; None without one, or in a damaged checkpoint."""
     try:
         return json.loads(json.loads((path / "meta" / "metadata").read_text())["content"]).get("eval_loss")
-    except (OSError, ValueError, KeyError):  # damaged; read_checkpoint says so if it is chosen
+    except (OSError, ValueError, KeyError):  # read_checkpoint says so if it is chosen
         return None

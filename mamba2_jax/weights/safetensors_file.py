@@ -1,12 +1,14 @@
-"""Write safetensors files by streaming each tensor in blocks of rows."""
+"""Write safetensors files: models by streaming each tensor in blocks of rows, small files as a whole."""
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from mamba2_jax.files import WEIGHT_FILES
 from mamba2_jax.weights.header import FLOAT_DTYPES
@@ -81,6 +83,18 @@ def write_safetensors(
     total = sum(tensor.nbytes for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / FILES.index, index)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    """Write arrays of any dtype as one safetensors file, with the permissions of an ordinary new file."""
+    save_file(dict(arrays), path, metadata=dict(metadata))  # readable by the owner only
+    # a new file shows the umask, which cannot be read without setting it for all threads
+    probe = path.with_name(f".{path.name}.mode-{secrets.token_hex(4)}")
+    probe.touch()
+    try:
+        os.chmod(path, probe.stat().st_mode)
+    finally:
+        probe.unlink()
 
 
 def file_order(tensors: Sequence[Outgoing], max_shard_size: int) -> list[Outgoing]:

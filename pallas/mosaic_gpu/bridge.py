@@ -25,6 +25,13 @@ plgpu: Any = mosaic_gpu  # its names change between releases, and a type checker
 MATRIX = plgpu.Layout.WGMMA
 ONE_PER_ROW = MATRIX.reduce(1)  # a vector over the rows of a matrix
 ONE_PER_COLUMN = MATRIX.reduce(0)
+# A matrix whose rows are contiguous in HBM: 16 lanes load 256 bytes of a row of float32. Rows are a multiple
+# of 8, columns of 64.
+ROWS = plgpu.Layout.TILED(
+    plgpu.Tiling(((8, 64), (2, 64), (4,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
+ONE_OF_ROWS = ROWS.reduce(1)
+ONE_OF_COLUMNS = ROWS.reduce(0)
 
 
 def kernel(
@@ -60,6 +67,34 @@ def kernel(
             approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
         ),
     )
+
+
+def call_in_place(
+    run: Callable, inputs: Iterable[jax.Array], updated: Iterable[jax.Array], outputs: Iterable[Any]
+) -> list[jax.Array]:
+    """Call a `kernel` of `(*inputs, *updated)`, which writes into the arrays `updated` in place.
+
+    XLA copies an array first only if something else still reads its old value. The references live in a
+    `run_state` of their own: around a bare one, `jax.custom_jvp` has no rule.
+
+    Args:
+        run: what `kernel` returned.
+        inputs: arrays that the kernel only reads.
+        updated: arrays that it also writes.
+        outputs: as of `kernel`.
+
+    Returns:
+        The outputs, then the new values of `updated`.
+    """
+    inputs, updated = list(inputs), list(updated)
+    results = [jnp.zeros(output.shape, output.dtype) for output in outputs]  # replaced, never computed
+
+    def body(refs):
+        values = run(*inputs, *refs[len(results) :])
+        for ref, value in zip(refs[: len(results)], values, strict=True):
+            ref[...] = value
+
+    return list(pl.run_state(body)((*results, *updated)))
 
 
 def interpreter() -> Any:
@@ -99,6 +134,12 @@ def load_from_hbm(ref: Any, layout: Any = MATRIX) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
+def load_line(ref: Any) -> jax.Array:
+    """Load a contiguous vector, of a multiple of 128 elements, directly from HBM into registers."""
+    vector = 1 if ref.shape[0] % 256 else 2
+    return plgpu.load(ref, layout=plgpu.Layout.WG_STRIDED(ref.shape, vec_size=vector), optimized=False)
+
+
 def store_to_hbm(ref: Any, values: jax.Array) -> None:
     """Store registers directly to HBM. Uncoalesced: only for arrays written rarely.
 
@@ -123,6 +164,21 @@ def per_row(vector: jax.Array, columns: int) -> jax.Array:
 def per_column(vector: jax.Array, rows: int) -> jax.Array:
     """Broadcast a `ONE_PER_COLUMN` vector over the rows: `out[i, j] = vector[j]`."""
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1]), MATRIX)
+
+
+def over_columns(vector: jax.Array, columns: int) -> jax.Array:
+    """Broadcast a `ONE_OF_ROWS` vector over the columns: `out[i, j] = vector[i]`."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (vector.shape[0], columns), [0]), ROWS)
+
+
+def over_rows(vector: jax.Array, rows: int) -> jax.Array:
+    """Broadcast a `ONE_OF_COLUMNS` vector over the rows: `out[i, j] = vector[j]`."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, (rows, vector.shape[0]), [1]), ROWS)
+
+
+def full_vector(value: float, length: int) -> jax.Array:
+    """Return a constant float32 `ONE_OF_ROWS` vector."""
+    return plgpu.layout_cast(jnp.full((length,), value, jnp.float32), ONE_OF_ROWS)
 
 
 def positions(length: int, layout: Any) -> jax.Array:

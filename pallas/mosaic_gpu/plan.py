@@ -201,9 +201,8 @@ def unsupported(problem: Problem) -> str | None:
         problem: checked for `compute_capability` ((9, 0) for an H100), `dtype`, `head_dim` and `state_dim`.
             Any batch, length, number of heads and groups, and any shape of D is supported.
     """
-    if tuple(problem.compute_capability or ())[:1] != (9,):
-        found = ".".join(map(str, problem.compute_capability or ("an unknown one",)))
-        return f"it needs Hopper (compute capability 9.0), and this device has {found}"
+    if (reason := hopper_only(problem)) is not None:
+        return reason
     dtype = jnp.dtype(problem.dtype).name
     if dtype not in DTYPES:
         return f"it computes in bfloat16 or float16, and x is {dtype}: cast x, B and C"
@@ -212,3 +211,11 @@ def unsupported(problem: Problem) -> str | None:
     if problem.state_dim not in STATE_DIMS:
         return f"it takes a state_dim of 64, 128 or 256, not {problem.state_dim}"
     return None
+
+
+def hopper_only(problem: Problem) -> str | None:
+    """Return why the device cannot run kernels for Hopper, or None if it can."""
+    if tuple(problem.compute_capability or ())[:1] == (9,):
+        return None
+    found = ".".join(map(str, problem.compute_capability or ("an unknown one",)))
+    return f"it needs Hopper (compute capability 9.0), and this device has {found}"

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 
 from mamba2_jax.ops.device import compute_capability, default_device
@@ -51,6 +52,50 @@ def choose_scan(implementation: str | None, chunk_size: int | None, problem: "Pr
 def choose_step(implementation: str | None, problem: "Problem") -> Callable:
     """Return the function of `(x, dt, A, B, C, state, D)` that runs `ssd_step`. Arguments as for `choose`."""
     return choose("ssd_step", implementation, problem, {"xla": ssd_one_token})
+
+
+def choose_mixer_step(
+    implementation: str | None,
+    preferred: str | None,
+    problem: "Problem",
+    plain: Callable,
+    options: Any,
+    ssm_dtype: Any,
+) -> Callable:
+    """Return the function of `(inputs, state, weights, mask)` that runs `mixer_step`.
+
+    Args:
+        implementation: as for `choose`.
+        preferred: the default if it is a kernel that can run, otherwise ignored.
+        problem: from `describe`.
+        plain: the implementation of XLA, whose derivatives every kernel has.
+        options: `MixerOptions`.
+        ssm_dtype: dtype of the SSM state.
+
+    Raises:
+        NotImplementedError: as `choose`; also when the options or the state are not those of the kernel.
+    """
+    reason = None
+    if options.norm_before_gate:
+        reason = "it has norm_before_gate=False"
+    elif options.own_groups is not None or options.combine is not None:
+        reason = "a group of channels spans several devices"
+    elif jnp.dtype(ssm_dtype) != jnp.float32:
+        reason = f"its SSM state is float32, and this is {jnp.dtype(ssm_dtype).name}"
+    if implementation is None and reason is not None:
+        return plain
+    if implementation is None and preferred is not None:
+        kernel = kernels("mixer_step").get(preferred)
+        if kernel is not None and kernel.unsupported(problem) is None:
+            implementation = preferred
+    run = choose("mixer_step", implementation, problem, {"xla": plain})
+    if run is plain:
+        return plain
+    if reason is not None:
+        raise _refusal("mixer_step", implementation, problem, reason)
+    kernel = jax.custom_jvp(partial(run, dt_limits=options.dt_limits, eps=options.eps))
+    kernel.defjvp(lambda primals, tangents: jax.jvp(plain, primals, tangents))
+    return kernel
 
 
 def choose(

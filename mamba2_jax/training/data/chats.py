@@ -1,11 +1,11 @@
 """Rendering of conversations by the tokenizer's chat template, with the spans of the assistant's turns."""
 
-import bisect
 import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from mamba2_jax.special_tokens import marked, unmarked
 from mamba2_jax.training.data.records import Record, Text, Unusable, name_of, parsed
 
 # Roles of ShareGPT and its relatives, in the words of chat templates.
@@ -13,7 +13,6 @@ _ROLES = {
     "human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant",
     "function_call": "assistant", "observation": "tool", "function_response": "tool",
 }  # fmt: skip
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"  # noncharacters of Unicode, around a special token that a message spells
 
 
 class _Unfit(Exception):
@@ -70,7 +69,8 @@ class Chats:
             return Unusable(where, reason[:500])
         if not any(text[begin:end].strip() for begin, end in spans):
             return Unusable(where, f"{field!r} has no turn of the assistant to train on")
-        text, spans, spelled = _unmarked(text, spans)
+        text, spelled, spans = unmarked(text, spans)
+        spans, spelled = tuple(spans), tuple(spelled)
         return Text(text, spans, where, special_tokens=False, spelled=spelled, kind=field)
 
     def _variables(self, record: Record) -> dict[str, Any]:
@@ -90,14 +90,10 @@ class Chats:
         return found
 
     def _marked(self, value: Any) -> Any:
-        """Put marks around the special tokens that strings in `value` spell."""
-        if isinstance(value, str):
-            if _OPEN in value or _CLOSE in value:
-                raise _Unfit("holds U+FDD0 or U+FDD1, which are no characters")
-            return self._specials.sub(f"{_OPEN}\\g<0>{_CLOSE}", value) if self._specials else value
-        if isinstance(value, Mapping):
-            return {name: self._marked(held) for name, held in value.items()}
-        return [self._marked(held) for held in value] if isinstance(value, list) else value
+        try:
+            return marked(value, self._specials)
+        except ValueError as error:
+            raise _Unfit(str(error)) from None
 
     def _render(self, turns: list[dict[str, Any]], variables: Mapping[str, Any], prompt: bool = False) -> str:
         return self._tokenizer.apply_chat_template(
@@ -231,18 +227,3 @@ def _without_none(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _without_none(held) for name, held in value.items() if held is not None}
     return [_without_none(held) for held in value] if isinstance(value, list) else value
-
-
-def _unmarked(text: str, spans: list[tuple[int, int]]) -> tuple[str, tuple, tuple[tuple[int, int], ...]]:
-    """Remove the marks; return the text, the spans, and those of the special tokens between the marks."""
-    if _OPEN not in text:
-        return text, tuple(spans), ()
-    marks = [match.start() for match in re.finditer(f"[{_OPEN}{_CLOSE}]", text)]
-
-    def moved(position: int) -> int:
-        return position - bisect.bisect_left(marks, position)
-
-    pairs = re.finditer(f"{_OPEN}([^{_CLOSE}]*){_CLOSE}", text)
-    spelled = tuple((moved(pair.start()), moved(pair.end())) for pair in pairs)
-    clean = re.sub(f"[{_OPEN}{_CLOSE}]", "", text)
-    return clean, tuple((moved(begin), moved(end)) for begin, end in spans), spelled

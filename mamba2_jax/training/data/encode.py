@@ -1,12 +1,12 @@
 """Encoding of texts into token ids, and cutting these into documents of at most a row."""
 
-import re
 from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from mamba2_jax.special_tokens import pieces, special_pattern
 from mamba2_jax.training.data.records import Text
 
 
@@ -35,9 +35,7 @@ class Encoder:
                 "load_documents: wants a fast tokenizer of transformers, as load_tokenizer returns"
             )
         self._tokenizer = tokenizer
-        added = tokenizer.added_tokens_decoder.values()
-        names = sorted((token.content for token in added if token.special), key=len, reverse=True)
-        self.specials = re.compile("|".join(map(re.escape, names))) if names else None
+        self.specials = special_pattern(tokenizer)
         """Pattern of the spellings of special tokens."""
         self._split = not special_tokens_in_text
 
@@ -87,22 +85,16 @@ class Encoder:
         """Encode a template's text: its own special tokens as such, those that messages spell as text."""
         if self.specials is None:
             raise ValueError("a text has spelled special tokens, but the tokenizer has none")
-        ids, offsets, begin = [], [], 0
-        own = [
-            match
-            for match in self.specials.finditer(text.text)
-            if not any(match.start() < last and first < match.end() for first, last in text.spelled)
-        ]
-        for match in (*own, None):
-            end = len(text.text) if match is None else match.start()
-            if end > begin:
-                (found,), (where,) = self._call([text.text[begin:end]], special=False, split=True)
+        ids, offsets = [], []
+        for begin, end, special in pieces(text.text, text.spelled, self.specials):
+            piece = text.text[begin:end]
+            if special:
+                ids.append(np.array([self._tokenizer.convert_tokens_to_ids(piece)], np.int32))
+                offsets.append(np.array([[begin, end]], np.int64))
+            else:
+                (found,), (where,) = self._call([piece], special=False, split=True)
                 ids.append(found)
                 offsets.append(where + begin)
-            if match is not None:
-                begin = match.end()
-                ids.append(np.array([self._tokenizer.convert_tokens_to_ids(match.group())], np.int32))
-                offsets.append(np.array([match.span()], np.int64))
         return np.concatenate(ids), np.concatenate(offsets)
 
 
