@@ -218,9 +218,9 @@ class Mamba2Mixer(Piece):
         z, x = split_pair(zx)
         scan, conv = self._convolved(x, BC, dt, conv, rows, part)
         y, after = ssd_of_a_piece(
-            **scan,
-            initial_state=ssm,
-            segment_ids=rows.segment_ids,
+            *(scan[name] for name in ("x", "dt", "A", "B", "C", "D")),
+            ssm,
+            rows.segment_ids,
             num_pieces=part.num_pieces,
             chunk_size=self.chunk_size,
             implementation=self.ssd_implementation,
