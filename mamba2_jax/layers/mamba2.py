@@ -217,15 +217,14 @@ class Mamba2Mixer(Piece):
     ) -> tuple[Array, LayerState]:
         z, x = split_pair(zx)
         scan, conv = self._convolved(x, BC, dt, conv, rows, part)
+        x, dt, A, B, C, D = scan.values()
         y, after = ssd_of_a_piece(
-            *(scan[name] for name in ("x", "dt", "A", "B", "C", "D")),
-            ssm,
-            rows.segment_ids,
+            *(x, dt, A, B, C, D, ssm, rows.segment_ids),
             num_pieces=part.num_pieces,
             chunk_size=self.chunk_size,
             implementation=self.ssd_implementation,
         )
-        return self._gate(y.reshape(x.shape), z, part), LayerState(conv, after.astype(ssm.dtype), None)
+        return self._gate(y.reshape(z.shape), z, part), LayerState(conv, after.astype(ssm.dtype), None)
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
         """Split BC into B and C, with only the groups of this device's heads."""
