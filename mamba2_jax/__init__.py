@@ -16,19 +16,30 @@ if TYPE_CHECKING:
     from mamba2_jax.config import Mamba2Config
     from mamba2_jax.generation import GenerateOutput, generate
     from mamba2_jax.generation.streaming import stream
+    from mamba2_jax.layers import Mamba2Block, Mamba2Mixer
     from mamba2_jax.models.cache import Mamba2Cache
+    from mamba2_jax.models.classification import Mamba2ClassifierOutput, Mamba2ForSequenceClassification
+    from mamba2_jax.models.inspection import MixerValues, inspect
     from mamba2_jax.models.mamba2 import Mamba2CausalLMOutput, Mamba2ForCausalLM, Mamba2Model, Mamba2Output
+    from mamba2_jax.models.pooling import embed
     from mamba2_jax.tokenizer import load_tokenizer
 
 __all__ = [
     "GenerateOutput",
+    "Mamba2Block",
     "Mamba2Cache",
     "Mamba2CausalLMOutput",
+    "Mamba2ClassifierOutput",
     "Mamba2Config",
     "Mamba2ForCausalLM",
+    "Mamba2ForSequenceClassification",
+    "Mamba2Mixer",
     "Mamba2Model",
     "Mamba2Output",
+    "MixerValues",
+    "embed",
     "generate",
+    "inspect",
     "load_tokenizer",
     "stream",
 ]
@@ -37,7 +48,12 @@ _MODULES = {
     "config.mamba2": ("Mamba2Config",),
     "generation.decoding": ("GenerateOutput", "generate"),
     "generation.streaming": ("stream",),
+    "layers.block": ("Mamba2Block",),
+    "layers.mamba2": ("Mamba2Mixer",),
     "models.cache": ("Mamba2Cache",),
+    "models.classification": ("Mamba2ClassifierOutput", "Mamba2ForSequenceClassification"),
+    "models.inspection": ("MixerValues", "inspect"),
+    "models.pooling": ("embed",),
     "models.mamba2": ("Mamba2CausalLMOutput", "Mamba2ForCausalLM", "Mamba2Model", "Mamba2Output"),
     "tokenizer": ("load_tokenizer",),
 }

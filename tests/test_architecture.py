@@ -41,7 +41,7 @@ ARROWS = {
     "evaluation": "generation models ops tokenizer typing",
     "cli": "config evaluation files generation hub lora mesh models ops processes tokenizer training "
     "weight_types weights",
-    "__init__": "config generation models tokenizer",
+    "__init__": "config generation layers models tokenizer",
 }
 # What a room may import from outside, beside Python's own.
 OUTSIDE = {
@@ -58,7 +58,7 @@ OUTSIDE = {
     "sharding": "jax",
     "ops": "jax numpy",
     "weights": "jax ml_dtypes numpy rich safetensors torch",
-    "layers": "flax jax",
+    "layers": "flax jax numpy",
     "lora": "flax jax numpy",
     "models": "flax jax numpy safetensors",
     "generation": "jax jinja2 numpy outlines_core",

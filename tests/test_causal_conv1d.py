@@ -40,6 +40,17 @@ def test_equals_numpy(segments, channels):
     close(state, want_state)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("side", ["left", "right", "none"])
+def test_a_boolean_mask_is_one_document(side, rows):
+    inputs = {name: value if value.ndim < 3 else value[:rows] for name, value in draw(channels=(6,)).items()}
+    mask = segment_ids(side, 2, 23)[:rows] != 0
+    y, state = ops.causal_conv1d(**inputs, segment_ids=jnp.asarray(mask))
+    want_y, want_state = ops.causal_conv1d(**inputs, segment_ids=jnp.asarray(mask, jnp.int32))
+    assert (y[mask] == want_y[mask]).all()
+    assert (state == want_state).all()
+
+
 @pytest.mark.parametrize("taps", [2, 3, 4])
 @pytest.mark.parametrize("length", [1, 2, 5])
 def test_short_rows_without_bias_or_activation(taps, length):

@@ -142,7 +142,7 @@ def test_a_kind_is_its_tensors_its_module_and_its_state(kind):
         state = mixer.empty_state(config, 2, dtype="float32", ssm_dtype="float32", capacity=5)
         zero = jnp.zeros(2, jnp.int32)
         rows = Rows(past=zero, positions=zero[:, None])
-        return state, mixer(jnp.zeros((2, 1, config.hidden_size)), state, rows)[1]
+        return state, mixer.mix(jnp.zeros((2, 1, config.hidden_size)), state, rows)[1]
 
     before, after = jax.eval_shape(step)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), before) == jax.tree.map(

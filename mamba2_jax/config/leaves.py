@@ -47,6 +47,7 @@ EXPERTS = Role(decays=True, quantized="matrix")  # one matrix per expert, kept a
 CORRECTION = Role(keep_precision=True)  # of a router's choice
 EMBEDDING_TABLE = Role(decays=True, quantized="table")
 OUTPUT_HEAD = Role(decays=True, input_axis=1, quantized="table")
+SCORES = Role(decays=True, rows_last=True)  # of a classifier's labels
 DYNAMICS = Role(keep_precision=True)  # A_log, dt_bias, D
 VECTOR = Role()  # weights of norms, and biases
 QUANTIZED = Role(keep_precision=True)  # values and scales

@@ -29,6 +29,7 @@ from mamba2_jax.config.layers import NORMS, Layer
 from mamba2_jax.config.leaves import (
     EMBEDDING_TABLE,
     OUTPUT_HEAD,
+    SCORES,
     Leaf,
     Part,
     Role,
@@ -44,8 +45,10 @@ if TYPE_CHECKING:
 BACKBONE = "backbone."
 EMBEDDING = "backbone.embeddings.weight"
 HEAD = "lm_head.weight"
+SCORE = "score.weight"
 
 _NORM = Part((vector("weight", "width"),), lambda config: {"width": config.hidden_size})
+_SCORE = (Tensor(SCORE, SCORES, {"": ("labels",)}, ("width",)),)
 _MODEL = Part(
     (
         Tensor("embeddings.weight", EMBEDDING_TABLE, {"": ("vocabulary",)}, ("width",)),
@@ -80,6 +83,13 @@ def stored_table(config: "Mamba2Config", head: bool = True) -> tuple[StoredTenso
     """List every tensor of a checkpoint as `checkpoint_table`, with those that make up a quantized one."""
     table = checkpoint_table(config, head)
     return tuple(one for stored in table for one in quantized_tensors(stored, config.quantization))
+
+
+def score_tensor(config: "Mamba2Config", labels: int) -> StoredTensor:
+    """Return the tensor of a classification head, in transformers' form for all of its classifiers."""
+    numbers = {"width": config.hidden_size, "labels": labels}
+    (stored,) = Part(_SCORE, lambda _: numbers).stored(config)
+    return stored.below("")
 
 
 def count_parameters(config: "Mamba2Config", active: bool = False) -> int:
@@ -128,6 +138,7 @@ _ROLES = {
     f"{at}.{tensor.name}{ending}" if at else f"{tensor.name}{ending}": tensor.role
     for at, part in [
         ("", _MODEL),
+        ("", Part(_SCORE, lambda _: {})),
         *((norm, _NORM) for norm in NORMS),
         *((attribute, kind.tensors) for kind in KINDS.values() for attribute in kind.attributes),
     ]

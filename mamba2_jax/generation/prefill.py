@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from mamba2_jax.generation.sampling import Sampler
 from mamba2_jax.models.cache import Mamba2Cache, bucket
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
+from mamba2_jax.models.pooling import last_valid
 from mamba2_jax.typing import Array, Bool, Float, Int
 
 PIECE = 2048
@@ -65,7 +66,7 @@ def read_prompts(
         cache = cache.reserve(capacity)
     if length <= piece:
         out = model.backbone.forward(input_ids, attention_mask, None, cache, inputs_embeds)
-        return out.cache.reserve(capacity), _last_hidden(out.last_hidden_state, attention_mask)
+        return out.cache.reserve(capacity), last_valid(out.last_hidden_state, attention_mask)
 
     if cache is None:
         cache = Mamba2Cache.zeros(model.config, batch, model.dtype, capacity=capacity)
@@ -87,7 +88,7 @@ def read_prompts(
         ids, embeds = (tokens, None) if inputs_embeds is None else (None, tokens)
         out = model.backbone.forward(ids, mask, None, cache, embeds)
         ends_here = mask.any(axis=1, keepdims=True)  # or in a later piece, which then overwrites it
-        hidden = jnp.where(ends_here, _last_hidden(out.last_hidden_state, mask), hidden)
+        hidden = jnp.where(ends_here, last_valid(out.last_hidden_state, mask), hidden)
         return index + 1, out.cache, hidden
 
     hidden = jnp.zeros((batch, model.config.hidden_size), model.dtype)
@@ -108,13 +109,6 @@ def tokens_seen(
         return seen
     counts = jnp.ones(input_ids.shape, bool) if mask is None else mask != 0
     return seen.at[jnp.arange(seen.shape[0])[:, None], input_ids].max(counts)
-
-
-def _last_hidden(hidden: Float[Array, "b l d"], mask: Array | None) -> Float[Array, "b d"]:
-    if mask is None:
-        return hidden[:, -1]
-    last = hidden.shape[1] - 1 - jnp.argmax(mask[:, ::-1] != 0, axis=1)  # (b,)
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
 
 
 def to_the_left(inputs: Array, mask: Bool[Array, "b l"]) -> tuple[Array, Int[Array, " b"]]:

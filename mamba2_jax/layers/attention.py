@@ -174,7 +174,7 @@ class AttentionMixer(nnx.Module):
         shape = (batch, capacity, attention.num_heads_kv, attention.head_dim)
         return LayerState(conv, None, KeyValues(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
 
-    def __call__(
+    def mix(
         self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
     ) -> tuple[Float[Array, "b l d"], LayerState]:
         """Mix tokens `(b, l, d)` as `Mamba2Mixer` does; `rows` must have `past` and `positions`."""

@@ -1,12 +1,11 @@
-"""The Mamba-2 block as Flax NNX modules.
+"""The Mamba-2 mixer as a Flax NNX module.
 
     hidden -> norm -> in_proj -> z, x, B, C, dt
                       x, B, C -> causal conv, silu
                       ssd(x, dt, A, B, C) -> y
                       gated norm(y, z) -> out_proj -> + hidden
 
-The input projection and the convolution have one leaf per meaning (z and x, B and C, dt), so that heads and
-groups can be sharded over devices. In a hybrid the mixer of some blocks is attention.
+In a hybrid the mixer of some blocks is attention.
 """
 
 import math
@@ -18,98 +17,34 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.layers.adaptable import Adaptable
+from mamba2_jax.layers.mamba2_inputs import CausalConv1d, InProjection
 from mamba2_jax.layers.mamba2_step import each_token, matrices_alone, one_token
-from mamba2_jax.layers.parts import (
-    Projection,
-    RMSNorm,
-    residual_gain,
-    scaled,
-    scaled_pair,
-    split_pair,
-    uniform,
-    value_of,
-    zeros,
-)
+from mamba2_jax.layers.parts import Projection, RMSNorm, residual_gain, scaled, split_pair
+from mamba2_jax.layers.piece import Piece, piece_config
 from mamba2_jax.layers.state import ConvState, LayerState, Part, Rows
 from mamba2_jax.ops import gated_rms_norm, silu_gate
-from mamba2_jax.ops.conv.sharded import convolve_a_piece
 from mamba2_jax.ops.mixer_step import decay_rate, step_sizes
 from mamba2_jax.ops.pieces import own_group
 from mamba2_jax.ops.scan.sharded import ssd_of_a_piece
 from mamba2_jax.typing import Array, DTypeLike, Float
 
-
-class InProjection(Adaptable):
-    """Input projection `d -> z, x, B, C, dt`: three matrices `(d, 2, e)`, `(d, 2, gn)`, `(d, h)`.
-
-    A fourth matrix `(d, 2, m)` gives gate and value of a gated MLP in parallel to the SSM, if there is one.
-    """
-
-    def __init__(self, config: Mamba2Config, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        width, inner, heads = config.hidden_size, config.d_ssm, config.num_heads
-        group_width, mlp = config.groups_state_size, config.parallel_mlp_width
-        bound = 1 / math.sqrt(width)
-        self.dtype = dtype
-        self.multipliers = config.multipliers.ssm
-        self.weight_z0x0 = uniform(rngs, (width, 2, mlp), bound, param_dtype) if mlp else None
-        self.weight_zx = uniform(rngs, (width, 2, inner), bound, param_dtype)
-        self.weight_BC = uniform(rngs, (width, 2, group_width), bound, param_dtype)
-        self.weight_dt = uniform(rngs, (width, heads), bound, param_dtype)
-        self.bias_z0x0 = zeros((2, mlp), param_dtype) if config.use_bias and mlp else None
-        self.bias_zx = zeros((2, inner), param_dtype) if config.use_bias else None
-        self.bias_BC = zeros((2, group_width), param_dtype) if config.use_bias else None
-        self.bias_dt = zeros((heads,), param_dtype) if config.use_bias else None
-
-    def __call__(self, hidden: Float[Array, "b l d"]) -> tuple[Array, Array, Array]:
-        """Return z and x `(b, l, 2, e)`, B and C `(b, l, 2, gn)`, and float32 dt `(b, l, h)`."""
-        of_z, of_x, of_B, of_C, of_dt = self.multipliers
-        zx = scaled_pair(self.project(hidden, "_zx"), of_z, of_x).astype(self.dtype)
-        BC = scaled_pair(self.project(hidden, "_BC"), of_B, of_C).astype(self.dtype)
-        dt = scaled(self.project(hidden, "_dt"), of_dt)
-        return zx, BC, dt
-
-    def mlp(self, hidden: Float[Array, "b l d"]) -> Float[Array, "b l m"] | None:
-        """Compute the gated MLP in parallel to the SSM, `silu(z0) * x0`; None if there is none."""
-        if self.weight_z0x0 is None:
-            return None
-        gate, value = split_pair(self.project(hidden, "_z0x0").astype(self.dtype))
-        return silu_gate(value, gate)
+_ONE_DEVICE = Part()
 
 
-class CausalConv1d(Adaptable):
-    """Depthwise convolution over x, B and C, with taps `(k, e)` and `(k, 2, gn)`, then silu."""
-
-    def __init__(self, config: Mamba2Config, *, param_dtype: DTypeLike, rngs: nnx.Rngs):
-        taps, inner, group_width = config.conv_kernel, config.d_ssm, config.groups_state_size
-        bound = 1 / math.sqrt(taps)
-        self.weight_x = uniform(rngs, (taps, inner), bound, param_dtype)
-        self.weight_BC = uniform(rngs, (taps, 2, group_width), bound, param_dtype)
-        has_bias = config.use_conv_bias
-        self.bias_x = uniform(rngs, (inner,), bound, param_dtype) if has_bias else None
-        self.bias_BC = uniform(rngs, (2, group_width), bound, param_dtype) if has_bias else None
-
-    def __call__(
-        self,
-        x: Float[Array, "b l e"],
-        BC: Float[Array, "b l 2 gn"],
-        state: ConvState,
-        rows: Rows,
-        num_pieces: int,
-    ) -> tuple[Array, Array, ConvState]:
-        """Convolve a sequence, or one of its `num_pieces` pieces; return x, BC and the final state."""
-        marks = None if rows.marks is None else rows.marks.astype(jnp.int32)
-        convolve = partial(convolve_a_piece, num_pieces=num_pieces, activation="silu")
-        x, state_x = convolve(x, self.taps("weight_x"), value_of(self.bias_x), state.x, marks)
-        BC, state_BC = convolve(BC, self.taps("weight_BC"), value_of(self.bias_BC), state.BC, marks)
-        return x, BC, ConvState(x=state_x, BC=state_BC)
-
-
-class Mamba2Mixer(nnx.Module):
+class Mamba2Mixer(Piece):
     """Sequence mixer: input projection, convolution, SSD, gated norm (or gate alone), output projection.
 
     Args:
-        config: sizes and options.
+        hidden_size: width of the input and the output; or a config, which has all sizes and options.
+        state_size: size of the state per channel.
+        head_dim: channels per head.
+        num_heads: heads; None: `expand * hidden_size / head_dim`.
+        expand: inner width per width; not used if `num_heads` is given.
+        n_groups: groups of heads that share B and C.
+        conv_kernel: taps of the convolution.
+        chunk_size: tokens per chunk of the scan in XLA; changes speed, not results. None: the platform's.
+        use_bias: bias of the input and output projections.
+        use_conv_bias: bias of the convolution.
         dtype: compute dtype of the matrix products.
         param_dtype: dtype of the initial parameters.
         ssd_implementation: `implementation` of `ops.ssd`; decoding prefers the kernel of this name of
@@ -117,18 +52,44 @@ class Mamba2Mixer(nnx.Module):
         rngs: source of the initial values.
 
     Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
+
+    >>> mixer = Mamba2Mixer(32, state_size=16, head_dim=8, rngs=nnx.Rngs(0))
+    >>> mixer(jnp.ones((2, 5, 32))).shape
+    (2, 5, 32)
+    >>> update, state = mixer(jnp.ones((2, 5, 32)), state=mixer.initial_state(2))
     """
 
     def __init__(
         self,
-        config: Mamba2Config,
+        hidden_size: int | Mamba2Config,
         *,
+        state_size: int = 128,
+        head_dim: int = 64,
+        num_heads: int | None = None,
+        expand: int = 2,
+        n_groups: int = 1,
+        conv_kernel: int = 4,
+        chunk_size: int | None = None,
+        use_bias: bool = False,
+        use_conv_bias: bool = True,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         ssd_implementation: str | None = None,
         rngs: nnx.Rngs,
     ):
-        self.config = config
+        config = self.config = piece_config(
+            type(self).__name__,
+            hidden_size,
+            state_size=state_size,
+            head_dim=head_dim,
+            num_heads=num_heads,
+            expand=expand,
+            n_groups=n_groups,
+            conv_kernel=conv_kernel,
+            use_bias=use_bias,
+            use_conv_bias=use_conv_bias,
+        )
+        self.chunk_size = chunk_size
         self.head_dim, self.state_dim = config.head_dim, config.state_size
         self.time_step_limit = config.time_step_limit
         self.norm_before_gate = config.norm_before_gate
@@ -168,8 +129,23 @@ class Mamba2Mixer(nnx.Module):
         ssm = jnp.zeros((batch, config.num_heads, config.head_dim, config.state_size), ssm_dtype)
         return LayerState(conv, ssm, None)
 
-    def __call__(
-        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
+    @property
+    def hidden_size(self) -> int:
+        """Return the width of the input and the output."""
+        return self.config.hidden_size
+
+    @property
+    def out_dtype(self) -> jnp.dtype:
+        """Return the dtype of the output, the compute dtype."""
+        return self.dtype
+
+    def initial_state(self, batch: int) -> LayerState:
+        """Return the state of `batch` rows before any token, a pytree of arrays of fixed size."""
+        ssm_dtype = jnp.promote_types(self.dtype, jnp.float32)
+        return self.empty_state(self.config, batch, dtype=self.dtype, ssm_dtype=ssm_dtype, capacity=0)
+
+    def mix(
+        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows, part: Part = _ONE_DEVICE
     ) -> tuple[Float[Array, "b l d"], LayerState]:
         """Mix a sequence of tokens.
 
@@ -177,14 +153,11 @@ class Mamba2Mixer(nnx.Module):
             hidden: normed hidden states `(b, l, d)`.
             state: state of the layer after the preceding tokens.
             rows: mask and segment ids of the tokens.
+            part: inside a `shard_map`: how the arguments are one device's shards.
 
         Returns:
             The float32 update of the residual stream `(b, l, d)`, and the state after the sequence.
         """
-        return self.mix(hidden, state, rows, Part())
-
-    def mix(self, hidden: Array, state: LayerState, rows: Rows, part: Part) -> tuple[Array, LayerState]:
-        """Run `__call__` on whole arrays, or on one device's shards inside a `shard_map` as `part` says."""
         conv, ssm = state.conv, state.ssm
         if not isinstance(conv, ConvState) or ssm is None:
             raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
@@ -206,6 +179,26 @@ class Mamba2Mixer(nnx.Module):
             y = jnp.concatenate([beside, y], axis=-1)  # (b, l, m + e)
         return scaled(self.out_proj(y), self.multiplier), state
 
+    def scan_inputs(
+        self, hidden: Float[Array, "b l d"], state: LayerState, rows: Rows
+    ) -> dict[str, Float[Array, "..."]]:
+        """Return the arguments x, dt, A, B, C and D that `mix` gives `ops.ssd` for a sequence."""
+        if not isinstance(state.conv, ConvState):
+            raise ValueError("Mamba2Mixer: state is not that of a Mamba-2 layer; give that of the model")
+        zx, BC, dt = self.in_proj(hidden)
+        return self._convolved(split_pair(zx)[1], BC, dt, state.conv, rows, _ONE_DEVICE)[0]
+
+    def _convolved(
+        self, x, BC, dt, conv: ConvState, rows: Rows, part: Part
+    ) -> tuple[dict[str, Array], ConvState]:
+        """Return the arguments of `ops.ssd` by name, and the final state of the convolution."""
+        dt = step_sizes(dt, self.dt_bias[...], self.time_step_limit, rows.mask)
+        x, BC, conv = self.conv1d(x, BC, conv, rows, part.num_pieces)
+        B, C = self._split_BC(BC, part)
+        A = decay_rate(self.A_log[...], jnp.promote_types(self.dtype, jnp.float32))
+        x = x.reshape(*dt.shape, self.head_dim)
+        return {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": self.D[...]}, conv
+
     def _gate(self, y: Float[Array, "b l e"], z: Float[Array, "b l e"], part: Part) -> Float[Array, "b l e"]:
         if self.norm is None:
             return silu_gate(y, z)
@@ -223,22 +216,15 @@ class Mamba2Mixer(nnx.Module):
         self, zx, BC, dt, conv: ConvState, ssm: Array, rows: Rows, part: Part
     ) -> tuple[Array, LayerState]:
         z, x = split_pair(zx)
-        dt = step_sizes(dt, self.dt_bias[...], self.time_step_limit, rows.mask)
-        x, BC, conv = self.conv1d(x, BC, conv, rows, part.num_pieces)
-        B, C = self._split_BC(BC, part)
+        scan, conv = self._convolved(x, BC, dt, conv, rows, part)
+        x, dt, A, B, C, D = scan.values()
         y, after = ssd_of_a_piece(
-            x.reshape(*dt.shape, self.head_dim),
-            dt,
-            decay_rate(self.A_log[...], jnp.promote_types(self.dtype, jnp.float32)),
-            B,
-            C,
-            self.D[...],
-            ssm,
-            rows.segment_ids,
+            *(x, dt, A, B, C, D, ssm, rows.segment_ids),
             num_pieces=part.num_pieces,
+            chunk_size=self.chunk_size,
             implementation=self.ssd_implementation,
         )
-        return self._gate(y.reshape(x.shape), z, part), LayerState(conv, after.astype(ssm.dtype), None)
+        return self._gate(y.reshape(z.shape), z, part), LayerState(conv, after.astype(ssm.dtype), None)
 
     def _split_BC(self, BC: Float[Array, "*b 2 gn"], part: Part) -> list[Float[Array, "*b g n"]]:
         """Split BC into B and C, with only the groups of this device's heads."""

@@ -76,7 +76,7 @@ class Rows(NamedTuple):
 
     @property
     def marks(self) -> Array | None:
-        """Return the `segment_ids` argument of the ops: the segment ids, or else the mask."""
+        """Return the `segment_ids` argument of the ops: the segment ids, or else the boolean mask."""
         return self.mask if self.segment_ids is None else self.segment_ids
 
 

@@ -238,7 +238,7 @@ def sites_of(model: nnx.Module) -> dict[str, Site]:
 def _sites(model) -> Iterator[tuple[str, Site]]:
     whole = hasattr(model, "backbone")
     for path, target in adapter_targets(model.config, head=whole).items():
-        module = model.head if path == _HEAD_MODULE else parameter_at(model, path)
+        module = getattr(model, "head", None) if path == _HEAD_MODULE else parameter_at(model, path)
         if isinstance(module, Adaptable):
             yield path, Site(target, module)
 
@@ -263,7 +263,7 @@ def _adapter_of(path: tuple) -> str | None:
 
 def is_tied(model) -> bool:
     """Return whether the model has a head that is tied to the embedding."""
-    return hasattr(model, "backbone") and model.lm_head is None
+    return hasattr(model, "lm_head") and model.lm_head is None
 
 
 def _check_names(op: str, model: nnx.Module, names: Iterable[str]) -> None:

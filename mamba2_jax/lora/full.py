@@ -160,7 +160,7 @@ def tie(model: Any) -> None:
 
 
 def _is_tied(model: Any) -> bool:
-    return hasattr(model, "backbone") and model.lm_head is None
+    return hasattr(model, "lm_head") and model.lm_head is None
 
 
 def _widened(model: Any, path: str) -> Array:

@@ -59,7 +59,7 @@ def quantize_with_text(op: str, model: Any, ids: Any, matrices: Mapping[int, Seq
 
     def quantize_then(run: Callable, block: nnx.Module, hidden: Array, *state: Any) -> Any:
         with observed(block) as grams:
-            block(hidden, *state)  # pyright: ignore[reportCallIssue]
+            block.mix(hidden, *state)  # pyright: ignore[reportCallIssue]
         for module, gram in grams.items():
             if module in matrices:
                 _round(matrices[module], gram)

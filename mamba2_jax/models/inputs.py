@@ -1,12 +1,12 @@
 """Checks of model inputs at the public entry points, and the `Rows` masks that layers read."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mamba2_jax.config import Mamba2Config
+from mamba2_jax.layers.rows import as_array, check_mask, check_segments
+from mamba2_jax.layers.rows import join_rows as join_rows
 from mamba2_jax.layers.state import Rows
 from mamba2_jax.models.cache import Mamba2Cache, bucket
 from mamba2_jax.ops.checks import check_dtype, check_integer, check_shape, is_concrete
@@ -38,41 +38,11 @@ def check_inputs(
     if attention_mask is not None:
         attention_mask = check_mask(name, attention_mask, batch, length)
     if segment_ids is not None:
-        segment_ids = as_array(segment_ids)
-        check_shape(name, "segment_ids", segment_ids, "b l", b=batch, l=length)
-        check_integer(name, segment_ids=segment_ids)
+        segment_ids = check_segments(name, segment_ids, batch, length)
     if cache is not None:
         _check_cache(name, config, cache, batch)
         cache = _with_room(cache, length)
     return input_ids, attention_mask, segment_ids, cache, inputs_embeds
-
-
-def check_mask(
-    name: str, attention_mask: Array | np.ndarray, batch: int, length: int
-) -> Array | np.ndarray | None:
-    """Check a 0/1 mask `(batch, length)` over the new tokens; return None if it is concrete and all ones."""
-    attention_mask = as_array(attention_mask)
-    check_integer(name, attention_mask=attention_mask)
-    shape = tuple(attention_mask.shape)
-    if len(shape) == 2 and shape[0] == batch and shape[1] > length:
-        raise ValueError(
-            f"{name}: attention_mask has shape {shape} for {length} new tokens; with a cache the mask covers "
-            f"the new tokens only: pass attention_mask[:, -{length}:]"
-        )
-    check_shape(name, "attention_mask", attention_mask, "b l", b=batch, l=length)
-    if not is_concrete(attention_mask):
-        return attention_mask
-    values = np.asarray(attention_mask)
-    if not np.isin(values, (0, 1)).all():
-        raise ValueError(f"{name}: attention_mask holds values other than 0 and 1")
-    starts = np.diff(values.astype(np.int8), axis=1, prepend=0) == 1
-    holes = np.flatnonzero(starts.sum(axis=1) > 1)
-    if holes.size:
-        raise ValueError(
-            f"{name}: attention_mask has a hole in row {holes[0]}: ones must be contiguous, padding at the "
-            "left or right end; use segment_ids for several documents in a row"
-        )
-    return None if values.all() else attention_mask
 
 
 def check_labels(name: str, config: Mamba2Config, labels, batch: int, length: int) -> Array:
@@ -124,22 +94,6 @@ def batch_and_length(input_ids, inputs_embeds) -> tuple[int, int]:
     """Return `(b, l)` of `input_ids` or `inputs_embeds`, whichever is given."""
     shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape
     return shape[0], shape[1]
-
-
-def as_array(array) -> Any:
-    """Convert a list or numpy array to numpy; return jax arrays and tracers unchanged."""
-    return array if isinstance(array, jax.Array) else np.asarray(array)
-
-
-def join_rows(attention_mask: Array | None, segment_ids: Array | None) -> Rows:
-    """Combine attention mask and segment ids: a token counts only if valid in both."""
-    mask = None if attention_mask is None else attention_mask.astype(bool)
-    if segment_ids is None:
-        return Rows(mask)
-    segment_ids = segment_ids.astype(jnp.int32)
-    if mask is not None:
-        segment_ids = jnp.where(mask, segment_ids, 0)
-    return Rows(segment_ids != 0, segment_ids)
 
 
 def next_token_targets(labels: Int[Array, "b l"], rows: Rows) -> Int[Array, "b l"]:

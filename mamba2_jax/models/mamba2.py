@@ -162,9 +162,7 @@ class Mamba2Model(PretrainedModel):
         run_block = _run_block_with_load if output_expert_load else _run_block
         run_block = run_block if wrap_block is None else wrap_block(run_block)
         rows = join_rows(attention_mask, segment_ids)
-        if inputs_embeds is None:
-            inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
-        hidden = scaled(inputs_embeds.astype(self.dtype), self.config.multipliers.embedding)
+        hidden = self.first_hidden(input_ids, inputs_embeds)
         batch, length = hidden.shape[:2]
         if self.mesh is not None:
             hidden = jax.lax.with_sharding_constraint(hidden, token_sharding(self.mesh, batch, length))
@@ -196,6 +194,12 @@ class Mamba2Model(PretrainedModel):
             hidden_states=(*hidden_states, hidden) if output_hidden_states else None,
             expert_load=jnp.stack(loads) if loads else None,
         )
+
+    def first_hidden(self, input_ids, inputs_embeds) -> Float[Array, "b l d"]:
+        """Return the residual stream before the first block."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embeddings(input_ids, dtype=self.dtype)
+        return scaled(inputs_embeds.astype(self.dtype), self.config.multipliers.embedding)
 
 
 class Mamba2ForCausalLM(PretrainedModel):
@@ -304,7 +308,7 @@ def _run_causal_lm(
 
 
 # Layers of one kind have equal shapes: under `jit` this is traced once and called per layer.
-_run_block = jax.jit(lambda block, hidden, state, rows: block(hidden, state, rows))
+_run_block = jax.jit(lambda block, hidden, state, rows: block.mix(hidden, state, rows))
 _run_block_with_load = jax.jit(lambda block, hidden, state, rows: block.with_load(hidden, state, rows))
 
 

@@ -2,10 +2,9 @@
 
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, TypeVar
 
 import jax
@@ -14,34 +13,21 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from mamba2_jax.config import Mamba2Config
-from mamba2_jax.files import GENERATION_CONFIG, TOKENIZER_FILES, read_json, refuse_remote
-from mamba2_jax.hub import EMBEDDED_MODEL, resolve_folder, upload_folder
+from mamba2_jax.files import TOKENIZER_FILES, refuse_remote
+from mamba2_jax.hub import resolve_folder, upload_folder
 from mamba2_jax.lora.attach import adapters_in_use
-from mamba2_jax.lora.files import base_of, is_adapter
 from mamba2_jax.mesh import check_mesh
+from mamba2_jax.models.origin import Origin, checkpoint_folder, read_end_ids
 from mamba2_jax.models.quantize import dequantize_model, quantize_model, quantized_weight
 from mamba2_jax.models.vocabulary import NewRows, resize_vocabulary, set_config
 from mamba2_jax.sharding import array_path, parameter_shardings
 from mamba2_jax.typing import Array, DTypeLike
 from mamba2_jax.weight_types import TypeName
-from mamba2_jax.weights import LoadReport, load_weights, outgoing_weights
+from mamba2_jax.weights import LoadReport, StoredTensor, load_weights, outgoing_weights
 from mamba2_jax.weights.checkpoint_folder import FORMATS, MAX_SHARD_SIZE, Format, write_checkpoint
 from mamba2_jax.weights.table import stored_table
 
 _M = TypeVar("_M", bound="PretrainedModel")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Source checkpoint of a model's weights; `save_pretrained` takes dtypes and extra files from it.
-
-    Args:
-        folder: checkpoint folder; its tokenizer and generation config are copied when the model is saved.
-        stored_dtypes: pairs of a tensor's canonical name and its stored dtype.
-    """
-
-    folder: Path
-    stored_dtypes: tuple[tuple[str, str], ...]
 
 
 class PretrainedModel(nnx.Module):
@@ -88,13 +74,42 @@ class PretrainedModel(nnx.Module):
             ImportError: the weights are a PyTorch `.bin` file, and PyTorch is not installed.
             ValueError: a checkpoint that does not match its config; the message lists every problem.
         """
-        folder = EMBEDDED_MODEL if path is None else resolve_folder(path, revision)
-        if is_adapter(folder):
-            raise ValueError(
-                f"{path}: this is an adapter, not a model; load its base {base_of(folder) or ''}, and the "
-                "adapter with load_lora (on the command line: --adapter)"
-            )
-        config = Mamba2Config.from_pretrained(folder)
+        folder = checkpoint_folder(path, revision)
+        return cls._load(
+            folder,
+            Mamba2Config.from_pretrained(folder),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            sharding=sharding,
+            allow_non_finite=allow_non_finite,
+            report=report,
+            quantize=quantize,
+            ssd_implementation=ssd_implementation,
+        )
+
+    @classmethod
+    def _load(
+        cls: type[_M],
+        folder: Path,
+        config: Mamba2Config,
+        *,
+        dtype: DTypeLike | None,
+        param_dtype: DTypeLike | None,
+        sharding,
+        allow_non_finite: bool,
+        report: Callable[[LoadReport], None] | None,
+        quantize: TypeName | None = None,
+        extra: tuple[StoredTensor, ...] = (),
+        new: Mapping[str, Array] = MappingProxyType({}),
+        **options: Any,
+    ) -> _M:
+        """Load a folder; arguments as of `from_pretrained`.
+
+        Args:
+            extra: tensors to load beside those of the config.
+            new: parameters by path that are not loaded.
+            **options: arguments of the class.
+        """
         place, mesh = sharding, sharding if isinstance(sharding, Mesh) else None
         if mesh is not None:
             check_mesh(f"{cls.__name__}.from_pretrained", mesh)
@@ -102,7 +117,7 @@ class PretrainedModel(nnx.Module):
             @cache  # not before the config has been checked against the files
             def shardings(mesh: Mesh) -> Mapping[str, jax.sharding.Sharding]:
                 held = config.replace(quantization=quantize or config.quantization)
-                table = stored_table(held, cls._has_head)
+                table = (*stored_table(held, cls._has_head), *extra)
                 paths = [leaf.path for stored in table for leaf in stored.leaves]
                 return parameter_shardings(paths, held, mesh)
 
@@ -118,13 +133,14 @@ class PretrainedModel(nnx.Module):
             allow_non_finite=allow_non_finite,
             head=cls._has_head,
             quantize=quantize,
+            extra=extra,
         )
         if dtype is None:
             norm = arrays["backbone.norm_f.weight"]
             stored = arrays.get("backbone.embeddings.weight", norm).dtype
             dtype = jnp.bfloat16 if stored == jnp.bfloat16 else jnp.float32
         config = config.replace(quantization=quantize or config.quantization)
-        model = cls._from_arrays(config, arrays, dtype=dtype, ssd_implementation=ssd_implementation)
+        model = cls._from_arrays(config, {**arrays, **new}, dtype=dtype, **options)
         if mesh is not None:
             model._set_mesh(mesh)
         model.generation_end_ids = read_end_ids(folder)
@@ -282,6 +298,7 @@ class PretrainedModel(nnx.Module):
             head=self._has_head,
             dtype=dtype,
             stored_dtypes=None if self.origin is None else dict(self.origin.stored_dtypes),
+            extra=self._extra_tensors(),
         )
         write_checkpoint(
             Path(folder),
@@ -290,6 +307,7 @@ class PretrainedModel(nnx.Module):
             format=format,
             max_shard_size=max_shard_size,
             head=self._has_head,
+            classifier=self._config_keys(),
             beside=origin,
             tokenizer=tokenizer or origin,
             show_progress=show_progress,
@@ -325,6 +343,14 @@ class PretrainedModel(nnx.Module):
                 Path(folder) / "model", repository, private=private, revision=revision, message=message
             )
 
+    def _extra_tensors(self) -> tuple[StoredTensor, ...]:
+        """Return the tensors of the model beside those of its config."""
+        return ()
+
+    def _config_keys(self) -> dict[str, Any] | None:
+        """Return a classifier's keys in `config.json`; None: no classifier."""
+        return None
+
     @classmethod
     def _from_arrays(cls: type[_M], config: Mamba2Config, arrays: dict[str, Array], **options) -> _M:
         """Build the module tree without initializing parameters, and set them to `arrays`."""
@@ -348,24 +374,3 @@ class PretrainedModel(nnx.Module):
     @classmethod
     def _path(cls, path: tuple) -> str:
         return cls._checkpoint_prefix + array_path(path)
-
-
-def read_end_ids(folder: Path) -> tuple[int, ...]:
-    """Read the end ids of a folder's `generation_config.json`; empty if it only repeats the config's.
-
-    Raises:
-        ValueError: not JSON, or no token ids; the message names the file.
-    """
-    file = folder / GENERATION_CONFIG
-    if not file.is_file():
-        return ()
-    content = read_json(file)
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: wants a JSON object")
-    eos = content.get("eos_token_id")
-    if eos is None or content.get("_from_model_config"):
-        return ()
-    ids = eos if isinstance(eos, list) else [eos]
-    if any(isinstance(token, bool) or not isinstance(token, int) or token < 0 for token in ids):
-        raise ValueError(f"{file}: eos_token_id={eos!r} is not a token id or a list of them; correct it")
-    return tuple(ids)

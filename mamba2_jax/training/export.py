@@ -12,7 +12,7 @@ from mamba2_jax.lora import LoraConfig, add_lora, merge_lora
 from mamba2_jax.lora.attach import adapter_names, settings_of
 from mamba2_jax.models.cache import Mamba2Cache
 from mamba2_jax.models.mamba2 import Mamba2ForCausalLM
-from mamba2_jax.models.pretrained import Origin
+from mamba2_jax.models.origin import Origin
 from mamba2_jax.sharding import array_path
 from mamba2_jax.training.carry import initial_cache
 from mamba2_jax.training.checkpoint import read_checkpoint

@@ -2,7 +2,7 @@
 
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -36,6 +36,7 @@ def write_checkpoint(
     format: Format = "transformers",
     max_shard_size: int | str = MAX_SHARD_SIZE,
     head: bool = True,
+    classifier: Mapping[str, Any] | None = None,
     beside: Path | None = None,
     tokenizer: Path | None = None,
     show_progress: bool = False,
@@ -49,6 +50,7 @@ def write_checkpoint(
         format: form of the checkpoint.
         max_shard_size: bytes per weight file, or text such as "5GB"; state-spaces always has one file.
         head: False for a bare Mamba2Model.
+        classifier: keys of a classifier in config.json; None: no classifier.
         beside: folder of the source checkpoint, whose generation_config.json is copied; None: written anew.
         tokenizer: folder whose tokenizer files are copied; None: none. `unpadded_vocab_size` follows it.
         show_progress: draw a progress bar on stderr.
@@ -62,7 +64,7 @@ def write_checkpoint(
     limit = parse_size(max_shard_size)
     config = _with_vocabulary_of(tokenizer, config, may_differ=tokenizer == beside)
     if format == "transformers":
-        content = _transformers_config(config, tensors, head)
+        content = _transformers_config(config, tensors, head, classifier)
     elif head:
         content = config.to_state_spaces_dict()
     else:
@@ -108,7 +110,9 @@ def _help_to_write(tensors: Sequence[Outgoing], format: Format, limit: int) -> N
     meet("mamba2_jax: a checkpoint is written")
 
 
-def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head: bool) -> dict[str, Any]:
+def _transformers_config(
+    config: Mamba2Config, tensors: Sequence[Outgoing], head: bool, classifier: Mapping[str, Any] | None
+) -> dict[str, Any]:
     # transformers 5.24 divides out_proj by sqrt(layers) whenever it loads a config with this option, which is
     # meant for initialization only.
     content = config.replace(rescale_prenorm_residual=False).to_dict()
@@ -119,8 +123,9 @@ def _transformers_config(config: Mamba2Config, tensors: Sequence[Outgoing], head
     # transformers loads all weights in this dtype; mlx-lm and transformers before 4.56 know the older key
     content["dtype"] = content["torch_dtype"] = sizes.most_common(1)[0][0]
     if not head:
-        content["architectures"] = [name.replace("ForCausalLM", "Model") for name in content["architectures"]]
-    return dict(sorted(content.items()))
+        kind = "Model" if classifier is None else "ForSequenceClassification"
+        content["architectures"] = [name.replace("ForCausalLM", kind) for name in content["architectures"]]
+    return dict(sorted((content | dict(classifier or {})).items()))
 
 
 def _write_generation_config(folder: Path, config: Mamba2Config, beside: Path | None) -> None:

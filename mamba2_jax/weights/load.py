@@ -54,6 +54,7 @@ def load_weights(
     show_progress: bool = False,
     head: bool = True,
     quantize: TypeName | None = None,
+    extra: tuple[StoredTensor, ...] = (),
 ) -> tuple[dict[str, jax.Array], LoadReport]:
     """Load a checkpoint's weights as arrays by parameter path.
 
@@ -72,6 +73,7 @@ def load_weights(
         head: False leaves out `lm_head.weight`, for the bare Mamba2Model.
         quantize: a key of `WEIGHT_TYPES`; the arrays are then those of a config with this `quantization`.
             None: as in the files.
+        extra: tensors to load beside those of the config, such as a classifier's.
 
     Returns:
         The arrays, which own their memory (the files may be deleted), and a `LoadReport`.
@@ -87,7 +89,7 @@ def load_weights(
     place = sharding if callable(sharding) else lambda path: sharding
     with open_checkpoint(folder) as checkpoint:
         check_sizes(checkpoint, config)
-        table = stored_table(config, head)
+        table = (*stored_table(config, head), *extra)
         plan, notes = plan_load(checkpoint, config, table, head)
         # With a sharding the page cache helps: reads are partial rows, other processes may share the files.
         uncached = sharding is None and _too_large_for_the_cache(checkpoint) and checkpoint.bypass_cache()

@@ -38,6 +38,7 @@ def outgoing_weights(
     head: bool = True,
     dtype: DTypeLike | None = None,
     stored_dtypes: Mapping[str, str] | None = None,
+    extra: tuple[StoredTensor, ...] = (),
 ) -> list[Outgoing]:
     """List the tensors to write for a model's parameters; their blocks are made while they are written.
 
@@ -49,11 +50,12 @@ def outgoing_weights(
         dtype: dtype to write; never narrows A_log, dt_bias and D. None: the dtype in `stored_dtypes`, else
             the parameter's own.
         stored_dtypes: dtype names by canonical tensor name, from the checkpoint that the model came from.
+        extra: tensors of a classifier's head; the names then have the prefix.
 
     Raises:
         ValueError: parameters missing, unknown or of a wrong shape; a dtype that weights cannot be stored in.
     """
-    table = [stored for stored in stored_table(config, head) if stored.leaves]
+    table = [stored for stored in (*stored_table(config, head), *extra) if stored.leaves]
     wanted = {leaf.path: leaf.shape for stored in table for leaf in stored.leaves}
     _check_paths(arrays, wanted)
     outgoing = []
@@ -61,7 +63,7 @@ def outgoing_weights(
         own = jnp.result_type(*(arrays[leaf.path].dtype for leaf in stored.leaves))
         target = np.dtype((stored_dtypes or {}).get(stored.name, own))
         target = target_dtype(stored.leaves, target, None if dtype is None else check_dtype(dtype))
-        name = written_name(stored, format, head)
+        name = written_name(stored, format, head or bool(extra))
         pieces = pieces_of(name, stored)
         if len(pieces) == 1:
             outgoing.append(Outgoing(name, stored.file_shape, target, _row_blocks(stored, arrays)))

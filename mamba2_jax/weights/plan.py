@@ -20,6 +20,7 @@ from mamba2_jax.weights.reader import Checkpoint
 from mamba2_jax.weights.table import (
     EMBEDDING,
     HEAD,
+    SCORE,
     StoredTensor,
     match_names,
     pieces_of,
@@ -53,6 +54,9 @@ def plan_load(
     needed = {stored.name: stored for stored in table}
     ignored = [name for name in unexpected if name.startswith(ignored_prefixes(config.family))]
     unexpected = sorted(set(unexpected) - set(ignored))
+    if not head and SCORE in unexpected:
+        unexpected.remove(SCORE)
+        notes.append(f"{SCORE} is not used: the model was asked for without its classification head")
     there = [tensors[name] for name in unexpected]
     problems = _name_problems([needed[name] for name in missing], there, found, config.num_hidden_layers)
     for name, stored_name in found.items():

@@ -10,11 +10,12 @@ import numpy as np
 
 from mamba2_jax.config.families.family import EACH
 from mamba2_jax.config.leaves import Leaf, StoredTensor
-from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, checkpoint_table, stored_table
+from mamba2_jax.config.table import BACKBONE, EMBEDDING, HEAD, SCORE, checkpoint_table, stored_table
 
 __all__ = [
     "EMBEDDING",
     "HEAD",
+    "SCORE",
     "Leaf",
     "StoredTensor",
     "as_rows",

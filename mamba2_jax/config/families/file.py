@@ -12,7 +12,8 @@ _HARMLESS = {
     *("attention_dropout", "attn_implementation", "chunk_size_feed_forward", "dtype", "hidden_dropout"),
     *("id2label", "initializer_range", "is_decoder", "is_encoder_decoder", "label2id", "model_type"),
     *("max_position_embeddings", "num_logits_to_keep", "output_attentions", "output_hidden_states"),
-    *("output_router_logits", "pretraining_tp", "return_dict", "tokenizer_class", "torch_dtype"),
+    *("num_labels", "output_router_logits", "pretraining_tp", "problem_type", "return_dict"),
+    *("tokenizer_class", "torch_dtype"),
     *("transformers_version", "use_cache", "unpadded_vocab_size", "use_mamba_kernels"),
     # options of `generate`, and of other kinds of models, that transformers 4 writes with their defaults
     *("diversity_penalty", "length_penalty", "max_length", "num_beam_groups", "num_beams"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from mamba2_jax.ops.checks import check_choice, check_dtype, check_integer, check_shape
 from mamba2_jax.ops.on_cpu.gradients import for_every
 from mamba2_jax.ops.segments import document_index
-from mamba2_jax.typing import Array, Float, Int
+from mamba2_jax.typing import Array, Bool, Float, Int
 
 
 def causal_conv1d(
@@ -17,7 +17,7 @@ def causal_conv1d(
     bias: Float[Array, "*c"] | None = None,
     *,
     initial_state: Float[Array, "b k-1 *c"] | None = None,
-    segment_ids: Int[Array, "b l"] | None = None,
+    segment_ids: Int[Array, "b l"] | Bool[Array, "b l"] | None = None,
     activation: str | None = "silu",
 ) -> tuple[Float[Array, "b l *c"], Float[Array, "b k-1 *c"]]:
     r"""Apply a causal depthwise convolution over the tokens, then the activation.
@@ -32,7 +32,8 @@ def causal_conv1d(
         bias: `(*channels)`.
         initial_state: the `k - 1` inputs before the first token of the row's first document,
             `(b, k - 1, *channels)`; None: zeros.
-        segment_ids: `(b, l)`; 0 is padding, any change starts a document. `y` is unspecified at padding.
+        segment_ids: `(b, l)`; 0 is padding, any change starts a document. Booleans are a mask: the true ones
+            are contiguous, one document, which takes half the operations. `y` is unspecified at padding.
         activation: `"silu"` or None.
 
     Returns:
@@ -61,18 +62,20 @@ def causal_conv1d(
     # After left padding the initial state belongs right before the first valid token. Token t of the row is
     # at position t + k - 1 of `extended`, so the k - 1 positions before token `first` begin at `first`.
     first = jnp.argmax(valid, axis=1)  # (b,), 0 for an all-padding row
-    insert = jax.vmap(lambda row, state, start: jax.lax.dynamic_update_slice_in_dim(row, state, start, 0))
-    extended = insert(extended, initial_state, first)
+    extended = _insert(extended, initial_state, first)
 
-    documents = document_index(segment_ids.astype(jnp.int32))
-    documents = jnp.pad(documents, ((0, 0), (reach, 0)), constant_values=1)  # (b, k-1+l)
+    documents = None
+    if segment_ids.dtype != jnp.bool_:
+        documents = document_index(segment_ids.astype(jnp.int32))
+        documents = jnp.pad(documents, ((0, 0), (reach, 0)), constant_values=1)  # (b, k-1+l)
     y = _convolve(extended, weight, bias, activation, length, documents)
 
     # The state after the last valid token; for an all-padding row this is the initial state.
     end = jnp.where(valid.any(axis=1), length - jnp.argmax(valid[:, ::-1], axis=1), 0)  # (b,)
-    window = jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, reach, 0))
-    same_document = window(documents, end) == documents[:, -1:]
-    return y, _where(same_document, window(extended, end))
+    after = _window(extended, end, reach)
+    if documents is None:
+        return y, after
+    return y, _where(_window(documents, end, reach) == documents[:, -1:], after)
 
 
 def causal_conv1d_step(
@@ -106,16 +109,33 @@ def causal_conv1d_step(
     return y.astype(x.dtype), extended[:, 1:]
 
 
+def _insert(rows: Float[Array, "b l *c"], values: Float[Array, "b n *c"], start: Int[Array, " b"]) -> Array:
+    """Overwrite `n` tokens of each row from `start` on."""
+    if rows.shape[0] == 1:  # `vmap` makes a scatter of it, which takes XLA longer to compile
+        return jax.lax.dynamic_update_slice_in_dim(rows, values, start[0], 1)
+    return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice_in_dim(row, new, start, 0))(
+        rows, values, start
+    )
+
+
+def _window(rows: Array, start: Int[Array, " b"], size: int) -> Array:
+    """Take `size` tokens of each row from `start` on."""
+    if rows.shape[0] == 1:
+        return jax.lax.dynamic_slice_in_dim(rows, start[0], size, 1)
+    return jax.vmap(lambda row, start: jax.lax.dynamic_slice_in_dim(row, start, size, 0))(rows, start)
+
+
 @partial(jax.checkpoint, static_argnums=(3, 4))  # saves the inputs, not one float32 copy per tap
 def _convolve(extended, weight, bias, activation, length, documents=None):
     """Sum the shifted inputs tap by tap: elementwise operations, which XLA fuses with the next ones."""
     full = jnp.promote_types(extended.dtype, jnp.float32)
     reach = weight.shape[0] - 1
     tokens = (extended.shape[0], length)
+    weight = weight.astype(full)
     wide = extended.astype(full)  # before the slices, so that their gradients are summed in float32
     y = jnp.zeros((), full) if bias is None else for_every(tokens, bias.astype(full))
     for tap in range(reach + 1):
-        term = wide[:, tap : tap + length] * for_every(tokens, weight[tap].astype(full))
+        term = wide[:, tap : tap + length] * for_every(tokens, weight[tap])
         if documents is not None and tap < reach:
             same_document = documents[:, tap : tap + length] == documents[:, reach:]
             term = _where(same_document, term)

@@ -110,6 +110,7 @@ def convolve_a_piece(x, weight, bias, initial_state, segment_ids, *, num_pieces,
         y, state = convolve(x, initial_state=jnp.where(first, initial_state, tail))
         return y, from_piece(num_pieces - 1, state)
 
+    segment_ids = segment_ids.astype(jnp.int32)
     border = look_left(segment_ids)
     # The last inputs of the document at the piece's end are the next piece's initial state. A document that
     # began before the last `reach` tokens fills all of them, so the last `reach` tokens decide the state.
