@@ -23,6 +23,7 @@ from flax import nnx
 
 from mamba2_jax.config.leaves import Leaf
 from mamba2_jax.layers.adaptable import Adaptable
+from mamba2_jax.layers.block import Mamba2Block
 from mamba2_jax.models.inputs import check_inputs
 from mamba2_jax.ops.quantized import QuantizedWeight
 from mamba2_jax.typing import Array, Float
@@ -57,9 +58,9 @@ def quantize_with_text(op: str, model: Any, ids: Any, matrices: Mapping[int, Seq
         raise ValueError(f"{op}: calibration needs a model on one device; quantize before to_mesh")
     inputs = check_inputs(op, model.config, jnp.asarray(ids), None, None, None, None)
 
-    def quantize_then(run: Callable, block: nnx.Module, hidden: Array, *state: Any) -> Any:
+    def quantize_then(run: Callable, block: Mamba2Block, hidden: Array, *state: Any) -> Any:
         with observed(block) as grams:
-            block.mix(hidden, *state)  # pyright: ignore[reportCallIssue]
+            block.mix(hidden, *state)
         for module, gram in grams.items():
             if module in matrices:
                 _round(matrices[module], gram)
