@@ -2,7 +2,7 @@
 
     python docs/run_notebooks.py [NAME...]    # names as 01_quickstart; without any, all of them
 
-Pictures are stored with 32 colours and few dots, which keeps all outputs together below 300 KB.
+Pictures are stored with 128 colours and few dots, which keeps all outputs small.
 """
 
 import base64
@@ -17,7 +17,7 @@ import nbformat
 from PIL import Image
 
 FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
-COLOURS, WIDTH = 32, 760
+COLOURS, WIDTH = 128, 760
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": "--xla_backend_optimization_level=0",  # half of the time is LLVM's

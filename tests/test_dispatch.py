@@ -202,7 +202,7 @@ def test_a_model_is_traced_for_the_device_of_its_weights(monkeypatch, call):
     else:
         "".join(stream(model, load_tokenizer(), "ab", max_new_tokens=2))
     assert len(asked) == {"model": 2, "generate": 1, "stream": 3}[call]  # the prompt, one token, the others
-    assert all(arrays[0] is model.backbone.embeddings.weight[...] for arrays in asked)
+    assert all(arrays[0] is model.backbone.norm_f.weight[...] for arrays in asked)
 
 
 def test_the_way_out_is_told_where_the_default_device_is_not_the_one(kernel):

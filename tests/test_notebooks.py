@@ -43,8 +43,6 @@ def test_outputs_are_small():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_runs(file, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    # LLVM's optimizations are half of their time, and not what they show.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises to install PyTorch
     notebook = nbformat.read(file, as_version=4)

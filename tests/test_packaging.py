@@ -77,7 +77,8 @@ def test_metadata(wheel):
     assert "License-Expression: Apache-2.0" in text
     assert "Requires-Python: >=3.11" in text
     extras = set(re.findall(r"^Provides-Extra: (\w+)", text, re.MULTILINE))
-    assert extras == {"cuda", "triton", "torch", "train", "wandb", "eval", "notebooks", "docs", "dev"}
+    gpus, tools = {"cuda", "triton"}, {"notebooks", "docs", "dev"}
+    assert extras == {"constrain", "eval", "torch", "train", "wandb"} | gpus | tools
     pins = {
         tuple(re.match(r"([\w-]+)(?:\[\w+\])?==([\d.]+)", requirement).groups())
         for requirement in re.findall(r"^Requires-Dist: (.*); .*extra == .triton.$", text, re.MULTILINE)
