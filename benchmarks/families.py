@@ -23,7 +23,7 @@ import transformers
 
 from mamba2_jax import Mamba2ForCausalLM, generate
 
-REAL = ("granite-4.0-h-350m", "falcon-h1-0.5b", "nemotron-3-scaled-down")
+REAL = ("granite-4.0-h-350m", "falcon-h1-0.5b", "nemotron-3-scaled-down", "bamba-scaled-down")
 PREFILL, DECODED = 512, 24
 
 

@@ -60,6 +60,13 @@ SHAPES["nemotron-3-scaled-down"] = SHAPES["nemotron-3-nano-30b-a3b"] | {
     **{"num_attention_heads": 12, "mamba_num_heads": 24, "n_routed_experts": 32, "num_experts_per_tok": 4},
     **{"moe_intermediate_size": 512, "moe_shared_expert_intermediate_size": 1024, "n_groups": 4},
 }
+# Bamba has one size, 9B: its own layers at a size of this machine.
+SHAPES["bamba-scaled-down"] = {
+    **{"model_type": "bamba", "vocab_size": 32768, "hidden_size": 768, "num_hidden_layers": 12},
+    **{"intermediate_size": 2688, "attn_layer_indices": [4, 9], "num_attention_heads": 12},
+    **{"num_key_value_heads": 4, "mamba_n_heads": 24, "mamba_d_head": 64, "mamba_d_state": 128},
+    **{"mamba_n_groups": 1, "tie_word_embeddings": False},
+}
 
 
 def tiny(name: str) -> dict[str, Any]:
@@ -72,6 +79,8 @@ def tiny(name: str) -> dict[str, Any]:
     file |= {"num_hidden_layers": 4, "intermediate_size": 128, "mamba_n_heads": 8, "mamba_d_head": 16}
     if file["model_type"] == "falcon_h1":
         return file | {"mamba_d_ssm": 128}
+    if file["model_type"] == "bamba":
+        return file | {"attn_layer_indices": [2]}
     return file | {"layer_types": _granite_layers(4, (2,)), "shared_intermediate_size": 128}
 
 
