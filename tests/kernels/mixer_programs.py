@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import math
+from typing import ClassVar
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from mamba2_jax.pallas.mosaic_gpu import bridge, mixer
+from program import Named
 
 from mamba2_jax import ops
 
@@ -15,10 +17,9 @@ BETWEEN, WHOLE = 1, 3  # kernels: without and with those of the projections
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class Program(Named):
     """A mixer and its options; with a width `d`, the projections too."""
 
-    name: str
     b: int = 1
     h: int = 128
     p: int = 64
@@ -28,17 +29,7 @@ class Program:
     dtype: str = "bfloat16"
     mask: bool = False
     kernels: int = dataclasses.field(default=WHOLE, kw_only=True)
-    smoke: bool = dataclasses.field(default=False, kw_only=True)
-    slow: bool = dataclasses.field(default=False, kw_only=True)
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def kwargs(self) -> dict:
-        """What `build` takes."""
-        fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("name", "kernels", "smoke", "slow")}
+    not_built: ClassVar[tuple[str, ...]] = (*Named.not_built, "kernels")
 
     @property
     def described(self) -> str:

@@ -1,13 +1,31 @@
-"""What configurations of the forward's and the backward's kernels that are compiled ahead of time share."""
+"""What configurations of the kernels that are compiled ahead of time share."""
 
 import dataclasses
+from typing import ClassVar
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """A shape and its options."""
+class Named:
+    """A configuration with a name, and marks for its test."""
 
     name: str
+    smoke: bool = dataclasses.field(default=False, kw_only=True)
+    slow: bool = dataclasses.field(default=False, kw_only=True)
+    not_built: ClassVar[tuple[str, ...]] = ("name", "smoke", "slow")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def kwargs(self) -> dict:
+        """What `build` takes."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in self.not_built}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program(Named):
+    """A shape of the scan and its options."""
+
     b: int = 1
     l: int = 4096
     h: int = 128
@@ -18,17 +36,7 @@ class Program:
     D: str | None = "h"
     documents: bool = False
     spill_budget: int = dataclasses.field(default=0, kw_only=True)  # bytes a thread stores and loads
-    smoke: bool = dataclasses.field(default=False, kw_only=True)
-    slow: bool = dataclasses.field(default=False, kw_only=True)
-
-    def __str__(self) -> str:
-        return self.name
-
-    @property
-    def kwargs(self) -> dict:
-        """What `build` takes."""
-        fields = dataclasses.asdict(self)
-        return {k: v for k, v in fields.items() if k not in ("name", "spill_budget", "smoke", "slow")}
+    not_built: ClassVar[tuple[str, ...]] = (*Named.not_built, "spill_budget")
 
     @property
     def described(self) -> str:
