@@ -169,6 +169,8 @@ def test_a_status_line_is_for_terminals_only(capsys, monkeypatch):
         (["generate", "x", "--seed", "-1"], "--seed -1 must lie in"),
         (["generate", "x", "--stop", ""], "--stop is empty"),
         (["generate", "x", "--ban", ""], "--ban is empty"),
+        (["generate", "x", "--presence-penalty", "nan"], "penalize_repeats: presence=nan"),
+        (["generate", "x", "--frequency-penalty", "inf"], "penalize_repeats: frequency=inf"),
         (["generate", "x", "--regex", "(a"], "match_regex: '(a' cannot be followed"),
         (["generate", "x", "--json-schema", "/no/such"], "/no/such"),
         (["generate", "x", "--json-schema", "{"], "match_json_schema: the schema cannot be followed"),

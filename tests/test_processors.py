@@ -14,7 +14,13 @@ from mamba2_jax import Mamba2Config, Mamba2ForCausalLM, generate, load_tokenizer
 from mamba2_jax.generation import PromptLookup
 from mamba2_jax.generation.constraints import ban_words, match_json_schema, match_regex
 from mamba2_jax.generation.decoding import _generate
-from mamba2_jax.generation.processors import ban_tokens, end_after, follow_automaton, force_tokens
+from mamba2_jax.generation.processors import (
+    ban_tokens,
+    end_after,
+    follow_automaton,
+    force_tokens,
+    penalize_repeats,
+)
 
 NEW = 12
 
@@ -44,6 +50,29 @@ def test_banned_tokens_are_the_next_best_and_others_compile_nothing_anew(model, 
     compiled = _generate._cache_size()
     generate(model, ids, max_new_tokens=NEW, eos_token_id=(), logits_processors=[ban_tokens([3, 4])])
     assert _generate._cache_size() == compiled
+
+
+@pytest.mark.parametrize(
+    "penalties", [{"presence": 1.5}, {"frequency": 0.7}, {"presence": -2.0, "frequency": 1.0}]
+)
+def test_repeats_cost_what_the_penalties_say(model, ids, free, penalties):
+    """Choose each token again from the logits of one pass over prompt and new text, and the counts so far."""
+    new = generate(
+        model, ids, max_new_tokens=NEW, eos_token_id=(), logits_processors=[penalize_repeats(**penalties)]
+    )
+    tokens = np.asarray(new.tokens)
+    assert (tokens != free).any()
+    logits = np.array(model(np.concatenate([ids, tokens], 1)).logits[:, ids.shape[1] - 1 : -1])
+    for row in range(2):
+        for at in range(NEW):
+            counts = np.bincount(tokens[row, :at], minlength=logits.shape[-1])
+            cost = penalties.get("presence", 0) * (counts > 0) + penalties.get("frequency", 0) * counts
+            assert (logits[row, at] - cost).argmax() == tokens[row, at]
+
+
+def test_a_penalty_that_is_no_number_is_named():
+    with pytest.raises(ValueError, match="presence=nan must be a finite number"):
+        penalize_repeats(presence=float("nan"))
 
 
 def test_forced_tokens_begin_the_text_and_an_end_follows_words(model, ids):

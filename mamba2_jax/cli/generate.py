@@ -13,7 +13,7 @@ from mamba2_jax.files import GENERATION_CONFIG, read_json
 from mamba2_jax.generation.constraints import ban_words, match_json_schema, match_regex
 from mamba2_jax.generation.drafts import Draft, PromptLookup
 from mamba2_jax.generation.options import SAMPLING, make_options
-from mamba2_jax.generation.processors import Processor
+from mamba2_jax.generation.processors import Processor, penalize_repeats
 from mamba2_jax.generation.sampling import make_sampler
 from mamba2_jax.generation.streaming import TextStream, start_streams
 from mamba2_jax.generation.text import prompt_tokens, render_chat, rendered_tokens
@@ -88,10 +88,13 @@ def load_model(
 
 
 def _processors(options: Any, model: Mamba2ForCausalLM, tokenizer: Any) -> tuple[Processor, ...]:
-    """Make the logits processors of `--ban`, `--regex` and `--json-schema`."""
+    """Make the logits processors of the penalties, `--ban`, `--regex` and `--json-schema`."""
     found = []
+    presence, frequency = options.presence_penalty or 0.0, options.frequency_penalty or 0.0
+    if presence or frequency:
+        found.append(penalize_repeats(presence=presence, frequency=frequency))
     if not options.ban and options.regex is None and options.json_schema is None:
-        return ()
+        return tuple(found)
     with working("preparing the constraints"):
         if options.ban:
             found.append(ban_words(model, tokenizer, options.ban))

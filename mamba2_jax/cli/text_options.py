@@ -35,6 +35,10 @@ class TextOptions:
     """Sample from tokens with at least this fraction of the top token's probability."""
     repetition_penalty: Number = None
     """Above 1 penalizes tokens that the text already contains."""
+    presence_penalty: Number = None
+    """Subtracted from the logits of tokens that the new text already contains."""
+    frequency_penalty: Number = None
+    """Subtracted from the logit of a token for each time that the new text already contains it."""
     seed: int = 0
     """Random seed; the same seed gives the same text."""
     stop: UseAppendAction[tuple[str, ...]] = ()

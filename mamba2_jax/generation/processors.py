@@ -14,6 +14,7 @@ another plain function compiles the loop again.
 False
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -30,6 +31,21 @@ Processor: TypeAlias = Callable[[Array, Array, Array], Array]
 def ban_tokens(ids: Sequence[int]) -> Processor:
     """Never choose these token ids."""
     return Partial(_ban, _ids("ban_tokens", ids))
+
+
+def penalize_repeats(*, presence: float = 0.0, frequency: float = 0.0) -> Processor:
+    """Lower the logits of token ids that the new text contains: by `presence` once, by `frequency` each time.
+
+    Negative values raise them. The prompt does not count.
+    Source: the parameters of that name of OpenAI's API, and of vLLM.
+
+    Raises:
+        ValueError: a value that is not finite.
+    """
+    for name, value in {"presence": presence, "frequency": frequency}.items():
+        if not math.isfinite(value):
+            raise ValueError(f"penalize_repeats: {name}={value} must be a finite number")
+    return Partial(_penalize, jnp.float32(presence), jnp.float32(frequency))
 
 
 def force_tokens(ids: Sequence[int]) -> Processor:
@@ -135,6 +151,13 @@ def _ids(name: str, ids: Any) -> Int[Array, " n"]:
 
 def _ban(ids, tokens, count, logits):
     return logits.at[..., ids].set(-jnp.inf)
+
+
+def _penalize(presence, frequency, tokens, count, logits):
+    rows = jnp.arange(len(tokens))[:, None]
+    written = (jnp.arange(tokens.shape[1]) < count).astype(logits.dtype)
+    counts = jnp.zeros_like(logits).at[rows, tokens].add(written)
+    return logits - presence * (counts > 0) - frequency * counts
 
 
 def _force(ids, tokens, count, logits):
